@@ -1,0 +1,68 @@
+"""``budget``: one word for what may be spent, whatever the resource.
+
+``0.4%`` (a share), ``300k`` (a count), ``64MiB`` (bytes), ``200ms`` (seconds), ``4.5bits`` (per element),
+``9KiB/token`` (bytes per token). Each configuration says which it takes, and of what.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+Unit = Literal["share", "count", "bytes", "seconds", "bits", "bytes/token"]
+
+_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_COUNT = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%/]*)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount and its unit: a share is in [0, 1], durations are in seconds, sizes in bytes."""
+
+    amount: float
+    unit: Unit
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget as users write it.
+
+    Raises:
+        ValueError: saying which forms exist.
+
+    >>> parse_budget("0.4%")
+    Budget(amount=0.004, unit='share')
+    >>> parse_budget("300k")
+    Budget(amount=300000.0, unit='count')
+    >>> parse_budget("64MiB").amount == 64 * 2**20
+    True
+    """
+    match = _PATTERN.fullmatch(text)
+    if match:
+        amount, suffix = float(match[1]), match[2]
+        if suffix == "%" and amount <= 100:
+            return Budget(amount / 100, "share")
+        if suffix in _COUNT:
+            return Budget(amount * _COUNT[suffix], "count")
+        if suffix in _BYTES:
+            return Budget(amount * _BYTES[suffix], "bytes")
+        if suffix.removesuffix("/token") in _BYTES:
+            return Budget(amount * _BYTES[suffix.removesuffix("/token")], "bytes/token")
+        if suffix in ("ms", "s"):
+            return Budget(amount / 1000 if suffix == "ms" else amount, "seconds")
+        if suffix in ("bit", "bits"):
+            return Budget(amount, "bits")
+    raise ValueError(f"{text!r} is no budget: write 0.4% (at most 100%), 300k, 64MiB, 200ms, 4.5bits or 9KiB/token")
+
+
+def _check(value: object) -> str:
+    text = str(value)
+    parse_budget(text)
+    return text
+
+
+BudgetText = Annotated[str, BeforeValidator(_check)]
+"""A field type: the text as written, known to parse."""

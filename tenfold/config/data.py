@@ -1,0 +1,27 @@
+"""The keys by which every stage names its data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tenfold.config.base import Config
+
+Kind = Literal["text", "completion", "chat", "preference", "question", "classification"]
+
+
+class DataFields(Config):
+    """Where rows come from and how they are read."""
+
+    data: str | None = None
+    """File (.jsonl, .json, .csv, .tsv, .parquet, .txt, each also .gz), folder of text files, hub id (``hub:user/name``),
+    or ``python-reference``, the language reference that every CPython ships."""
+    rows: Kind | None = None
+    """What a row is; by default told from its columns."""
+    columns: dict[str, str] = {}
+    """Your column name for each of ours, e.g. ``prompt: question``."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Read at most this many rows."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the rows kept for evaluation, chosen by a hash of each row's id, so that it never changes."""

@@ -1,0 +1,36 @@
+"""LoRA: one rank for every matrix. PEFT's implementation, kept as the baseline of what follows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from tenfold.config.budget import BudgetText
+from tenfold.config.training import TrainingFields
+
+
+class LoraConfig(TrainingFields):
+    """LoRA through PEFT (Hu et al. 2021, arXiv 2106.09685).
+
+    The update of a matrix is ``alpha / rank * B @ A``.
+    """
+
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank of every adapted matrix; give this or ``budget``. Default: 8."""
+    budget: BudgetText | None = None
+    """Trainable parameters: a share of all parameters of the model (``0.4%``), a count (``300k``), or bytes of the
+    adapter in fp32 (``2MiB``). The largest rank that fits is taken."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of the update before division by the rank. Default: twice the rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
+    regular expressions that match whole names; each must match something."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.rank is not None and self.budget is not None:
+            raise ValueError("rank and budget both set the size of the adapter; give one")
+        return self

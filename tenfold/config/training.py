@@ -1,0 +1,53 @@
+"""The keys that every training stage shares; they become arguments of the transformers Trainer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tenfold.config.data import DataFields
+
+
+class TrainingFields(DataFields):
+    """How to train, whatever is trained."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; give this, ``epochs`` or ``tokens``. Default: one epoch."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Training tokens, rounded up to whole steps."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Sequences per forward pass."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Forward passes per optimizer step."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens per sequence; what is longer is cut, and what was cut is counted."""
+    packing: bool = True
+    """Fill each sequence with several rows (text rows only)."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory: recompute activations in the backward pass."""
+    save_every: Annotated[int, Field(ge=1)] = 25
+    """Optimizer steps between checkpoints, from which a killed run resumes."""
+    log_every: Annotated[int, Field(ge=1)] = 5
+    """Optimizer steps between lines of ``metrics.jsonl``."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log to these, as the transformers Trainer does."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say how long to train; give one")
+        return self

@@ -1,0 +1,1 @@
+"""Open a model from any source, name its layers by role, export what was made."""

@@ -1,0 +1,1 @@
+"""Recipe -> stages -> run folder, resumable at the stage and step where it stopped."""

@@ -1,0 +1,82 @@
+"""The versioned record of a stage, ``summary.json``: what the pipeline writes, and the report and ``compare`` read."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from tenfold.config.base import Config
+from tenfold.evaluate.results import Result
+
+SCHEMA_VERSION = 1
+
+
+class Series(Config):
+    """One line or group of bars of a figure."""
+
+    name: str
+    x: tuple[float | str, ...]
+    y: tuple[float | None, ...]
+    low: tuple[float, ...] | None = None
+    """Lower ends of the error bars."""
+    high: tuple[float, ...] | None = None
+    """Upper ends of the error bars."""
+
+
+class Figure(Config):
+    """A plot as data; the report draws it."""
+
+    kind: Literal["line", "bar", "heatmap"]
+    title: str
+    x_label: str = ""
+    y_label: str = ""
+    series: tuple[Series, ...] = ()
+    """Lines or bars; for a heatmap one series per row, ``name`` the row's label, ``x`` the columns' labels."""
+    caption: str = ""
+    """What the reader should see in it."""
+
+
+class Table(Config):
+    """A table of strings and numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | int | None, ...], ...]
+
+
+class Sample(Config):
+    """A prompt and what the models wrote."""
+
+    prompt: str
+    outputs: dict[str, str]
+    """Subject (``before``, ``after``) -> text."""
+
+
+class StageSummary(Config):
+    """All that a finished stage reports. ``timings`` are the only fields that differ between repeats."""
+
+    schema_version: int = SCHEMA_VERSION
+    tenfold_version: str
+    index: int
+    stage: str
+    """The registered name, the recipe's ``use``."""
+    fingerprint: str
+    """Hash of everything the result depends on: configuration, inputs, seed, earlier stages."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+    seed: int
+    inputs: dict[str, Any] = {}
+    """Model and data with their hashes."""
+    attached: dict[str, Any] = {}
+    """What the method touched: modules, parameters, bytes."""
+    results: tuple[Result, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences the reader must know: rows cut, modules skipped, departures."""
+    artefact: str | None = None
+    """Folder of the artefact, relative to the stage folder."""
+    timings: dict[str, float] = {}
+    """Seconds by part."""
+    environment: dict[str, Any] = {}
+    """Versions, processor, threads, device."""
