@@ -15,7 +15,8 @@ class DataFields(Config):
     """Where rows come from and how they are read."""
 
     data: str | None = None
-    """File (.jsonl, .json, .csv, .tsv, .parquet, .txt, each also .gz), folder of text files, hub id (``hub:user/name``),
+    """File (.jsonl, .json, .csv, .tsv, .parquet, .txt, each also .gz), folder of text files, hub id
+    (``hub:user/name``),
     or ``python-reference``, the language reference that every CPython ships."""
     rows: Kind | None = None
     """What a row is; by default told from its columns."""
