@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tenfold.config.base import Config
 
-Kind = Literal["text", "completion", "chat", "preference", "question", "classification"]
+Kind = Literal["text", "completion", "chat", "preference", "question", "choice", "classification"]
 
 
 class DataFields(Config):

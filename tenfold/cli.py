@@ -1,0 +1,340 @@
+"""The command line: a verb says what happens to the model, ``--method`` says how.
+
+Each verb that works on a model is a recipe of one stage; its flags are the keys of the method's configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+import tenfold
+from tenfold.compat import quiet_upstream
+from tenfold.errors import ConfigError, TenfoldError
+
+MODEL_VERBS = {
+    "adapt": ("lora", "fine-tune within a parameter budget"),
+    "generate": ("generate", "let the model write"),
+    "evaluate": ("evaluate", "measure the model: perplexity, speed, memory, questions, standard tasks"),
+    "export": ("export", "write a folder that transformers or PEFT opens without tenfold"),
+}
+"""Verb -> its default method, and what it does."""
+
+EXAMPLES = {
+    "run": "tenfold run recipes/quickstart.yaml --out runs/quickstart\n"
+    "tenfold run recipes/quickstart.yaml --set model=HuggingFaceTB/SmolLM2-360M --set lora.data=my.jsonl",
+    "validate": "tenfold validate recipes/quickstart.yaml",
+    "estimate": "tenfold estimate recipes/quickstart.yaml\ntenfold estimate recipes/quickstart.yaml --set lora.rank=32",
+    "ls": "tenfold ls\ntenfold ls runs",
+    "compare": "tenfold compare runs/first runs/second",
+    "env": "tenfold env",
+    "adapt": "tenfold adapt demo --method lora --data python-reference --budget 0.4% --tokens 24000\n"
+    "tenfold adapt Qwen/Qwen3-0.6B --data my.jsonl --rank 8 --targets attention --out runs/mine",
+    "generate": 'tenfold generate demo --prompts "What is a list comprehension?"\n'
+    'tenfold generate runs/quickstart/01-lora/adapter --prompts "The with statement" --chat no',
+    "evaluate": "tenfold evaluate demo --data python-reference --tasks perplexity speed memory\n"
+    "tenfold evaluate runs/quickstart/01-lora/adapter --tasks lm_eval:hellaswag --limit 100",
+    "export": "tenfold export runs/quickstart/01-lora/adapter --form merged --out runs/export",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed while working, 2 bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    quiet_upstream()
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
+    # Hub clients and tokenizers are chatty; what matters is on our own progress line.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return _dispatch(arguments)
+    except SystemExit as stop:  # tyro: 0 after --help, 2 after a wrong flag
+        return stop.code if isinstance(stop.code, int) else 2
+    except TenfoldError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted\n  -> give the same command again to go on from the last checkpoint")
+        return 1
+    except BrokenPipeError:  # `tenfold ls | head`
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        _complain(_unexpected(error))
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(tenfold.__version__)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb in MODEL_VERBS:
+        return _model_verb(verb, rest)
+    if verb not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, [*COMMANDS, *MODEL_VERBS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown verb {verb!r}{hint}", remedy="tenfold --help lists the verbs")
+    return _parse(COMMANDS[verb], verb, rest)
+
+
+def _overview() -> str:
+    lines = [f"tenfold {tenfold.__version__}: the life of an open-weight language model under a budget", "", "verbs:"]
+    for verb, command in COMMANDS.items():
+        lines.append(f"  {verb:<10}{(command.__doc__ or '').splitlines()[0].rstrip('.')}")
+    lines += [f"  {verb:<10}{summary}" for verb, (_, summary) in MODEL_VERBS.items()]
+    lines += ["", "examples:", *(f"  {EXAMPLES[verb].splitlines()[0]}" for verb in ("run", "adapt", "evaluate"))]
+    lines += ["", "`tenfold VERB --help` shows the flags of a verb; --debug anywhere shows tracebacks."]
+    return "\n".join(lines)
+
+
+def _parse(command: Callable[..., int], verb: str, arguments: list[str], note: str = "") -> int:
+    description = f"{(command.__doc__ or '').strip()}{note}\n\nexamples:\n" + "".join(
+        f"  {line}\n" for line in EXAMPLES[verb].splitlines()
+    )
+    return tyro.cli(command, prog=f"tenfold {verb}", description=description, args=arguments)
+
+
+def run(
+    recipe: Positional[Path],
+    out: Path | None = None,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Execute a recipe, or go on where it stopped.
+
+    Args:
+        recipe: YAML file with a model and stages.
+        out: the run folder; default runs/NAME-OF-THE-RECIPE.
+        set: change keys of the recipe: ``model=...``, ``seed=1``, ``lora.rank=4``.
+    """
+    return _execute(_read(recipe, set), out or Path("runs") / recipe.stem)
+
+
+def validate(
+    recipe: Positional[Path],
+    set: tuple[str, ...] = (),
+) -> int:
+    """Check a recipe and its data without loading a model.
+
+    Args:
+        recipe: YAML file with a model and stages.
+        set: change keys of the recipe, as in run.
+    """
+    from tenfold.pipeline.run import check
+
+    for line in check(_read(recipe, set)):
+        print(line)
+    print("valid")
+    return 0
+
+
+def estimate(
+    recipe: Positional[Path],
+    set: tuple[str, ...] = (),
+) -> int:
+    """Predict trainable parameters, memory and cache of a recipe from the model's configuration alone.
+
+    Args:
+        recipe: YAML file with a model and stages.
+        set: change keys of the recipe, as in run.
+    """
+    from tenfold.pipeline.estimate import estimate as predict
+
+    for step in predict(_read(recipe, set)):
+        _table(step.title, ("what", "value"), step.rows)
+    return 0
+
+
+def ls(folder: Positional[Path | None] = None) -> int:
+    """List the methods, or the runs in a folder.
+
+    Args:
+        folder: a folder of runs; without it the methods are listed.
+    """
+    if folder is None:
+        from tenfold.pipeline.stages import stages
+
+        rows = [(name, f"tenfold {stage.verb}", stage.summary) for name, stage in stages().items()]
+        _table(
+            "methods and stages (`use:` in a recipe, `--method` on the command line)", ("name", "verb", "what"), rows
+        )
+        return 0
+    from tenfold.pipeline.run import headline
+    from tenfold.report.load import load_run
+
+    found = sorted({path.parent for path in folder.glob("**/recipe.yaml")})
+    if not found:
+        raise ConfigError(f"{folder}: no run in it", remedy="give a folder that holds run folders, such as runs")
+    rows = []
+    for path in found:
+        _, summaries, _ = load_run(path)
+        figures = [
+            f"{name} {_number(before)} -> {_number(after)}" for name, before, after, _ in headline(summaries)[:1]
+        ]
+        rows.append((str(path), " ".join(summary.stage for summary in summaries), *(figures or [""])))
+    _table(f"runs in {folder}", ("run", "finished stages", "first figure"), rows)
+    return 0
+
+
+def compare(first: Positional[Path], second: Positional[Path]) -> int:
+    """Compare two runs: figures and configuration.
+
+    Args:
+        first: a run folder.
+        second: another.
+    """
+    from tenfold.report.compare import compare_configs, compare_runs, config_cells, metric_cells
+    from tenfold.report.load import load_run
+
+    a, b = load_run(first)[1], load_run(second)[1]
+    _table(f"figures: {first} against {second}", *metric_cells(compare_runs(a, b)))
+    differences = compare_configs(a, b)
+    if differences:
+        _table("what was set differently", *config_cells(differences))
+    return 0
+
+
+def env() -> int:
+    """Show versions and machine, for bug reports."""
+    from tenfold.pipeline.environment import environment
+
+    found = environment()
+    for key, value in {**found.pop("versions"), **found}.items():
+        print(f"{key:<14}{value}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": run,
+    "validate": validate,
+    "estimate": estimate,
+    "ls": ls,
+    "compare": compare,
+    "env": env,
+}
+
+
+def _model_verb(verb: str, arguments: list[str]) -> int:
+    """Parse the flags of the method's configuration and run a recipe of one stage."""
+    from pydantic import Field, create_model
+
+    from tenfold.config.recipe import ModelFields
+    from tenfold.pipeline.stages import stage, stages
+
+    methods = [name for name, found in stages().items() if found.verb == verb]
+    method, arguments = _take(arguments, "--method", MODEL_VERBS[verb][0])
+    if method not in methods:
+        raise ConfigError(f"--method: {method!r} is no method of {verb}", remedy=f"methods: {', '.join(methods)}")
+    source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")
+    model_class: Any = create_model("Model", __base__=ModelFields, model=(Positional[str], source))
+
+    def command(opened: Any, config: Any, out: Path | None = None) -> int:
+        values = {**opened.model_dump(), "stages": [{"use": method, **config.model_dump(exclude_unset=True)}]}
+        from tenfold.pipeline.recipe import resolve
+
+        plan = resolve(values, where=f"tenfold {verb}")
+        # The same command finds its own folder again; another one never writes over it.
+        settings = hashlib.sha256(plan.to_yaml().encode()).hexdigest()[:6]
+        return _execute(plan, out or Path("runs") / f"{method}-{settings}")
+
+    command.__annotations__ = {
+        "opened": OmitArgPrefixes[model_class],
+        "config": OmitArgPrefixes[stage(method).config_class()],
+        "out": Path | None,
+        "return": int,
+    }
+    command.__doc__ = f"{MODEL_VERBS[verb][1]}."
+    note = f"\n\n--method: {', '.join(methods)} (these flags are those of {method})" if len(methods) > 1 else ""
+    return _parse(command, verb, arguments, note)
+
+
+def _take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:
+    """The value of a flag, and the other arguments."""
+    for index, argument in enumerate(arguments):
+        if argument == flag:
+            if index + 1 == len(arguments):
+                raise ConfigError(f"{flag}: no value", remedy=f"write {flag} NAME")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
+    return default, arguments
+
+
+def _read(recipe: Path, changes: Sequence[str]) -> Any:
+    from tenfold.pipeline.recipe import read_recipe
+
+    return read_recipe(recipe, changes)
+
+
+def _execute(plan: Any, out: Path) -> int:
+    from rich.console import Console
+
+    from tenfold.pipeline.run import headline
+    from tenfold.pipeline.run import run as execute
+
+    console = Console(soft_wrap=True)
+    summaries = execute(plan, out, console)
+    for summary in summaries:
+        for sample in summary.samples:
+            console.rule(sample.prompt, align="left")
+            for subject, text in sample.outputs.items():
+                console.print(f"[{subject}] {text}", markup=False, highlight=False)
+        if summary.artefact:
+            console.print(f"{summary.stage}: {out / f'{summary.index:02d}-{summary.stage}' / summary.artefact}")
+    rows = [(name, _number(before), _number(after), unit) for name, before, after, unit in headline(summaries)]
+    if rows:
+        _table("what it bought", ("what", "before", "after", "unit"), rows)
+    console.print(f"report: {out / 'report.html'}", highlight=False)
+    return 0
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    Console(soft_wrap=False).print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def _complain(text: str) -> None:
+    sys.stdout.flush()
+    prefix = "\033[31merror:\033[0m" if sys.stderr.isatty() else "error:"
+    print(f"{prefix} {text}", file=sys.stderr)
+
+
+def _unexpected(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if "out of memory" in text.lower() or "can't allocate memory" in text:
+        return f"{text.splitlines()[0]}\n  -> lower batch_size (raise accumulate instead) or max_length"
+    return f"{text}\n  -> this is a bug: --debug shows the traceback, `tenfold env` what to report with it"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

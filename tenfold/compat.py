@@ -1,0 +1,29 @@
+"""The only place that looks at what versions of other libraries have and lack."""
+
+from __future__ import annotations
+
+import warnings
+
+UPSTREAM_WARNINGS = (
+    # peft 0.21.2 reads a property that transformers 5.23 renamed (2026-11): nobody who sees it can mend it.
+    (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
+)
+"""Warnings that one library raises about another: category and the beginning of the message."""
+
+
+def quiet_upstream() -> None:
+    """Hide the warnings of `UPSTREAM_WARNINGS`; the command line calls it, importing the package changes nothing."""
+    for category, message in UPSTREAM_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+
+
+def activation_checkpointing(enabled: bool) -> dict[str, bool]:
+    """The argument of transformers' TrainingArguments, renamed in 5.2x; none when it is off, which is the default."""
+    if not enabled:
+        return {}
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return {next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names): True}

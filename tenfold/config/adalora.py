@@ -1,0 +1,109 @@
+"""AdaLoRA: one budget of rank for the whole model, moved to the matrices that use it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.training import TrainingFields
+
+
+def _check_span(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError("give steps (an integer, 0 or more) or a share of all steps (below 1)")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError(f"a share of the steps is below 1; for steps write the integer {int(value)}")
+    return value
+
+
+Span = Annotated[int | float, BeforeValidator(_check_span)]
+"""A number of optimizer steps: an integer counts them, a float below 1 is a share of all."""
+
+Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+class AdaLoraConfig(TrainingFields):
+    """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512).
+
+    The update of a matrix is ``alpha / initial_rank * P @ diag(lambda) @ Q``. Training starts above the budget and
+    takes singular triplets (a column of P, a lambda, a row of Q) away from matrices that do not use them. Sections,
+    equations and tables below are the paper's.
+    """
+
+    budget: BudgetText | None = None
+    """Trainable parameters left at the end: a share of all parameters of the model (``0.4%``), a count (``300k``), or
+    bytes of the exported adapter in fp32 (``2MiB``). A triplet costs ``in_features + out_features``. Never exceeded."""
+    rank: Annotated[float, Field(gt=0)] | None = None
+    """Mean rank left at the end, :math:`b^{(T)}/n` (section 3.3); give this or ``budget``. Default: 8."""
+    initial_rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank of every matrix at the start, :math:`b^{(0)}/n`. Default: 1.5 times the final mean rank, rounded up
+    (section 4: "the initial budget is 1.5 times the final budget")."""
+    min_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank that no matrix falls below. The paper has none."""
+    max_rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank that no matrix exceeds once shrinking begins. Default: ``initial_rank``, as in the paper."""
+    allocate_by: Literal["count", "parameters"] | None = None
+    """What the budget counts: triplets, ranked by score (the paper), or parameters, ranked by score per parameter.
+    Default: ``parameters`` with ``budget`` (only so can it never be exceeded), ``count`` with ``rank``."""
+    tinit: Span = 0.1
+    """:math:`t_i`, steps at the initial budget. Table 8 to 12: 4 to 18 % of the steps."""
+    tfinal: Span = 0.5
+    """:math:`t_f`, steps at the final budget with the mask fixed; 1 or more. Table 8 to 12: 44 to 63 % of the steps."""
+    interval: Span = 0.005
+    r""":math:`\Delta_T`, steps between two allocations while shrinking; at least 1. Table 8 to 12: 1 to 100 steps."""
+    beta1: Beta = 0.85
+    r""":math:`\beta_1` of the sensitivity (equation 9; appendix C: 0.85)."""
+    beta2: Beta | None = 0.85
+    r""":math:`\beta_2` of the uncertainty (equation 10; appendix C: 0.85). ``null``: rank by sensitivity alone, which
+    very large batches need, because the uncertainty of a noiseless gradient tends to zero."""
+    gamma: Annotated[float, Field(ge=0)] = 0.1
+    r""":math:`\gamma` of the orthogonality penalty (equation 4; Table 8 to 12: 0.1, 0.3 or 0.5)."""
+    orthogonality: Literal["mean_norm", "sum_squared"] = "mean_norm"
+    """``mean_norm``: the mean of un-squared norms, which the published code minimises and every published gamma was
+    tuned for. ``sum_squared``: the sum of squared norms, which the paper prints (equation 4)."""
+    init: Literal["normal", "orthonormal"] = "normal"
+    """P and Q at the start: normal with standard deviation 0.02 (the published code), or orthonormal, where the
+    penalty starts at zero at every width. Lambda starts at zero: the model is unchanged."""
+    importance: Literal["full", "light"] = "full"
+    """``full``: score all entries of a triplet (equation 7). ``light``: score lambda alone, at a fraction of the time
+    and memory; it keeps nearly the same triplets."""
+    sensitivity_at: Literal["after", "before"] = "after"
+    """Weights from after the optimizer step (the published code) or from before it (algorithm 1)."""
+    shrink: bool = True
+    """Really remove the dropped triplets, and what the optimizer remembers of them, once the mask is fixed."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of the update before division by ``initial_rank``. Default: twice ``initial_rank``."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
+    regular expressions that match whole names; each must match something. Section 4: all linear layers."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.rank is not None and self.budget is not None:
+            raise ValueError("rank and budget both set the size of the adapter; give one")
+        if self.budget is not None and parse_budget(self.budget).unit not in ("share", "count", "bytes"):
+            raise ValueError(
+                f"budget: an adapter spends parameters or bytes, not {parse_budget(self.budget).unit}: write 0.4%, "
+                "300k or 2MiB"
+            )
+        if self.rank is not None and self.initial_rank is not None and self.rank > self.initial_rank:
+            raise ValueError(f"rank: {self.rank:g} at the end is above initial_rank {self.initial_rank}")
+        if self.rank is not None and self.min_rank > self.rank:
+            raise ValueError(f"min_rank: {self.min_rank} for every matrix is above the mean rank {self.rank:g}")
+        if self.max_rank is not None and self.max_rank < max(self.min_rank, self.rank or 0):
+            raise ValueError(
+                f"max_rank: {self.max_rank} is below min_rank {self.min_rank} or the mean rank {self.rank}"
+            )
+        if self.tfinal == 0:
+            raise ValueError(
+                "tfinal: 0 would end training above the budget; give 1 step or more, or a share such as 0.5"
+            )
+        if isinstance(self.tinit, float) and isinstance(self.tfinal, float) and self.tinit + self.tfinal >= 1:
+            raise ValueError(
+                f"tinit {self.tinit:g} and tfinal {self.tfinal:g} leave no steps to shrink in; keep the sum below 1"
+            )
+        return self

@@ -1,0 +1,48 @@
+"""What to measure, and on what."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tenfold.config.data import DataFields
+
+TASKS = ("perplexity", "speed", "memory", "multiple_choice", "question_answering")
+
+
+class EvaluateConfig(DataFields):
+    """Measure the model that the stages so far have made, beside the one that the recipe started from.
+
+    ``data`` is by default that of the stage before, of which the held-out share is used.
+    """
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("perplexity", "speed", "memory")
+    """``perplexity``, ``speed``, ``memory``, ``multiple_choice``, ``question_answering``, or ``lm_eval:NAME`` for a
+    task of lm-evaluation-harness."""
+    split: Literal["all", "held-out"] = "all"
+    """Which rows of ``data`` are measured; ``held-out`` by default where an earlier stage read the same data."""
+    baseline: bool = True
+    """Also measure the model that the recipe started from, and compare token by token."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens in one window of the perplexity. Default: 1024, or what the model can read if that is less."""
+    stride: Annotated[int, Field(ge=1)] | None = None
+    """Tokens by which the window moves. Default: half of ``max_length``."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Sequences per forward pass."""
+    prompt_tokens: Annotated[int, Field(ge=1)] = 512
+    """Length of the prompt whose prefill is timed."""
+    new_tokens: Annotated[int, Field(ge=2)] = 32
+    """Tokens whose decoding is timed."""
+    repeats: Annotated[int, Field(ge=1)] = 5
+    """Timed repeats, after one warm-up; the models alternate."""
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> Self:
+        for task in self.tasks:
+            if task not in TASKS and not re.fullmatch(r"lm_eval:\S+", task):
+                raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)} or lm_eval:NAME")
+        if self.stride is not None and self.max_length is not None and self.stride >= self.max_length:
+            raise ValueError(f"stride {self.stride} is not below max_length {self.max_length}")
+        return self

@@ -1,0 +1,39 @@
+"""A recipe: one model and the stages it goes through."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tenfold.config.base import Config
+
+
+class ModelFields(Config):
+    """Which model, and how it is opened."""
+
+    model: str
+    """``demo`` (the embedded SmolLM2-135M-Instruct), a hub id, a folder, a GGUF file, or ``tiny:llama``."""
+    task: Literal["causal", "seq2seq", "classification", "reward"] = "causal"
+    """What the model's head is for."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Default: float32 on CPU, the checkpoint's own on a GPU."""
+    device: str | None = None
+    """``cpu``, ``cuda``, ``cuda:1``. Default: a GPU where there is one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models whose code you have read."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random choice follows from it."""
+
+
+class Recipe(ModelFields):
+    """What ``tenfold run`` executes.
+
+    >>> Recipe.parse({"model": "demo", "stages": [{"use": "lora", "data": "python-reference"}]}, "example").model
+    'demo'
+    """
+
+    stages: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    """Each stage: ``use`` names the method, the other keys are those of its configuration."""

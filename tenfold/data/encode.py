@@ -1,0 +1,267 @@
+"""From rows to token examples, with every cut counted."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tenfold.data.rows import Chat, Completion, Row, Text
+from tenfold.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""The label of a token that is context only, as torch's cross-entropy and transformers have it."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token examples and what became of the rows.
+
+    Args:
+        examples: ``{"input_ids": [...], "labels": [...]}`` each; a label of -100 is not learned. The first token of an
+            example is never learned, since nothing precedes it.
+        rows: rows given.
+        tokens: tokens in ``examples``.
+        trained_tokens: labels other than -100.
+        truncated_rows: rows that lost tokens because they were longer than ``max_length``.
+        tokens_cut: the tokens they lost.
+        left_out: rows of which nothing to learn remained.
+        notes: sentences for the report.
+    """
+
+    examples: list[dict[str, list[int]]]
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated_rows: int
+    tokens_cut: int
+    left_out: int
+    notes: tuple[str, ...]
+
+    @property
+    def sequences(self) -> int:
+        """How many examples there are."""
+        return len(self.examples)
+
+
+def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int, packing: bool, chat: bool | None = None) -> Encoded:
+    """Turn rows of text, completions or conversations into token examples.
+
+    * Text: every token is learned. An end-of-text token follows each row.
+    * Completion: only the completion and what ends it are learned. Prompt and completion are tokenised apart, as they
+      are when the model is used; with a chat template they are a turn of the user and one of the assistant.
+    * Chat: only the assistant's turns are learned.
+
+    With ``packing``, rows of text are joined and cut into sequences of ``max_length``; the last, shorter one is kept,
+    so no token is lost. Attention then crosses the borders of rows within a sequence: the end-of-text token marks them,
+    and no document mask is used. Rows of other kinds are never packed. Without packing, what is longer than
+    ``max_length`` loses its end.
+
+    Args:
+        rows: rows of one of these kinds.
+        tokenizer: a transformers tokenizer.
+        max_length: tokens per sequence, 3 or more.
+        packing: join rows of text.
+        chat: whether completions use the chat template; by default where the tokenizer has one.
+
+    Raises:
+        DataError: for rows of other kinds, or when nothing to learn remains.
+        ModelError: when the tokenizer lacks an end-of-text token, or conversations need a chat template it lacks.
+
+    Example:
+        >>> encode(rows, tokenizer, max_length=512, packing=True).trained_tokens  # doctest: +SKIP
+        81234
+    """
+    if max_length < 3:
+        raise DataError(f"max_length: {max_length} leaves too little to predict", remedy="give 3 or more")
+    if not rows:
+        raise DataError("no rows to encode", remedy="give at least one row")
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ModelError("the tokenizer has no end-of-text token", remedy="set tokenizer.eos_token")
+    pairs = [_tokens(row, tokenizer, eos, chat) for row in rows]
+    if packing and isinstance(rows[0], Text):
+        examples = _pack([ids for ids, _ in pairs], max_length)
+        return _count(rows, examples, truncated=0, cut=0, left_out=0)
+    examples, cuts, left_out = [], [], 0
+    for ids, learned in pairs:
+        if len(ids) > max_length:
+            cuts.append(len(ids) - max_length)
+        example = _example(ids[:max_length], learned[:max_length])
+        if any(label != IGNORED for label in example["labels"]):
+            examples.append(example)
+        else:
+            left_out += 1
+    return _count(rows, examples, truncated=len(cuts), cut=sum(cuts), left_out=left_out)
+
+
+def _count(
+    rows: Sequence[Row], examples: list[dict[str, list[int]]], *, truncated: int, cut: int, left_out: int
+) -> Encoded:
+    if not examples:
+        raise DataError(
+            f"none of the {len(rows)} rows has a token to learn within max_length", remedy="raise max_length"
+        )
+    notes = []
+    if truncated:
+        notes.append(f"{truncated} of {len(rows)} rows were longer than max_length and lost {cut} tokens at their end.")
+    if left_out:
+        notes.append(f"{left_out} of {len(rows)} rows were left out: nothing to learn stood within max_length.")
+    return Encoded(
+        examples=examples,
+        rows=len(rows),
+        tokens=sum(len(example["input_ids"]) for example in examples),
+        trained_tokens=sum(label != IGNORED for example in examples for label in example["labels"]),
+        truncated_rows=truncated,
+        tokens_cut=cut,
+        left_out=left_out,
+        notes=tuple(notes),
+    )
+
+
+def _example(ids: list[int], learned: list[bool]) -> dict[str, list[int]]:
+    labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
+    return {"input_ids": ids, "labels": [IGNORED, *labels[1:]]}
+
+
+def _pack(documents: list[list[int]], max_length: int) -> list[dict[str, list[int]]]:
+    stream = [token for ids in documents for token in ids]
+    borders = [*range(0, len(stream), max_length), len(stream)]
+    if len(borders) > 2 and borders[-1] - borders[-2] == 1:
+        # A sequence of one token has nothing to predict and its mean loss is NaN: lend it one of its neighbour's.
+        borders[-2] -= 1
+    pieces = [stream[start:end] for start, end in itertools.pairwise(borders)]
+    return [_example(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
+
+
+def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None) -> tuple[list[int], list[bool]]:
+    """The tokens of a row and which of them are to be learned."""
+    if isinstance(row, Text):
+        ids = _plain(tokenizer, row.text, special=True)
+        ids = ids if ids[-1:] == [eos] else [*ids, eos]
+        return ids, [True] * len(ids)
+    if isinstance(row, Completion):
+        if tokenizer.chat_template is not None if chat is None else chat:
+            turns = ({"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion})
+            return _conversation(Chat(row.id, turns), tokenizer)
+        prompt = _plain(tokenizer, row.prompt, special=True)
+        prompt = prompt[:-1] if prompt[-1:] == [eos] else prompt
+        answer = [*_plain(tokenizer, row.completion, special=False), eos]
+        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+    if isinstance(row, Chat):
+        return _conversation(row, tokenizer)
+    raise DataError(
+        f"row {row.id!r} is a {type(row).__name__.lower()} row, which has no text to continue",
+        remedy="give rows of text, completions or conversations",
+    )
+
+
+def _plain(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    # verbose=False: longer than the model's context is expected here, and cut or packed below.
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def _conversation(row: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    template = require_chat_template(tokenizer)
+    messages = list(row.messages)
+    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        rendered = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
+        )
+        return list(rendered["input_ids"]), [bool(flag) for flag in rendered["assistant_masks"]]
+    ids: list[int] = []
+    learned: list[bool] = []
+    for piece, learn in _pieces(row, tokenizer):
+        tokens = _plain(tokenizer, piece, special=False)
+        ids += tokens
+        learned += [learn] * len(tokens)
+    return ids, learned
+
+
+def _pieces(row: Chat, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The rendered conversation in order, divided into what the assistant wrote and the rest.
+
+    What the template adds when it renders one more assistant message, beyond the header that asks for it, is that
+    message. This holds for templates that only append; others are refused.
+    """
+    messages = list(row.messages)
+
+    def render(count: int, ask: bool) -> str:
+        text: str = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
+        return text
+
+    full = render(len(messages), ask=False)
+    done = 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(index, ask=True) if index else ""
+        after = render(index + 1, ask=False)
+        if not (full.startswith(after) and after.startswith(before)):
+            raise DataError(
+                f"row {row.id!r}: the chat template writes message {index + 1} differently once others follow, so the "
+                "assistant's words cannot be told apart",
+                remedy="end each conversation with its first assistant turn, or use a template with {% generation %}",
+            )
+        yield full[done : len(before)], False
+        yield full[len(before) : len(after)], True
+        done = len(after)
+    yield full[done:], False
+
+
+def require_chat_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template.
+
+    Raises:
+        ModelError: when it has none.
+    """
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "this tokenizer has no chat template",
+            remedy="use an instruction-tuned model, set tokenizer.chat_template, or do without it (chat: false)",
+        )
+    template: str = tokenizer.get_chat_template()
+    return template
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token to fill batches with: the tokenizer's own, else its end-of-text token, which is masked either way."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def collate(examples: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch, padded on the right; with ``functools.partial(collate, pad_id=...)`` a Trainer's ``data_collator``.
+
+    Args:
+        examples: as ``encode`` makes them.
+        pad_id: the token to fill with.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels`` (-100 on padding), each ``[batch, tokens]``, int64.
+
+    >>> collate([{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7], "labels": [-100]}], pad_id=0)["labels"]
+    tensor([[-100,    6],
+            [-100, -100]])
+    """
+    import torch
+
+    length = max(len(example["input_ids"]) for example in examples)
+    rows = [(example["input_ids"], example["labels"], length - len(example["input_ids"])) for example in examples]
+    return {
+        "input_ids": torch.tensor([ids + [pad_id] * short for ids, _, short in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * short for ids, _, short in rows]),
+        "labels": torch.tensor([labels + [IGNORED] * short for _, labels, short in rows]),
+    }

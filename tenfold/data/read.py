@@ -1,0 +1,287 @@
+"""One reader for every source: files, folders, hub data sets and the Python reference become typed rows."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, overload
+
+from tenfold.config.data import Kind
+from tenfold.data.check import build, kind_of, unknown_kind, wrong
+from tenfold.data.rows import OUR_COLUMNS, Classification, Row, content
+from tenfold.data.sources import Record, open_source
+from tenfold.errors import ConfigError, DataError
+
+_TRAIN = "train"
+_TUNE = ("dev", "valid", "validation", "val")
+_TEST = ("test", "eval")
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """An immutable sequence of rows of one kind.
+
+    Args:
+        items: the rows.
+        kind: what each of them is.
+        source: what was read, as the user named it.
+        notes: sentences a reader of the results must know: rows left out, splits chosen.
+        splits: each row's own ``split`` column, or None.
+
+    >>> rows = read_rows("python-reference")
+    >>> rows.kind, rows[0].id
+    ('text', 'assert')
+    """
+
+    items: tuple[Row, ...]
+    kind: Kind
+    source: str
+    notes: tuple[str, ...] = ()
+    splits: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> Row | Rows:
+        if isinstance(index, slice):
+            return replace(self, items=self.items[index], splits=self.splits and self.splits[index])
+        return self.items[index]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of ids, splits and contents in order: the same rows hash alike from JSONL, CSV, Parquet or .gz."""
+        digest = hashlib.sha256(self.kind.encode())
+        for row, split in zip(self.items, self.splits or itertools.repeat("")):  # noqa: B905  repeat has no end
+            digest.update(f"\n{row.id}\t{split}\t{content(row)}".encode())
+        return digest.hexdigest()
+
+    def split(self, holdout: float) -> tuple[Rows, Rows]:
+        """Training and held-out rows.
+
+        Where the rows say themselves to which split they belong (``train`` and ``dev``/``valid``/``test``), that is
+        kept and a note says so. Otherwise a row is held out when the hash of its id falls below ``holdout``: the choice
+        needs no seed and stays the same when rows are added or reordered.
+
+        Args:
+            holdout: share of the rows to hold out, between 0 and 1.
+
+        Raises:
+            DataError: when one side would be empty; the remedy names a share that works.
+
+        >>> train, heldout = read_rows("python-reference").split(0.1)
+        >>> len(train) > len(heldout) > 0
+        True
+        """
+        if not 0 < holdout < 1:
+            raise ConfigError(f"holdout: {holdout} is not between 0 and 1", remedy="give a share such as 0.1")
+        own = self._own_split()
+        if own is not None:
+            held, note = own
+        else:
+            hashes = [hash_share(row.id) for row in self.items]
+            held, note = [h < holdout for h in hashes], ""
+            if len(set(held)) < 2:
+                raise self._one_sided(hashes, holdout)
+        return self._subset([not h for h in held], note), self._subset(held, note)
+
+    def _own_split(self) -> tuple[list[bool], str] | None:
+        """Which rows are held out by their own split column, with a note; None where it cannot divide the rows."""
+        if self.splits is None or len(set(self.splits)) < 2:
+            return None
+        names = list(dict.fromkeys(self.splits))
+        train = [_TRAIN] if _TRAIN in names else [name for name in names if name in _TUNE]
+        rest = [name for name in names if name not in train]
+        if not train or not rest:
+            return None
+        note = (
+            f"The rows' own split column decides: trained on {', '.join(train)}, held out {', '.join(rest)}; "
+            "the setting holdout is not used."
+        )
+        return [split not in train for split in self.splits], note
+
+    def _subset(self, keep: list[bool], note: str) -> Rows:
+        return replace(
+            self,
+            items=tuple(itertools.compress(self.items, keep)),
+            splits=self.splits and tuple(itertools.compress(self.splits, keep)),
+            notes=(*self.notes, note) if note else self.notes,
+        )
+
+    def _one_sided(self, hashes: list[float], holdout: float) -> DataError:
+        if len(self) < 2:
+            return DataError(
+                f"{self.source}: has {len(self)} row, which cannot be split into training and held-out text",
+                remedy="give two rows or more: one document per line of a .jsonl file, or per file of a folder",
+            )
+        low, high = sorted(hashes)[0], sorted(hashes)[-1]
+        empty, bound = ("held-out", f"above {low:.4f}") if holdout <= low else ("training", f"below {high:.4f}")
+        return DataError(
+            f"{self.source}: none of its {len(self)} rows is a {empty} row with holdout {holdout}",
+            remedy=f"give a holdout {bound}, more rows, or rows with a column split (train, test)",
+        )
+
+
+def hash_share(key: str) -> float:
+    """Where in [0, 1) a key falls, evenly and for ever the same.
+
+    >>> round(hash_share("a"), 4)
+    0.2899
+    """
+    return int(hashlib.sha256(f"tenfold-v1|{key}".encode()).hexdigest()[:8], 16) / 2**32
+
+
+def read_rows(
+    source: str,
+    *,
+    rows: Kind | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> Rows:
+    """Read typed rows from any source, checking each; imports neither torch nor transformers.
+
+    Args:
+        source: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt; all but Parquet also .gz; a text file is one row), a
+            folder of text files (a file is a row), ``hub:user/name``, ``hub:user/name:split`` or
+            ``hub:user/name:config/split``, or ``python-reference``.
+        rows: what a row is; by default told from the columns of the first one, by the table in ``tenfold.data.rows``.
+        columns: our column name -> the source's, e.g. ``{"prompt": "question"}``.
+        limit: read at most this many rows.
+
+    Returns:
+        The rows. Ids are the source's own, or a hash of the content, so that they survive reordering. Rows without an
+        id that repeat an earlier one word for word are left out and counted in ``notes``.
+
+    Raises:
+        DataError: naming file, line, column, the row, what was expected and what to do.
+        ConfigError: when ``columns`` names a column that no kind of row has.
+
+    >>> read_rows("python-reference", limit=3).kind
+    'text'
+    """
+    columns = dict(columns or {})
+    _check_columns(columns)
+    opened = open_source(source)
+    reading = _Reading(kind=rows)
+    for record in itertools.islice(opened.records, limit):
+        values = _rename(record, columns)
+        if not opened.editable and _is_blank_text(values):
+            reading.blank += 1
+            continue
+        reading.add(record, values)
+    if reading.kind is None or not reading.items:
+        raise DataError(f"{source}: has no rows", remedy="give a file with at least one row")
+    return Rows(
+        items=tuple(reading.items),
+        kind=reading.kind,
+        source=source,
+        notes=opened.notes + reading.notes(source),
+        splits=reading.own_splits(),
+    )
+
+
+class _Reading:
+    """What has been read so far, and the checks that need more than one row."""
+
+    def __init__(self, kind: Kind | None) -> None:
+        self.kind = kind
+        self.items: list[Row] = []
+        self.splits: list[Any] = []
+        self.repeated: list[str] = []
+        self.blank = 0
+        self._seen: dict[str, tuple[str, bool]] = {}
+        self._first_label: tuple[type, str] | None = None
+
+    def add(self, record: Record, values: dict[str, Any]) -> None:
+        if self.kind is None:
+            self.kind = kind_of(values)
+            if self.kind is None:
+                raise unknown_kind(record, values)
+        row = build(self.kind, record, values)
+        own_id = values.get("id") is not None
+        if row.id in self._seen:
+            place, other_own = self._seen[row.id]
+            if not own_id and not other_own:
+                self.repeated.append(record.place)
+                return
+            raise wrong(
+                record,
+                "id",
+                f"{row.id!r} was already used at {place}",
+                remedy="give each row an id of its own, or none",
+            )
+        self._seen[row.id] = (record.place, own_id)
+        if isinstance(row, Classification):
+            self._check_label(row, record)
+        self.items.append(row)
+        self.splits.append(values.get("split"))
+
+    def _check_label(self, row: Classification, record: Record) -> None:
+        kind = str if isinstance(row.label, str) else float
+        if self._first_label is None:
+            self._first_label = (kind, record.place)
+        elif kind is not self._first_label[0]:
+            names = {str: "a name", float: "a number"}
+            raise wrong(
+                record,
+                "label",
+                f"{row.label!r} is {names[kind]}, but it is {names[self._first_label[0]]} at {self._first_label[1]}",
+                remedy="write all labels as names, or all as numbers",
+            )
+
+    def notes(self, source: str) -> tuple[str, ...]:
+        notes = []
+        if self.repeated:
+            notes.append(
+                f"{source}: {len(self.repeated)} rows without an id repeat an earlier row word for word and were left "
+                f"out (first: {self.repeated[0]})."
+            )
+        if self.blank:
+            notes.append(f"{source}: {self.blank} rows with empty text were left out.")
+        if self.splits and any(self.splits) and self.own_splits() is None:
+            notes.append(f"{source}: the column split holds other values than train, dev, valid, test; it is not used.")
+        return tuple(notes)
+
+    def own_splits(self) -> tuple[str, ...] | None:
+        known = {_TRAIN, *_TUNE, *_TEST}
+        return tuple(self.splits) if all(isinstance(s, str) and s in known for s in self.splits) else None
+
+
+def _check_columns(columns: dict[str, str]) -> None:
+    for ours in columns:
+        if ours not in OUR_COLUMNS:
+            near = difflib.get_close_matches(ours, OUR_COLUMNS, n=1)
+            swapped = " (our name comes first, then yours)" if columns[ours] in OUR_COLUMNS else ""
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"columns: {ours!r} is no column of any kind of row{hint}{swapped}",
+                remedy=f"ours are: {', '.join(OUR_COLUMNS)}",
+            )
+
+
+def _rename(record: Record, columns: dict[str, str]) -> dict[str, Any]:
+    """The record under our column names; a column that the user mapped to a name no longer counts under its own."""
+    taken = set(columns.values())
+    values = {name: value for name, value in record.values.items() if name not in taken and name not in columns}
+    for ours, theirs in columns.items():
+        if theirs not in record.values:
+            near = difflib.get_close_matches(theirs, list(record.values), n=1)
+            raise wrong(
+                record,
+                theirs,
+                f"missing, though columns: {{{ours}: {theirs}}} names it",
+                remedy=f"columns: {{{ours}: {near[0]}}}" if near else f"the row has: {', '.join(record.values)}",
+            )
+        values[ours] = record.values[theirs]
+    return values
+
+
+def _is_blank_text(values: Mapping[str, Any]) -> bool:
+    return kind_of(values) == "text" and isinstance(values["text"], str) and not values["text"].strip()

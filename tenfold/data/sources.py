@@ -1,0 +1,284 @@
+"""From a file, folder, hub id or ``python-reference`` to raw records, each knowing the place it came from.
+
+Nothing here knows what a row means; torch is never imported, so that data is checked before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tenfold.data.python_reference import python_reference
+from tenfold.errors import DataError
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXT_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One raw row.
+
+    Args:
+        place: where it stands, as an error should name it ("train.jsonl, line 7").
+        values: its columns.
+        flat: whether every value is text because the format has nothing else (CSV, TSV).
+    """
+
+    place: str
+    values: Mapping[str, Any]
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Raw records and what a reader must be told about how they were obtained.
+
+    ``editable`` is False where the user cannot mend a row (hub data sets).
+    """
+
+    records: Iterable[Record]
+    notes: tuple[str, ...] = ()
+    editable: bool = True
+
+
+def open_source(source: str) -> Source:
+    """The records of ``source``; files are read as they are consumed.
+
+    Raises:
+        DataError: when there is no such file, its format is unknown, or it cannot be read.
+    """
+    if source == "python-reference":
+        topics, notes = python_reference()
+        return Source([Record(f"topic {name!r}", {"id": name, "text": text}) for name, text in topics.items()], notes)
+    if source.startswith("hub:"):
+        return _hub(source)
+    path = Path(source)
+    if path.is_dir():
+        return Source(_folder(path))
+    if not path.exists():
+        raise _no_such_file(path)
+    packed = path.suffix.lower() == ".gz"
+    suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
+    if suffix in TEXT_SUFFIXES:
+        return Source(_text_files([path], path.parent))
+    if suffix == ".jsonl":
+        return Source(_jsonl(path))
+    if suffix == ".json":
+        return Source(_json(path))
+    if suffix in (".csv", ".tsv"):
+        return Source(_csv(path, "\t" if suffix == ".tsv" else ","))
+    if suffix == ".parquet" and not packed:
+        return Source(_parquet(path))
+    raise DataError(
+        f"{path}: unknown kind of file {''.join(path.suffixes[-2:])!r}",
+        remedy=f"give one of {', '.join(FILE_SUFFIXES)} (all but .parquet also .gz), a folder, or hub:user/name",
+    )
+
+
+def _no_such_file(path: Path) -> DataError:
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    if near:
+        remedy = f"did you mean {path.parent / near[0]}?"
+    else:
+        remedy = "give a file, a folder, hub:user/name (a data set of the Hugging Face hub) or python-reference"
+    return DataError(f"{path}: no such file or folder", remedy=remedy)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    r"""The lines of a UTF-8 file with their ends; only ``\n`` ends a line, so that numbers agree with editors.
+
+    Raises:
+        DataError: when it is not UTF-8 or cannot be read, naming the line.
+    """
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}, byte {error.start + 1}: not UTF-8 (byte 0x{error.object[error.start]:02x})",
+            remedy=f"convert it: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
+        ) from None
+    except (OSError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(
+            f"{path}, after line {number}: cannot be read: {reason}", remedy="copy the file again and check its rights"
+        ) from None
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{place}, column {error.colno}: malformed JSON: {error.msg}\n  row: {shorten(line.strip())}",
+                remedy="one complete JSON object per line",
+            ) from None
+        yield Record(place, _object(values, place))
+
+
+def _json(path: Path) -> Iterator[Record]:
+    text = "".join(_lines(path))
+    if not text.strip():
+        return
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = error.msg == "Extra data"
+        raise DataError(
+            f"{path}, line {error.lineno}, column {error.colno}: malformed JSON: {error.msg}\n"
+            f"  text: {shorten(text.splitlines()[error.lineno - 1].strip())}",
+            remedy="one object per line is the format .jsonl: rename the file" if lines else "a JSON list of objects",
+        ) from None
+    if not isinstance(values, list):
+        raise DataError(
+            f"{path}: holds {_json_type(values)}, expected a list of objects",
+            remedy='write [{"text": "..."}, ...], or one object per line in a .jsonl file',
+        )
+    for number, value in enumerate(values, start=1):
+        place = f"{path}, row {number}"
+        yield Record(place, _object(value, place))
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{place}: holds {_json_type(value)}, expected an object\n  row: {shorten(json.dumps(value))}",
+            remedy='write {"text": "..."}',
+        )
+    return value
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[Record]:
+    # The module's limit of 128 KiB per field is a process-wide setting: lift it for this read only.
+    limit = csv.field_size_limit(2**31 - 1)
+    start = 1
+    try:
+        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        for fields in reader:
+            place = f"{path}, line {start}"
+            start = reader.line_num + 1
+            if not fields:
+                continue
+            if header is None:
+                header = _header(fields, place)
+            elif len(fields) != len(header):
+                raise DataError(
+                    f"{place}: {len(fields)} fields, but the header names {len(header)} ({', '.join(header)})\n"
+                    f"  row: {shorten(delimiter.join(fields))}",
+                    remedy=f'put fields that hold {delimiter!r} or a newline in double quotes; write " inside as ""',
+                )
+            else:
+                yield Record(place, dict(zip(header, fields, strict=True)), flat=True)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {start}: malformed {path.suffixes[0][1:].upper()}: {error}",
+            remedy='close every double quote, and write " inside a quoted field as ""',
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(fields: list[str], place: str) -> list[str]:
+    names = [name.strip() for name in fields]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or "" in names:
+        wrong = f"names {twice[0]!r} twice" if twice else "has a column without a name"
+        raise DataError(f"{place}: the header {wrong}", remedy="the first line names each column once, e.g. text,label")
+    return names
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{path}, row {number}", values)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}, after row {number}: not readable as Parquet: {str(error).splitlines()[0]}",
+            remedy="copy the file again, or write it anew with pandas or pyarrow",
+        ) from None
+
+
+def _folder(path: Path) -> Iterator[Record]:
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file()
+        and (Path(file.stem) if file.suffix.lower() == ".gz" else file).suffix.lower() in TEXT_SUFFIXES
+    )
+    if not files:
+        raise DataError(
+            f"{path}: no text files in this folder or below it",
+            remedy=f"text files end in {', '.join(TEXT_SUFFIXES)}; name other files one by one",
+        )
+    yield from _text_files(files, path)
+
+
+def _text_files(files: Iterable[Path], root: Path) -> Iterator[Record]:
+    for file in files:
+        yield Record(str(file), {"id": file.relative_to(root).as_posix(), "text": "".join(_lines(file))})
+
+
+def _hub(source: str) -> Source:
+    """``hub:user/name``, ``hub:user/name:split`` or ``hub:user/name:config/split``."""
+    name, _, rest = source.removeprefix("hub:").partition(":")
+    config, _, split = rest.rpartition("/")
+    if not name:
+        raise DataError(f"{source}: names no data set", remedy="write hub:user/name or hub:user/name:config/split")
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, config or None, split=split or None)
+    except Exception as error:  # the hub's client raises its own, requests', httpx' and datasets' errors
+        raise DataError(
+            f"{source}: cannot be loaded: {type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}",
+            remedy="check the name and the network, or download the data and name the file",
+        ) from error
+    notes: tuple[str, ...] = ()
+    if isinstance(data, Mapping):
+        split = "train" if "train" in data else next(iter(data))
+        if len(data) > 1:
+            others = ", ".join(sorted(set(data) - {split}))
+            notes = (f"{source} has several splits: read {split}, left {others}.",)
+        data = data[split]
+    records = (
+        Record(f"{source}, row {number}", values) for number, values in zip(itertools.count(1), data, strict=False)
+    )
+    return Source(records, notes, editable=False)
+
+
+def shorten(text: str, width: int = 160) -> str:
+    """At most ``width`` characters of ``text``, with dots where something is left out.
+
+    >>> shorten("abcdefgh", 6)
+    'abc...'
+    """
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,117 @@
+"""Text from a model: batched, greedy unless asked otherwise, and the same for every batch size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from tenfold.data.encode import pad_id, require_chat_template
+from tenfold.errors import ConfigError
+from tenfold.evaluate.inference import evaluating, input_device
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    chat: bool | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> list[str]:
+    """Continue each prompt.
+
+    Decoding is plain: greedy at temperature 0, else sampling from the whole distribution. The model's own defaults for
+    top-k, top-p and repetition penalties are not used, so that models can be compared. The global random state is left
+    as it was.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: what to continue; with a chat template, what the user says.
+        max_new_tokens: stop after this many tokens, or at the end of the turn.
+        temperature: 0 for greedy.
+        chat: whether to use the chat template; by default where the tokenizer has one.
+        seed: of the sampling.
+        batch_size: prompts at once, padded on the left.
+
+    Returns:
+        The new text of each prompt, special tokens left out.
+
+    Raises:
+        ModelError: when ``chat`` is true and the tokenizer has no chat template.
+
+    Example:
+        >>> generate(model, tokenizer, ["What is a generator?"])  # doctest: +SKIP
+        ['A generator is a function which ...']
+    """
+    if temperature < 0:
+        raise ConfigError(f"temperature: {temperature} is below 0", remedy="0 is greedy, 1 the model's distribution")
+    chat = tokenizer.chat_template is not None if chat is None else chat
+    if chat:
+        require_chat_template(tokenizer)
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+    config = _decoding(model, tokenizer, max_new_tokens, temperature)
+    device = input_device(model)
+    texts: list[str] = []
+    with evaluating(model), _seeded(seed if temperature else None, device):
+        for start in range(0, len(prompts), batch_size):
+            batch = _left_padded(tokenizer, prompts[start : start + batch_size], special=not chat, device=device)
+            ids = model.generate(**batch, generation_config=config)
+            new = ids[:, batch["input_ids"].shape[1] :]
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
+
+
+def _left_padded(
+    tokenizer: Any, prompts: Sequence[str], *, special: bool, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Token ids and their mask, each ``[batch, tokens]``, filled on the left; the tokenizer's settings stay alone."""
+    encoded = [tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"] for prompt in prompts]
+    if any(not ids for ids in encoded):
+        raise ConfigError("an empty prompt cannot be continued", remedy="give each prompt at least one word")
+    length = max(map(len, encoded))
+    fill = pad_id(tokenizer)
+    return {
+        "input_ids": torch.tensor([[fill] * (length - len(ids)) + ids for ids in encoded], device=device),
+        "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded], device=device),
+    }
+
+
+def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> GenerationConfig:
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0 if temperature else 50,  # 50 is the library's default, about which greedy decoding does not warn
+        top_p=1.0,
+        repetition_penalty=1.0,
+        num_beams=1,
+        eos_token_id=ends or None,
+        pad_token_id=pad_id(tokenizer),
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers from ``seed`` for a while; nothing at all for None."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

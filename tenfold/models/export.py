@@ -1,0 +1,166 @@
+"""Write models and adapters as standard folders, merge adapters, push to the hub."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from tenfold.errors import ModelError
+from tenfold.models.folders import write_folder
+from tenfold.models.gguf import source_of
+
+
+def merge(model: Any, *, in_place: bool = False) -> Any:
+    """The plain ``transformers`` model with all attached PEFT adapters added into its weights.
+
+    Args:
+        model: a ``PeftModel``; a model without adapters is returned as it is.
+        in_place: use the weights of ``model``, which must not be used afterwards. Default: work on a copy, which
+            needs the memory of the model a second time and leaves ``model`` as it was.
+
+    Raises:
+        ModelError: an adapter holds NaN or infinite values, or is of a kind that cannot be merged.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from tenfold.models.tiny import tiny_model
+    >>> adapted = get_peft_model(tiny_model("llama").model, LoraConfig(target_modules=["q_proj"]))
+    >>> type(merge(adapted)).__name__
+    'LlamaForCausalLM'
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        kinds = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
+        raise ModelError(f"{'/'.join(kinds)} adapters cannot be merged", remedy="save the adapter instead")
+    if not in_place:
+        model = copy.deepcopy(model)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"the adapter cannot be merged: {error}", remedy="train again with a lower rate") from error
+    # PEFT leaves its configuration on the model, and transformers would then save the merged model as an adapter.
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        merged.__dict__.pop(name, None)
+    # These weights lie in no folder; an adapter trained on them must not claim the unmerged base as its own.
+    merged.name_or_path = merged.config._name_or_path = ""
+    return merged
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a folder that ``from_pretrained`` opens; it appears under its name only when it is complete.
+
+    Args:
+        model: a ``transformers`` model; adapters must be merged first.
+        tokenizer: saved beside it.
+        folder: replaced if tenfold wrote it; refused if it holds anything else.
+        overwrite: replace whatever is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: adapters are attached.
+        RunError: the folder is taken, or cannot be written.
+
+    >>> import tempfile
+    >>> from tenfold.models.tiny import tiny_model
+    >>> opened = tiny_model("llama")
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     save_model(opened.model, opened.tokenizer, f"{parent}/model").name
+    'model'
+    """
+    if hasattr(model, "peft_config"):
+        raise ModelError("adapters are attached to this model", remedy="save merge(model), or use save_adapter")
+    with write_folder(folder, "model", overwrite=overwrite) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return Path(folder)
+
+
+def save_adapter(
+    model: Any, tokenizer: Any, folder: str | Path, *, base: str | None = None, overwrite: bool = False
+) -> Path:
+    """Write the attached adapter as a PEFT folder, which ``PeftModel.from_pretrained`` and `open_model` open.
+
+    Args:
+        model: a ``PeftModel`` with one adapter.
+        tokenizer: saved beside it.
+        folder: replaced if tenfold wrote it; refused if it holds anything else.
+        base: the source of the base model, written into the adapter's configuration. Default: where the base was
+            opened from; the cached folder of ``demo`` or of a GGUF file is written as what it was made from. A base
+            that lies nowhere (a tiny model, or one with adapters merged in) is left open, and `open_model` then wants
+            the adapter in ``adapters``. For an adapter trained on top of another one, give that one's folder.
+        overwrite: replace whatever is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: no adapter is attached.
+        RunError: the folder is taken, or cannot be written.
+
+    >>> import tempfile
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from tenfold.models.tiny import tiny_model
+    >>> opened = tiny_model("llama")
+    >>> adapted = get_peft_model(opened.model, LoraConfig(target_modules=["q_proj"]))
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     save_adapter(adapted, opened.tokenizer, f"{parent}/adapter", base="tiny:llama").name
+    'adapter'
+    """
+    if not hasattr(model, "peft_config"):
+        raise ModelError("no adapter is attached to this model", remedy="use save_model")
+    with write_folder(folder, "adapter", overwrite=overwrite) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _name_base(partial, base)
+    return Path(folder)
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> str:
+    """Upload a saved folder to the Hugging Face hub.
+
+    Args:
+        folder: a model or adapter folder.
+        repo_id: ``owner/name``; made if it does not exist.
+        private: whether a new repository is private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ModelError: nothing to upload, no token, or the hub refused or cannot be reached.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ModelError(f"{folder}: no model or adapter to upload", remedy="give a folder that save_model wrote")
+    if get_token() is None:
+        raise ModelError("no Hugging Face token on this machine", remedy="hf auth login")
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with tenfold")
+    except Exception as error:  # huggingface_hub raises its own, httpx's and plain OS errors
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{repo_id}: the hub cannot be used: {reason}", remedy="check name, rights, connection"
+        ) from error
+    return str(address)
+
+
+def _name_base(folder: Path, base: str | None) -> None:
+    """Write a base into the adapter's configuration that means something on another machine."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    found = config.get("base_model_name_or_path")
+    base = base or (source_of(found) if found else None)
+    if base:
+        config["base_model_name_or_path"] = base
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    card = folder / "README.md"
+    if base and found and card.is_file():  # PEFT's model card names the base too
+        card.write_text(card.read_text().replace(found, base))

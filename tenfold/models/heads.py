@@ -1,0 +1,71 @@
+"""Which class opens a configuration for a task; clear refusals where there is none, or weights are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from tenfold.errors import ModelError
+
+
+def check_loaded(model: Any, missing: Collection[str], name: str) -> None:
+    """Refuse a model of which weights were not in the files; ``transformers`` fills them with random numbers.
+
+    A new head for classification or reward is meant, so only the body under it must be complete.
+
+    Args:
+        model: as loaded.
+        missing: names of parameters that no file held.
+        name: the model, as the error should call it.
+
+    Raises:
+        ModelError: naming how many weights are missing, and the first.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> check_loaded(tiny_model("llama", task="reward").model, ["score.weight"], "tiny")
+    """
+    scoring = type(model).__name__.endswith("ForSequenceClassification")
+    body = f"{model.base_model_prefix}."
+    lacking = sorted(key for key in missing if not scoring or key.startswith(body))
+    if lacking:
+        raise ModelError(
+            f"{name}: {len(lacking)} weights are in no file, such as {lacking[0]}; they would be random",
+            remedy="download the model again, or open it with the task that it was saved for",
+        )
+
+
+def auto_class(config: Any, task: str, name: str) -> Any:
+    """The ``transformers`` auto class that builds ``task``'s head on this configuration.
+
+    Args:
+        config: a ``PretrainedConfig``.
+        task: ``causal``, ``seq2seq``, ``classification`` or ``reward``.
+        name: the model, as the error should call it.
+
+    Raises:
+        ModelError: the architecture has no such head; names the tasks that it has.
+
+    >>> from transformers import T5Config
+    >>> auto_class(T5Config(), "seq2seq", "t5").__name__
+    'AutoModelForSeq2SeqLM'
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as tables
+
+    heads = {
+        "causal": (transformers.AutoModelForCausalLM, tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        "seq2seq": (transformers.AutoModelForSeq2SeqLM, tables.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        "classification": (
+            transformers.AutoModelForSequenceClassification,
+            tables.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        ),
+    }
+    heads["reward"] = heads["classification"]
+    builder, table = heads[task]
+    remote = getattr(config, "auto_map", None) or {}
+    if config.model_type in table or builder.__name__ in remote:
+        return builder
+    possible = [other for other, (_, names) in heads.items() if config.model_type in names]
+    remedy = f"open it with task={possible[0]!r}" if possible else "open a model of another architecture"
+    others = f"; it has {', '.join(possible)}" if possible else ""
+    raise ModelError(f"{name}: a {config.model_type} model has no head for task {task!r}{others}", remedy=remedy)

@@ -1,0 +1,187 @@
+"""Open a model from any source, with errors that name what is wrong and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tenfold.errors import ConfigError, ModelError
+from tenfold.models.export import merge
+from tenfold.models.gguf import converted
+from tenfold.models.heads import auto_class, check_loaded
+from tenfold.models.opened import Opened, Task, check_task, describe, settle_padding
+from tenfold.models.source import Located, check_weights, content_hash, hub_error, read_json, resolve, weights_hash
+from tenfold.models.tiny import tiny_model
+
+_ADAPTER_TASKS = {"CAUSAL_LM": ("causal",), "SEQ_2_SEQ_LM": ("seq2seq",), "SEQ_CLS": ("classification", "reward")}
+
+
+def open_model(
+    source: str | Path,
+    task: Task = "causal",
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    num_labels: int | None = None,
+    adapters: Sequence[str | Path] = (),
+) -> Opened:
+    """Open a model and its tokenizer.
+
+    Args:
+        source: ``demo`` (embedded SmolLM2-135M-Instruct), a hub id, a folder, a ``.gguf`` file, a PEFT adapter folder
+            (opens its base and attaches it), or ``tiny:<kind>`` (a tiny random model, see `tiny_model`).
+        task: which head: ``causal``, ``seq2seq``, ``classification`` (``num_labels`` scores) or ``reward`` (one score).
+            A head that the files do not hold is new and random, drawn from the global random state.
+        dtype: ``float32``, ``bfloat16``, ... or a ``torch.dtype``. Default: what the files hold on a GPU, and
+            ``float32`` on a CPU, where training in bfloat16 is about three times slower. GGUF files open in float32.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ... Default: ``cuda`` where there is one, else ``cpu``.
+        device_map: passed through to ``from_pretrained``, to spread a model over devices; excludes ``device``.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python code that comes with the model. Never assumed.
+        num_labels: number of scores for ``classification``. Default: what the configuration says.
+        adapters: PEFT adapter folders, attached in this order on top of the source. All but the last are merged into
+            the weights; the last stays attached (not trainable), so that it can be switched off or merged later.
+
+    Returns:
+        Model (in evaluation mode), tokenizer (with a pad token) and identity.
+
+    Raises:
+        ConfigError: arguments that exclude each other, unknown task or dtype.
+        ModelError: missing, truncated or corrupt files, unreachable hub, unknown architecture, no head for the task.
+
+    >>> opened = open_model("tiny:llama", device="cpu")
+    >>> opened.model.config.model_type, opened.tokenizer.pad_token
+    ('llama', '<pad>')
+    """
+    source = str(source)
+    check_task(task)
+    if device is not None and device_map is not None:
+        raise ConfigError("device and device_map both say where the model goes", remedy="give one of them")
+    if num_labels is not None and task != "classification":
+        raise ConfigError(f"num_labels: only for task 'classification', not {task!r}", remedy="leave it out")
+    located, base, chain = resolve(source, [str(adapter) for adapter in adapters])
+    hashes = tuple(content_hash(folder) for folder in chain)  # a damaged adapter shows before the base is read
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    placing = {"dtype": resolve_dtype(dtype, place if device_map is None else None), "device_map": device_map}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if located.kind == "tiny":
+        tiny = tiny_model(located.name, task=task, **({} if num_labels is None else {"num_labels": num_labels}))
+        model, tokenizer, resolved = tiny.model, tiny.tokenizer, source
+        if placing["dtype"] != "auto":
+            model = model.to(placing["dtype"])
+    else:
+        resolved = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
+        labels = 1 if task == "reward" else num_labels
+        model, tokenizer = _load(located, resolved, task, labels, options, placing)
+    # A hub id's commit is the one that was loaded: asking again could meet a newer one.
+    commit = getattr(model.config, "_commit_hash", None) if located.kind == "hub" else None
+    weights = commit or weights_hash(located, revision)
+    if device_map is None:
+        model = _move(model, place)
+    settle_padding(model, tokenizer)
+    for folder in chain:
+        model = attach_adapter(merge(model, in_place=True), folder, task)
+    return Opened(model.eval(), tokenizer, describe(model, source, resolved, weights, hashes))
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device | None) -> str | torch.dtype:
+    """What to load weights as; ``"auto"`` means as the files hold them.
+
+    Args:
+        dtype: what the caller asked for.
+        device: where the model goes; None when a device map decides.
+
+    Raises:
+        ConfigError: no floating-point type of that name.
+
+    >>> resolve_dtype(None, torch.device("cpu")), resolve_dtype("bfloat16", torch.device("cpu"))
+    (torch.float32, torch.bfloat16)
+    """
+    if dtype is None:
+        return torch.float32 if device is not None and device.type == "cpu" else "auto"
+    if dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype: {dtype!r} is no floating-point type", remedy="give float32, bfloat16 or float16")
+    return found
+
+
+def attach_adapter(model: Any, folder: Path, task: str) -> Any:
+    """Put a saved PEFT adapter on a model.
+
+    Raises:
+        ModelError: an adapter for another task, or one that does not fit the model.
+    """
+    from peft import PeftModel
+
+    made_for = str(read_json(folder / "adapter_config.json").get("task_type"))
+    if task not in _ADAPTER_TASKS.get(made_for, (task,)):
+        wanted = _ADAPTER_TASKS[made_for][0]
+        raise ModelError(f"{folder}: an adapter for {made_for}, not for task {task!r}", f"open it with task={wanted!r}")
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder}: does not fit a {model.config.model_type} model: {_first_line(error)}",
+            remedy="open the base model that adapter_config.json names",
+        ) from error
+
+
+def _load(
+    located: Located, folder: str, task: str, labels: int | None, options: dict[str, Any], placing: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Configuration, tokenizer and weights, cheapest first, so that mistakes show before the weights are read."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    if located.kind != "hub":
+        read_json(Path(folder) / "config.json")
+        check_weights(Path(folder))
+        options = {**options, "revision": None}
+    try:
+        extra = {} if labels is None else {"num_labels": labels}
+        config = AutoConfig.from_pretrained(folder, **options, **extra)
+        builder = auto_class(config, task, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model, report = builder.from_pretrained(folder, config=config, output_loading_info=True, **options, **placing)
+        check_loaded(model, report["missing_keys"], folder)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise _explain(located, folder, error) from error
+    return model, tokenizer
+
+
+def _explain(located: Located, folder: str, error: Exception) -> Exception:
+    """Turn what ``transformers`` raised into what it means."""
+    text = str(error)
+    if isinstance(error, ModelError):
+        return error
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{folder}: comes with Python code of its own, which runs on this machine when the model is opened",
+            remedy="read that code, then pass trust_remote_code=True",
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return ModelError(
+            f"{folder}: unknown architecture: {_first_line(error)}",
+            remedy="upgrade transformers, or pass trust_remote_code=True if the model brings its own code",
+        )
+    if located.kind == "hub" and isinstance(error, OSError):
+        return hub_error(folder, error)
+    return ModelError(f"{folder}: cannot be opened: {_first_line(error)}", remedy="save or download the folder again")
+
+
+def _move(model: Any, device: torch.device) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without CUDA
+        raise ModelError(f"device {str(device)!r}: {_first_line(error)}", remedy="give device='cpu'") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

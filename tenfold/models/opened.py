@@ -1,0 +1,77 @@
+"""What opening a model gives, whatever it was opened from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from tenfold.errors import ConfigError, ModelError
+
+Task = Literal["causal", "seq2seq", "classification", "reward"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its tokenizer and the facts that tell it from every other model.
+
+    Args:
+        model: a ``transformers`` model, or a ``peft.PeftModel`` when an adapter is attached; in evaluation mode.
+        tokenizer: its tokenizer, always with a pad token.
+        identity: ``source`` (as the caller gave it), ``resolved`` (the folder or hub id that was read), ``weights``
+            (a hash of configuration, tokenizer and weights that does not depend on where the files lie),
+            ``adapters`` (the same hash of each), ``parameters`` (a count, adapters included) and ``dtype``.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> opened = tiny_model("llama")
+    >>> opened.identity["source"], opened.identity["dtype"]
+    ('tiny:llama', 'float32')
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, Any]
+
+
+def check_task(task: str) -> None:
+    """Refuse a task that no head exists for.
+
+    Raises:
+        ConfigError: naming the tasks there are.
+    """
+    if task not in get_args(Task):
+        raise ConfigError(f"task: unknown task {task!r}", remedy=f"give one of: {', '.join(get_args(Task))}")
+
+
+def describe(model: Any, source: str, resolved: str, weights: str, adapters: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The ``identity`` of an opened model; the arguments are its first entries, counts and dtype are read off."""
+    return {
+        "source": source,
+        "resolved": resolved,
+        "weights": weights,
+        "adapters": list(adapters),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def settle_padding(model: Any, tokenizer: Any) -> None:
+    """Make sure that batches can be padded, and that model and tokenizer agree on the pad token.
+
+    A tokenizer without a pad token gets its end-of-sequence token as pad token, as is usual for decoders: the
+    attention mask hides the padding, and labels must be masked by position, not by token. The padding side is left
+    as it is; generation needs ``tokenizer.padding_side = "left"``, which is the caller's to set.
+
+    Raises:
+        ModelError: the tokenizer has neither token.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                "the tokenizer has neither a pad token nor an end-of-sequence token",
+                remedy="set pad_token in its tokenizer_config.json",
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    # Sequence classification finds the last real token by this id; generation would otherwise warn at each call.
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None and config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id

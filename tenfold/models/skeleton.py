@@ -1,0 +1,43 @@
+"""A model without weights: its shapes alone, from the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tenfold.models.gguf import converted
+from tenfold.models.heads import auto_class
+from tenfold.models.open import resolve_dtype
+from tenfold.models.reference import ModelRef
+from tenfold.models.source import resolve
+from tenfold.models.tiny import tiny_model
+
+
+def skeleton(ref: ModelRef) -> Any:
+    """The model of a reference on the ``meta`` device: modules and shapes, no storage, in milliseconds to seconds.
+
+    Adapters are left out: they are folded in when a stage opens the model.
+
+    Raises:
+        ModelError: as `tenfold.models.open.open_model`; only the configuration is read.
+
+    >>> skeleton(ModelRef("tiny:llama")).device
+    device(type='meta')
+    """
+    from transformers import AutoConfig
+
+    located, base, _ = resolve(ref.source)
+    if located.kind == "tiny":
+        return tiny_model(located.name, task=ref.task).model.to("meta")
+    folder = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
+    options = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **(options if located.kind == "hub" else {}))
+    if ref.task == "reward":
+        config.num_labels = 1
+    place = torch.device(ref.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = resolve_dtype(ref.dtype, place)
+    with torch.device("meta"):
+        return auto_class(config, ref.task, folder).from_config(
+            config, dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype
+        )

@@ -1,0 +1,114 @@
+"""Stages that train an adapter: open, attach, train through the Trainer, save a PEFT folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainerCallback, set_seed
+
+from tenfold.adapt import lora
+from tenfold.adapt.training import Trained, total_steps, train
+from tenfold.config.lora import LoraConfig
+from tenfold.config.training import TrainingFields
+from tenfold.data.encode import Encoded, encode
+from tenfold.errors import ConfigError
+from tenfold.evaluate.memory import measure_growth
+from tenfold.evaluate.results import Metric, Result
+from tenfold.models.export import save_adapter
+from tenfold.models.opened import Opened
+from tenfold.pipeline.context import Context, StageOutput
+
+
+def run_lora(config: LoraConfig, context: Context) -> StageOutput:
+    """The stage ``lora``."""
+    opened, encoded = prepare(config, context)
+    model = lora.attach(opened.model, config, task=context.model.task)
+    trained, results = fit(model, opened, encoded, config, context)
+    save_adapter(model, opened.tokenizer, context.folder / "adapter", base=context.model.source)
+    return StageOutput(
+        results=results,
+        attached=lora.attached(model),
+        notes=encoded.notes,
+        timings={"training": trained.seconds},
+        artefact="adapter",
+        continues_with="adapter",
+    )
+
+
+def prepare(config: TrainingFields, context: Context) -> tuple[Opened, Encoded]:
+    """The opened model, adapters of earlier stages folded in, and the training share of the data as tokens.
+
+    Raises:
+        ConfigError: without data.
+    """
+    if context.rows is None:
+        raise ConfigError(
+            "data: missing", remedy="name a file, folder or hub id, or `python-reference` for a first try"
+        )
+    # From here on every random choice (the adapter's start, the order of the rows, dropout) follows from the seed.
+    set_seed(context.seed)
+    opened = context.model.open(merge=bool(context.model.adapters))
+    rows, _ = context.rows.split(config.holdout)
+    encoded = encode(rows, opened.tokenizer, max_length=config.max_length, packing=config.packing)
+    return opened, encoded
+
+
+def fit(
+    model: Any,
+    opened: Opened,
+    encoded: Encoded,
+    config: TrainingFields,
+    context: Context,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[Trained, list[Result]]:
+    """Train, resuming where a killed run stopped; returns what was done and the figures of the training."""
+    checkpoints = context.folder / "checkpoints"
+    steps = total_steps(config, encoded)
+    set_seed(context.seed)
+
+    def resumed(step: int) -> None:
+        context.metrics.rewind(step)
+        if step:
+            context.progress.say(f"  going on from step {step} of {steps}")
+
+    with measure_growth(next(model.parameters()).device) as growth:
+        trained = train(
+            model,
+            opened.tokenizer,
+            encoded,
+            config,
+            folder=checkpoints,
+            seed=context.seed,
+            on_resume=resumed,
+            on_log=context.metrics.write,
+            on_step=lambda done, total, detail: context.progress("training", done, total, detail),
+            callbacks=callbacks,
+        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    lines = [json.loads(line) for line in context.metrics.path.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    metrics = (
+        Metric(name="loss", value=losses[-1], unit="nats/token", better="lower"),
+        Metric(name="first loss", value=losses[0], unit="nats/token"),
+        Metric(name="steps", value=trained.steps),
+        Metric(name="tokens", value=trained.tokens),
+        Metric(
+            name="speed",
+            value=trained.tokens / trained.steps * max(trained.steps - trained.resumed_from, 1) / trained.seconds,
+            unit="tokens/s",
+            better="higher",
+            kind="timing",
+        ),
+        Metric(name="peak memory growth", value=growth.growth, unit="bytes", better="lower", kind="memory"),
+    )
+    settings = {
+        "sequences": encoded.sequences,
+        "trained tokens per epoch": encoded.trained_tokens,
+        "rows": encoded.rows,
+        "rows cut": encoded.truncated_rows,
+        "tokens cut": encoded.tokens_cut,
+    }
+    return trained, [Result(task="training", subject="after", metrics=metrics, settings=settings)]

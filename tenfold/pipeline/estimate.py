@@ -1,0 +1,165 @@
+"""``tenfold estimate``: what a recipe will need, from the model's configuration alone.
+
+Each stage's work is run once on fake tensors, which have shapes and no contents, while the bytes of all live storages
+are counted: no formula per architecture, and the same kernels as in the real run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from tenfold.config.evaluate import EvaluateConfig
+from tenfold.config.training import TrainingFields
+from tenfold.models.reference import ModelRef
+from tenfold.models.skeleton import skeleton
+from tenfold.pipeline.recipe import Plan
+from tenfold.pipeline.run import model_of
+from tenfold.pipeline.stages import stage
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one stage will need; sizes in bytes."""
+
+    title: str
+    amounts: dict[str, float]
+    """``parameters``, ``weights``, ``trainable parameters``, ``optimizer``, ``activations``, ``peak growth``,
+    ``cache per token``, as far as the stage has them."""
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """For the terminal: counts as they are, sizes in MiB."""
+        return [(name, _show(name, value)) for name, value in self.amounts.items()]
+
+
+def _show(name: str, value: float) -> str:
+    if "parameters" in name:
+        return f"{value:,.0f}"
+    return f"{value / 2**20:,.1f} MiB" if value >= 2**17 else f"{value / 2**10:,.1f} KiB"
+
+
+def estimate(plan: Plan) -> list[Estimate]:
+    """Predict for each stage of a plan, without reading a weight or a row.
+
+    Returns:
+        One estimate for the model, then one for each stage whose needs are known.
+    """
+    ref = model_of(plan)
+    model = skeleton(ref)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    amounts = {"parameters": sum(p.numel() for p in model.parameters()), "weights": weights}
+    found = [Estimate(f"model: {ref.source}", amounts)]
+    for step in plan.steps:
+        attach = stage(step.name).attach_function()
+        if attach is not None and isinstance(step.config, TrainingFields):
+            found.append(Estimate(step.folder, training_needs(attach, step.config, ref)))
+        elif isinstance(step.config, EvaluateConfig):
+            found.append(Estimate(step.folder, inference_needs(step.config, ref)))
+    return found
+
+
+def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: ModelRef) -> dict[str, float]:
+    """Bytes of one optimizer step of a stage that trains an adapter.
+
+    ``peak growth`` is the highest sum of live storages over the loaded model: gradients, optimizer moments,
+    activations and the temporaries of the largest operation.
+    """
+    base = skeleton(ref)
+    before = sum(p.numel() * p.element_size() for p in base.parameters())
+    with torch.device("meta"):
+        model = attach(base, config, task=ref.task)
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adapter = sum(p.numel() * p.element_size() for p in model.parameters()) - before
+    with FakeTensorMode(), _Live() as live:
+        _materialise(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        base_live = live.now
+        loss = model(**_batch(model, config)).loss
+        activations = live.now - base_live
+        loss.backward()
+        del loss
+        optimizer.step()
+    return {
+        "trainable parameters": sum(p.numel() for p in trainable),
+        "adapter": adapter,
+        "optimizer": 2 * sum(p.numel() * p.element_size() for p in trainable),
+        "activations": activations,
+        "peak growth": live.peak - base_live,
+    }
+
+
+def inference_needs(config: EvaluateConfig, ref: ModelRef) -> dict[str, float]:
+    """Bytes of the cache for one token, and the peak growth while ``prompt_tokens`` are read."""
+    model = skeleton(ref).eval()
+    with FakeTensorMode(), torch.no_grad(), _Live() as live:
+        _materialise(model)
+        base_live = live.now
+        ids = torch.zeros((1, config.prompt_tokens), dtype=torch.long)
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        del output.logits
+        cache = live.now - base_live
+        peak = live.peak - base_live
+    return {"cache per token": cache / config.prompt_tokens, "cache": cache, "peak growth": peak}
+
+
+def _batch(model: Any, config: TrainingFields) -> dict[str, torch.Tensor]:
+    shape = (config.batch_size, config.max_length)
+    ids = torch.zeros(shape, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), "labels": ids}
+
+
+def _materialise(model: nn.Module) -> None:
+    """Give every parameter and buffer a fake storage on the CPU; tied ones stay tied."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = fake
+                holder[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations have made and that are still referenced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self._known:
+                    self._known.add(key)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

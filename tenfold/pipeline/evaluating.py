@@ -1,0 +1,213 @@
+"""Stages that look at the model and leave it alone: ``evaluate`` and ``generate``, before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from tenfold.config.evaluate import EvaluateConfig
+from tenfold.config.generate import GenerateConfig
+from tenfold.data.read import Rows
+from tenfold.data.rows import Question, Text
+from tenfold.errors import ConfigError
+from tenfold.evaluate.choice import multiple_choice
+from tenfold.evaluate.compare import compare
+from tenfold.evaluate.generate import generate
+from tenfold.evaluate.inference import max_positions
+from tenfold.evaluate.memory import memory
+from tenfold.evaluate.perplexity import perplexity
+from tenfold.evaluate.qa import answer
+from tenfold.evaluate.results import Result
+from tenfold.evaluate.speed import speed
+from tenfold.evaluate.standard import lm_eval_task
+from tenfold.pipeline.context import Context, StageOutput
+from tenfold.report.record import Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Subjects:
+    """The models to look at, by name: ``before`` and ``after``, or ``model`` alone."""
+
+    models: dict[str, tuple[Any, Callable[[], AbstractContextManager[Any]]]]
+    """Name -> the model, and what to enter while it is used."""
+    tokenizer: Any
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Any]:
+        """The model of that name, while the block runs."""
+        model, enter = self.models[name]
+        with enter():
+            yield model
+
+
+def open_subjects(context: Context, baseline: bool) -> Subjects:
+    """Open what the stages made and, with `baseline`, what they started from.
+
+    When one adapter is all that lies between the two, both share one copy of the weights.
+    """
+    after = context.model.open()
+    if not baseline or context.model == context.start:
+        return Subjects({"model": (after.model, nullcontext)}, after.tokenizer)
+    one_less = dataclasses.replace(context.model, adapters=context.model.adapters[:-1])
+    if context.model.adapters and one_less == context.start:
+        before: Any = (after.model, after.model.disable_adapter)
+    else:
+        before = (context.start.open().model, nullcontext)
+    return Subjects({"before": before, "after": (after.model, nullcontext)}, after.tokenizer)
+
+
+def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
+    """The stage ``evaluate``: each task once, remembered when the run is killed between two tasks."""
+    rows = _chosen(config, context)
+    for task in config.tasks:
+        _check_rows(task, rows)
+    opened: list[Subjects] = []
+
+    def subjects() -> Subjects:
+        if not opened:
+            opened.append(open_subjects(context, config.baseline))
+        return opened[0]
+
+    results: list[Result] = []
+    for task in config.tasks:
+        measure = _MEASURES.get(task, _standard)
+        results += context.remember(task, lambda t=task, m=measure: m(t, config, context, subjects(), rows))
+    return StageOutput(results=results)
+
+
+def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
+    """The stage ``generate``: one sample for each prompt."""
+    subjects = open_subjects(context, config.baseline)
+    written: dict[str, list[str]] = {}
+    for index, name in enumerate(subjects.models):
+        context.progress("generate", index, len(subjects.models), name)
+        with subjects.use(name) as model:
+            written[name] = generate(
+                model,
+                subjects.tokenizer,
+                config.prompts,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                chat={"auto": None, "yes": True, "no": False}[config.chat],
+                seed=context.seed,
+            )
+    samples = [
+        Sample(prompt=prompt, outputs={name: texts[index] for name, texts in written.items()})
+        for index, prompt in enumerate(config.prompts)
+    ]
+    return StageOutput(samples=samples)
+
+
+def _chosen(config: EvaluateConfig, context: Context) -> Rows | None:
+    if context.rows is None or config.split == "all":
+        return context.rows
+    return context.rows.split(config.holdout)[1]
+
+
+_NEEDS = {"perplexity": ("text",), "question_answering": ("question",), "multiple_choice": ("choice",)}
+
+
+def _check_rows(task: str, rows: Rows | None) -> None:
+    """Refuse a task whose rows are missing or of another kind, before a model is opened."""
+    if task not in _NEEDS:
+        return
+    if rows is None:
+        raise ConfigError(f"data: the task {task} needs rows", remedy="name a file, a hub id or python-reference")
+    if rows.kind not in _NEEDS[task]:
+        raise ConfigError(
+            f"tasks: {task} needs {' or '.join(_NEEDS[task])} rows, but {rows.source} holds {rows.kind} rows",
+            remedy="choose other tasks, or say what the rows are with `rows:` and `columns:`",
+        )
+
+
+def _perplexity(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
+    texts = [row.text for row in rows if isinstance(row, Text)]
+    scored = {}
+    for name in subjects.models:
+        with subjects.use(name) as model:
+            scored[name] = perplexity(
+                model,
+                subjects.tokenizer,
+                texts,
+                max_length=config.max_length or min(1024, max_positions(model) or 1024),
+                stride=config.stride,
+                batch_size=config.batch_size,
+                subject=name,
+                progress=lambda done, total, name=name: context.progress(f"perplexity, {name}", done, total),
+            )
+    data = {"data": rows.source, "data sha256": rows.sha256}
+    results = [
+        found.result.model_copy(update={"settings": {**found.result.settings, **data}}) for found in scored.values()
+    ]
+    if "before" in scored:
+        results.append(compare(scored["before"], scored["after"]).result)
+    return results
+
+
+def _speed(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows | None) -> list[Result]:
+    context.progress("speed", 0, 1)
+    return speed(
+        subjects.models,
+        subjects.tokenizer,
+        prompt_tokens=config.prompt_tokens,
+        new_tokens=config.new_tokens,
+        repeats=config.repeats,
+    )
+
+
+def _memory(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows | None) -> list[Result]:
+    results = []
+    for name in subjects.models:
+        with subjects.use(name) as model:
+            results.append(memory(model, subjects.tokenizer, tokens=config.prompt_tokens, subject=name))
+    return results
+
+
+def _choice(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
+    return [
+        multiple_choice(
+            model,
+            subjects.tokenizer,
+            rows,
+            batch_size=config.batch_size,
+            subject=name,
+            progress=lambda done, total, name=name: context.progress(f"{task}, {name}", done, total),
+        ).result
+        for name, model in _each(subjects)
+    ]
+
+
+def _answer(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
+    questions = [row for row in rows if isinstance(row, Question)]
+    return [
+        answer(model, subjects.tokenizer, questions, batch_size=config.batch_size, subject=name).result
+        for name, model in _each(subjects)
+    ]
+
+
+def _standard(
+    task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows | None
+) -> list[Result]:
+    name = task.removeprefix("lm_eval:")
+    return [
+        result.model_copy(update={"subject": subject})
+        for subject, model in _each(subjects)
+        for result in lm_eval_task(model, subjects.tokenizer, name, limit=config.limit)
+    ]
+
+
+def _each(subjects: Subjects) -> Iterator[tuple[str, Any]]:
+    for name in subjects.models:
+        with subjects.use(name) as model:
+            yield name, model
+
+
+_MEASURES: dict[str, Callable[..., Sequence[Result]]] = {
+    "perplexity": _perplexity,
+    "speed": _speed,
+    "memory": _memory,
+    "multiple_choice": _choice,
+    "question_answering": _answer,
+}

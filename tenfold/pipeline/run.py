@@ -1,0 +1,274 @@
+"""Execute a plan in a run folder: one stage after the other, each finished once, resumable after a kill.
+
+The run folder:
+
+    recipe.yaml         the resolved recipe, written first
+    environment.json    versions and machine of the last invocation
+    01-lora/            a finished stage: summary.json, metrics.jsonl, artefact
+    .02-evaluate/       the stage at work; it takes its name when it is complete
+    report.html         written anew after each stage
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+import tenfold
+from tenfold.config.data import DataFields
+from tenfold.errors import RunError, TenfoldError
+from tenfold.files import replace_folder, write_text
+from tenfold.pipeline.context import Context, StageOutput
+from tenfold.pipeline.progress import Progress
+from tenfold.pipeline.recipe import Plan, Step
+from tenfold.pipeline.stages import stage
+from tenfold.report.load import load_run
+from tenfold.report.page import write_report
+from tenfold.report.record import StageSummary
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
+    from tenfold.models.reference import ModelRef
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step with everything its result depends on."""
+
+    step: Step
+    rows: Rows | None
+    fingerprint: str
+    inputs: dict[str, Any]
+
+
+def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
+    """Execute a plan and write its report.
+
+    Finished stages are skipped unless their configuration or inputs changed; a stage that was killed goes on from its
+    last checkpoint.
+
+    Args:
+        plan: the resolved recipe.
+        out: the run folder; made if absent.
+        console: where progress goes.
+
+    Returns:
+        The summaries of all stages, in order.
+
+    Raises:
+        TenfoldError: bad input, a folder in use or not writable, a disk that is full, a loss that is not finite.
+    """
+    with _writable(out), _locked(out):
+        _refuse_foreign(plan, out)
+        write_text(out / "recipe.yaml", plan.to_yaml())
+        model = model_of(plan)
+        jobs = list(_jobs(plan, model))
+        from tenfold.pipeline.environment import environment  # imports torch: only once the input is known to be good
+
+        machine = environment()
+        write_text(out / "environment.json", json.dumps(machine, indent=2))
+        start, summaries = model, []
+        for job in jobs:
+            summary = _finished(out, job)
+            if summary is None:
+                console.print(f"[bold]{job.step.folder}[/bold]", highlight=False)
+                summary = _execute(plan, out, job, start, model, machine, console)
+                summaries.append(summary)
+                write_report(out, *load_run(out))
+            else:
+                console.print(f"[bold]{job.step.folder}[/bold]: finished already", highlight=False)
+                summaries.append(summary)
+            model = continued(model, out / job.step.folder, summary)
+        return summaries
+
+
+def check(plan: Plan) -> list[str]:
+    """Read all data of a plan, without weights; returns one line per stage for the user.
+
+    Raises:
+        DataError: naming file, line and column.
+    """
+    lines = []
+    for step in plan.steps:
+        rows = _rows(step)
+        found = f": {len(rows)} {rows.kind} rows from {rows.source}" if rows is not None else ""
+        lines.append(f"{step.folder}{found}")
+    return lines
+
+
+def continued(model: ModelRef, folder: Path, summary: StageSummary) -> ModelRef:
+    """The model that the stage after `folder` starts from."""
+    from tenfold.models.reference import ModelRef
+
+    if summary.continues_with is None or summary.artefact is None:
+        return model
+    artefact = str(folder / summary.artefact)
+    if summary.continues_with == "adapter":
+        return model.with_adapter(artefact)
+    return ModelRef(source=artefact, task=model.task, dtype=model.dtype, device=model.device)
+
+
+def model_of(plan: Plan) -> ModelRef:
+    """The model that a plan starts from."""
+    from tenfold.models.reference import ModelRef
+
+    fields = plan.recipe.model_dump(exclude={"stages", "seed", "model"})
+    return ModelRef(source=plan.recipe.model, **fields)
+
+
+def _rows(step: Step) -> Rows | None:
+    config = step.config
+    if not isinstance(config, DataFields) or config.data is None:
+        return None
+    from tenfold.data.read import read_rows
+
+    return read_rows(config.data, rows=config.rows, columns=config.columns, limit=config.limit)
+
+
+def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
+    """Each step with its data and the hash of all that its result depends on.
+
+    All data is read first: a bad row in the last stage must not surface after hours of training.
+    """
+    data = [_rows(step) for step in plan.steps]
+    identity = model.identity()
+    previous = ""
+    for step, rows in zip(plan.steps, data, strict=True):
+        inputs: dict[str, Any] = {"model": identity}
+        if rows is not None:
+            inputs["data"] = {"source": rows.source, "sha256": rows.sha256, "rows": len(rows)}
+        basis = {
+            "previous": previous,
+            "stage": step.name,
+            "config": step.config.model_dump(mode="json"),
+            "seed": plan.recipe.seed,
+            "device": [plan.recipe.dtype, plan.recipe.device],
+            "inputs": inputs,
+        }
+        previous = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+        yield Job(step, rows, previous, inputs)
+
+
+def _finished(out: Path, job: Job) -> StageSummary | None:
+    path = out / job.step.folder / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = StageSummary.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError:  # of another schema, or damaged: the stage is run again
+        return None
+    return summary if summary.fingerprint == job.fingerprint else None
+
+
+def _execute(
+    plan: Plan,
+    out: Path,
+    job: Job,
+    start: ModelRef,
+    model: ModelRef,
+    machine: dict[str, Any],
+    console: Console,
+) -> StageSummary:
+    work = out / f".{job.step.folder}"
+    marker = work / "fingerprint"
+    if not marker.exists() or marker.read_text(encoding="utf-8") != job.fingerprint:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        write_text(marker, job.fingerprint)
+    began = time.perf_counter()
+    with Progress(console) as progress:
+        context = Context(work, start, model, job.rows, plan.recipe.seed, plan.to_yaml(), progress)
+        output: StageOutput = stage(job.step.name).function()(job.step.config, context)
+    summary = StageSummary(
+        tenfold_version=tenfold.__version__,
+        index=job.step.index,
+        stage=job.step.name,
+        fingerprint=job.fingerprint,
+        config=job.step.config.model_dump(mode="json"),
+        seed=plan.recipe.seed,
+        inputs=job.inputs,
+        attached=output.attached,
+        results=tuple(output.results),
+        figures=tuple(output.figures),
+        tables=tuple(output.tables),
+        samples=tuple(output.samples),
+        notes=(*(job.rows.notes if job.rows is not None else ()), *output.notes),
+        artefact=output.artefact,
+        continues_with=output.continues_with,
+        timings={**output.timings, "stage": time.perf_counter() - began},
+        environment=machine,
+    )
+    write_text(work / "summary.json", summary.model_dump_json(indent=2))
+    marker.unlink()
+    replace_folder(work, out / job.step.folder)
+    return summary
+
+
+def _refuse_foreign(plan: Plan, out: Path) -> None:
+    """Two recipes do not share a folder: neither would know which figures are its own."""
+    expected = {step.folder for step in plan.steps}
+    foreign = sorted(path.parent.name for path in out.glob("[0-9][0-9]-*/summary.json"))
+    foreign = [name for name in foreign if name not in expected]
+    if foreign:
+        raise RunError(
+            f"{out} holds stages of another recipe: {', '.join(foreign)}",
+            remedy="choose another folder with --out, or remove this one",
+        )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    lock = FileLock(out / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise RunError(
+            f"another run is at work in {out}", remedy="wait for it, stop it, or choose another folder with --out"
+        ) from None
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except TenfoldError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(out).free / 2**20
+            raise RunError(
+                f"{out}: no space left ({free:.0f} MiB free)",
+                remedy="free some space and give the same command again: finished stages are kept",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise RunError(
+                f"{error.filename or out}: {error.strerror}", remedy="choose a folder you can write with --out"
+            ) from error
+        raise
+
+
+def headline(summaries: Sequence[StageSummary]) -> list[tuple[str, float | None, float | None, str]]:
+    """What the run bought, for the terminal: ``(metric, before, after, unit)`` of everything measured on both."""
+    rows: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
+    for summary in summaries:
+        for result in summary.results:
+            for metric in result.metrics:
+                rows.setdefault((result.task, metric.name), ({}, metric.unit))[0][result.subject] = metric.value
+    return [
+        (f"{task}: {name}", values.get("before"), values.get("after"), unit)
+        for (task, name), (values, unit) in rows.items()
+        if "after" in values
+    ]

@@ -1,0 +1,124 @@
+"""The one place where stages are registered: names that resolve lazily, open to other packages.
+
+A package adds a stage by an entry point of the group ``tenfold.stages`` whose object is a `Stage`:
+
+    [project.entry-points."tenfold.stages"]
+    mymethod = "mypackage.tenfold_stage:STAGE"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from tenfold.config.base import Config
+from tenfold.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a recipe: its configuration, its function, and the verb it belongs to on the command line.
+
+    A stage that trains an adapter also names ``attach``, ``(model, config, task) -> adapted model``, from which
+    `tenfold.pipeline.estimate` predicts its needs.
+
+    ``config``, ``run`` and ``attach`` are written ``module:name`` and imported on first use, so that listing stages,
+    validating recipes and showing help load neither torch nor transformers.
+    """
+
+    verb: str
+    summary: str
+    config: str
+    run: str
+    attach: str | None = None
+
+    def config_class(self) -> type[Config]:
+        """The configuration class; torch-free."""
+        return _resolve(self.config)
+
+    def function(self) -> Callable[..., Any]:
+        """``(config, context) -> StageOutput``."""
+        return _resolve(self.run)
+
+    def attach_function(self) -> Callable[..., Any] | None:
+        """``(model, config, task) -> adapted model``, or None."""
+        return _resolve(self.attach) if self.attach else None
+
+
+BUILT_IN: Mapping[str, Stage] = {
+    "lora": Stage(
+        verb="adapt",
+        summary="LoRA through PEFT: one rank for every matrix, the baseline",
+        config="tenfold.config.lora:LoraConfig",
+        run="tenfold.pipeline.adapting:run_lora",
+        attach="tenfold.adapt.lora:attach",
+    ),
+    "evaluate": Stage(
+        verb="evaluate",
+        summary="perplexity, speed, memory, questions, standard tasks; before and after",
+        config="tenfold.config.evaluate:EvaluateConfig",
+        run="tenfold.pipeline.evaluating:run_evaluate",
+    ),
+    "generate": Stage(
+        verb="generate",
+        summary="let the model write, before and after",
+        config="tenfold.config.generate:GenerateConfig",
+        run="tenfold.pipeline.evaluating:run_generate",
+    ),
+    "export": Stage(
+        verb="export",
+        summary="a folder that transformers or PEFT opens without tenfold",
+        config="tenfold.config.export:ExportConfig",
+        run="tenfold.pipeline.exporting:run_export",
+    ),
+}
+
+
+def _resolve(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@cache
+def stages() -> Mapping[str, Stage]:
+    """All stages by name: the built-in ones, then those of installed packages.
+
+    Raises:
+        ConfigError: when a package registers a name that is taken, or something that is no `Stage`.
+    """
+    found = dict(BUILT_IN)
+    for point in entry_points(group="tenfold.stages"):
+        if point.name in found:
+            raise ConfigError(
+                f"stage {point.name!r} of {point.value} is registered already",
+                remedy=f"uninstall one of the two packages, or rename the entry point {point.name!r}",
+            )
+        stage = point.load()
+        if not isinstance(stage, Stage):
+            raise ConfigError(
+                f"entry point {point.name} = {point.value} is a {type(stage).__name__}, not a tenfold Stage",
+                remedy="point it at a tenfold.pipeline.stages.Stage",
+            )
+        found[point.name] = stage
+    return found
+
+
+def stage(name: str, where: str = "recipe") -> Stage:
+    """The stage of that name.
+
+    Raises:
+        ConfigError: naming the nearest stage.
+
+    >>> stage("lora").verb
+    'adapt'
+    """
+    if name not in stages():
+        near = difflib.get_close_matches(name, stages(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{where}: unknown stage {name!r}{hint}", remedy=f"stages: {', '.join(stages())}")
+    return stages()[name]

@@ -1,0 +1,220 @@
+"""The model card beside an artefact: what it is, how to load it without tenfold, what it cost and what it bought."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import yaml
+
+from tenfold.files import write_text
+from tenfold.report import numbers
+from tenfold.report.record import StageSummary
+from tenfold.report.verdict import compare, half_width
+
+Kind = Literal["adapter", "model"]
+Task = Literal["causal", "seq2seq", "classification", "reward"]
+
+AUTO_CLASSES: Mapping[str, str] = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "reward": "AutoModelForSequenceClassification",
+}
+HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+
+
+def write_card(
+    folder: Path,
+    summary: StageSummary,
+    *,
+    base_model: str,
+    recipe_text: str,
+    kind: Kind,
+    task: Task = "causal",
+    paper: Mapping[str, str] | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write ``README.md`` into the folder of an artefact.
+
+    Args:
+        folder: the artefact.
+        summary: of the stage that made it.
+        base_model: hub id of the model it was made from; of a path only the last part is written, for a path means
+            nothing to the next reader.
+        recipe_text: the resolved recipe.
+        kind: ``adapter`` is loaded by PEFT on top of the base model, ``model`` by transformers.
+        task: what the model's head is for.
+        paper: of the method: ``title``, ``authors``, ``year``, and ``arxiv`` or ``url``.
+        license: of the artefact as the hub writes it (``apache-2.0``); left out unless known.
+
+    Returns:
+        The path of the card.
+    """
+    path = folder / "README.md"
+    text = card(
+        summary,
+        base_model=base_model,
+        recipe_text=recipe_text,
+        kind=kind,
+        task=task,
+        paper=paper,
+        license=license,
+        name=folder.name,
+    )
+    write_text(path, text)
+    return path
+
+
+def card(
+    summary: StageSummary,
+    *,
+    base_model: str,
+    recipe_text: str,
+    kind: Kind,
+    name: str,
+    task: Task = "causal",
+    paper: Mapping[str, str] | None = None,
+    license: str | None = None,
+) -> str:
+    """The text of the card; arguments as in `write_card`, ``name`` is the folder's name in the code.
+
+    >>> stage = StageSummary(tenfold_version="0.1.0", index=1, stage="lora", fingerprint="", config={}, seed=0)
+    >>> card(stage, base_model="org/base", recipe_text="", kind="adapter", name="adapter").splitlines()[:3]
+    ['---', 'base_model: org/base', 'library_name: peft']
+    """
+    base = _base(base_model)
+    parts = [
+        _header(summary, base, kind, license),
+        f"# {_inline(base)} after `{summary.stage}`",
+        _what(summary, base, kind),
+        "## Load it\n\nNo tenfold needed.\n\n" + _fence(_code(name, base, kind, task), "python"),
+        _data(summary),
+        _results(summary),
+        "## Recipe\n\n" + _fence(recipe_text, "yaml"),
+        _versions(summary),
+        _citation(paper) if paper else "",
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _base(base_model: str) -> str:
+    if HUB_ID.fullmatch(base_model):
+        return base_model
+    return PurePosixPath(base_model.replace("\\", "/")).name or base_model
+
+
+def _header(summary: StageSummary, base: str, kind: Kind, license: str | None) -> str:
+    values: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) else {}
+    values["library_name"] = "peft" if kind == "adapter" else "transformers"
+    if license:
+        values["license"] = license
+    values["tags"] = ["tenfold", summary.stage]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _what(summary: StageSummary, base: str, kind: Kind) -> str:
+    sort = "A PEFT adapter for" if kind == "adapter" else "A transformers model made from"
+    lines = [f"{sort} {_inline(base)}, written by the stage `{summary.stage}` of tenfold {summary.tenfold_version}."]
+    facts = {key: value for key, value in summary.attached.items() if isinstance(value, str | int | float)}
+    if facts:
+        lines += ["", "| what it touched | |", "| --- | ---: |"]
+        lines += [
+            f"| {_inline(key.replace('_', ' '))} | {_inline(numbers.named(v, key))} |" for key, v in facts.items()
+        ]
+    if summary.notes:
+        lines += ["", *(f"- {_inline(note)}" for note in summary.notes)]
+    return "\n".join(lines)
+
+
+def _code(name: str, base: str, kind: Kind, task: Task) -> str:
+    auto = AUTO_CLASSES[task]
+    lines = [
+        *(["from peft import PeftModel"] if kind == "adapter" else []),
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f"folder = {name!r}  # this folder",
+    ]
+    if kind == "adapter":
+        lines += [
+            f"base = {auto}.from_pretrained({base!r})",
+            "model = PeftModel.from_pretrained(base, folder)",
+        ]
+    else:
+        lines.append(f"model = {auto}.from_pretrained(folder)")
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+    if task in ("causal", "seq2seq"):
+        lines += [
+            "",
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))",
+        ]
+    return "\n".join(lines)
+
+
+def _data(summary: StageSummary) -> str:
+    data = summary.inputs.get("data")
+    if not isinstance(data, Mapping):
+        return ""
+    rows = f", {data['rows']:,} rows" if isinstance(data.get("rows"), int) else ""
+    hashed = f" (sha256 `{data['sha256']}`)" if "sha256" in data else ""
+    return f"## Training data\n\n{_inline(_base(str(data.get('source', 'unknown'))))}{rows}{hashed}."
+
+
+def _results(summary: StageSummary) -> str:
+    items = compare(summary.results)
+    if not items:
+        return ""
+    subjects = list(dict.fromkeys(subject for item in items for subject in item.subjects))
+    lines = [
+        "## Results",
+        "",
+        f"| task | metric | {' | '.join(map(_inline, subjects))} |",
+        f"| --- | --- | {' | '.join('---:' for _ in subjects)} |",
+    ]
+    for item in items:
+        scale = numbers.fit([metric.value for metric in item.subjects.values()], item.unit, finest=item.difference)
+        cells = []
+        for subject in subjects:
+            metric = item.subjects.get(subject)
+            width = half_width(metric) if metric else None
+            cells.append(scale.text(metric.value if metric else None) + (f" ± {scale.text(width)}" if width else ""))
+        name = item.name.replace("_", " ") + (f" ({scale.unit})" if scale.unit else "")
+        lines.append(f"| {_inline(item.task)} | {_inline(name)} | {' | '.join(cells)} |")
+    if any(half_width(metric) for item in items for metric in item.subjects.values()):
+        lines += ["", "± is half of a 95 % interval."]
+    return "\n".join(lines)
+
+
+def _versions(summary: StageSummary) -> str:
+    versions = summary.environment.get("versions")
+    shown = dict(versions) if isinstance(versions, Mapping) else {"tenfold": summary.tenfold_version}
+    listed = ", ".join(f"{name} {version}" for name, version in shown.items())
+    return f"## Versions\n\n{_inline(listed)}. Seed {summary.seed}. Fingerprint `{summary.fingerprint}`."
+
+
+def _citation(paper: Mapping[str, str]) -> str:
+    words = re.findall(r"\w+", paper.get("authors", "").split(" and ")[0].split(",")[0])
+    key = f"{words[-1].lower() if words else 'paper'}{paper.get('year', '')}"
+    fields = {"title": paper.get("title"), "author": paper.get("authors"), "year": paper.get("year")}
+    if "arxiv" in paper:
+        fields |= {"eprint": paper["arxiv"], "archivePrefix": "arXiv"}
+    if "url" in paper:
+        fields["url"] = paper["url"]
+    body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+    return "## Citation\n\n" + _fence(f"@misc{{{key},\n{body}\n}}", "bibtex")
+
+
+def _fence(text: str, language: str) -> str:
+    """A code block whose fence is longer than any within it."""
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _inline(text: str) -> str:
+    """Other people's text in Markdown: no tags, no columns of its own, one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)

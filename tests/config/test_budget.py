@@ -1,0 +1,37 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tenfold.config.budget import Budget, parse_budget
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [
+        ("0.4%", 0.004, "share"),
+        ("100%", 1.0, "share"),
+        ("300k", 300_000, "count"),
+        ("1.5M", 1_500_000, "count"),
+        ("12", 12, "count"),
+        ("64MiB", 64 * 2**20, "bytes"),
+        ("64MB", 64e6, "bytes"),
+        ("200ms", 0.2, "seconds"),
+        ("4.5bits", 4.5, "bits"),
+        ("9KiB/token", 9 * 2**10, "bytes/token"),
+    ],
+)
+def test_every_form_of_the_plan(text, amount, unit):
+    budget = parse_budget(text)
+    assert budget.unit == unit
+    assert budget.amount == pytest.approx(amount, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "%", "101%", "-3", "3 apples", "1e", "4MiB/s", "nan", "inf"])
+def test_what_is_no_budget_is_refused_with_the_forms_that_exist(text):
+    with pytest.raises(ValueError, match=r"0\.4%"):
+        parse_budget(text)
+
+
+@given(st.integers(min_value=0, max_value=10**12))
+def test_a_plain_count_is_exact(count):
+    assert parse_budget(str(count)) == Budget(float(count), "count")

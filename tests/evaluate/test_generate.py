@@ -1,0 +1,84 @@
+"""Generation: the same for every batch size, greedy by definition, without traces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tenfold.errors import ConfigError, ModelError
+from tenfold.evaluate.generate import generate
+
+PROMPTS = ["a", "a much longer prompt than the first", "bb"]
+
+
+def greedy(model, tokenizer, prompt: str, tokens: int, special: bool = True) -> str:
+    """By a full forward pass for every token."""
+    ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    start = len(ids)
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_greedy_equals_the_most_likely_token_each_time(model, tokenizer):
+    model.double()
+    expected = [greedy(model, tokenizer, prompt, 8) for prompt in PROMPTS]
+    for batch_size in (1, 2, 3):
+        found = generate(model, tokenizer, PROMPTS, max_new_tokens=8, chat=False, batch_size=batch_size)
+        assert found == expected
+
+
+def test_chat_is_used_where_the_tokenizer_has_a_template(model, tokenizer):
+    rendered = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    model.double()
+    assert generate(model, tokenizer, ["hi"], max_new_tokens=6) == [greedy(model, tokenizer, rendered, 6)]
+    tokenizer.chat_template = None
+    assert generate(model, tokenizer, ["hi"], max_new_tokens=6) == [greedy(model, tokenizer, "hi", 6)]
+    with pytest.raises(ModelError, match="no chat template"):
+        generate(model, tokenizer, ["hi"], chat=True)
+
+
+def test_the_models_own_penalties_are_not_used(model, tokenizer):
+    plain = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 3.0
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=8) == plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_global_random_state_and_modes_are_left_alone(model, tokenizer, temperature):
+    model.train()
+    state = torch.random.get_rng_state()
+    first = generate(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=temperature, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training
+    assert tokenizer.padding_side == "right"
+    torch.rand(3)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=temperature, seed=3) == first
+
+
+def test_sampling_depends_on_the_seed_and_follows_the_distribution(model, tokenizer):
+    model.double()
+    many = generate(
+        model, tokenizer, ["q"] * 400, max_new_tokens=1, temperature=0.05, chat=False, seed=1, batch_size=400
+    )
+    assert many != generate(
+        model, tokenizer, ["q"] * 400, max_new_tokens=1, temperature=0.05, chat=False, seed=2, batch_size=400
+    )
+    with torch.no_grad():
+        logits = model(**tokenizer("q", return_tensors="pt")).logits[0, -1]
+    probabilities = (logits / 0.05).softmax(-1)
+    top = probabilities.argmax().item()
+    share = many.count(tokenizer.decode([top], skip_special_tokens=True)) / 400
+    assert share == pytest.approx(probabilities[top].item(), abs=0.09)
+
+
+def test_bad_settings(model, tokenizer):
+    with pytest.raises(ConfigError, match="temperature"):
+        generate(model, tokenizer, ["a"], temperature=-1)
+    with pytest.raises(ConfigError, match="empty prompt"):
+        generate(model, tokenizer, [""], chat=False)

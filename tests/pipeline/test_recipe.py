@@ -1,0 +1,74 @@
+import pytest
+import yaml
+
+from tenfold.errors import ConfigError
+from tenfold.pipeline.recipe import read_recipe, resolve
+
+MINIMAL = {"model": "demo", "stages": [{"use": "lora", "data": "python-reference"}, {"use": "evaluate"}]}
+
+
+def test_evaluation_reads_the_held_out_share_of_what_was_trained_on():
+    plan = resolve(MINIMAL, "test")
+    assert plan.steps[1].config.data == "python-reference"
+    assert plan.steps[1].config.split == "held-out"
+
+
+def test_naming_the_training_data_again_does_not_leak_it_into_the_evaluation():
+    values = {**MINIMAL, "stages": [MINIMAL["stages"][0], {"use": "evaluate", "data": "python-reference"}]}
+    assert resolve(values, "test").steps[1].config.split == "held-out"
+
+
+def test_other_data_is_measured_whole():
+    values = {**MINIMAL, "stages": [MINIMAL["stages"][0], {"use": "evaluate", "data": "test.jsonl"}]}
+    assert resolve(values, "test").steps[1].config.split == "all"
+
+
+def test_the_resolved_recipe_gives_the_same_plan_again(tmp_path):
+    plan = resolve(MINIMAL, "test")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(plan.to_yaml())
+    assert read_recipe(path).steps == plan.steps
+
+
+def test_set_changes_keys_of_recipe_and_stages(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    plan = read_recipe(path, ["model=other/model", "seed=3", "lora.rank=4", "evaluate.tasks=[speed]"])
+    assert (plan.recipe.model, plan.recipe.seed) == ("other/model", 3)
+    assert plan.steps[0].config.rank == 4
+    assert plan.steps[1].config.tasks == ("speed",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: demo\nstages: [", "line 2, column 10"),
+        ("- a\n- b", "not a recipe"),
+        ("model: demo", "stages: missing"),
+        ("model: demo\nstages: []", "stages"),
+        ("model: demo\nstages: [{data: x}]", "use: missing"),
+        ("model: demo\nstages: [{use: lara}]", "did you mean 'lora'"),
+        ("model: demo\nstages: [{use: lora, rank: 0}]", r"stage 1 \(lora\): rank: .*greater than or equal to 1, got 0"),
+        ("modle: demo\nstages: [{use: lora}]", "did you mean 'model'"),
+        ("model: demo\nstages: [{use: evaluate, tasks: [perplexety]}]", "unknown task 'perplexety'"),
+    ],
+)
+def test_bad_recipes_name_the_place_and_the_remedy(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_recipe(path)
+    assert caught.value.remedy
+
+
+def test_absent_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("change", ["lora.rank", "nothing.rank=3"])
+def test_bad_changes(tmp_path, change):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(ConfigError, match="--set"):
+        read_recipe(path, [change])
