@@ -183,14 +183,14 @@ def ls(folder: Positional[Path | None] = None) -> int:
     found = sorted({path.parent for path in folder.glob("**/recipe.yaml")})
     if not found:
         raise ConfigError(f"{folder}: no run in it", remedy="give a folder that holds run folders, such as runs")
-    rows = []
+    runs: list[tuple[str, ...]] = []
     for path in found:
         _, summaries, _ = load_run(path)
         figures = [
             f"{name} {_number(before)} -> {_number(after)}" for name, before, after, _ in headline(summaries)[:1]
         ]
-        rows.append((str(path), " ".join(summary.stage for summary in summaries), *(figures or [""])))
-    _table(f"runs in {folder}", ("run", "finished stages", "first figure"), rows)
+        runs.append((str(path), " ".join(summary.stage for summary in summaries), *(figures or [""])))
+    _table(f"runs in {folder}", ("run", "finished stages", "first figure"), runs)
     return 0
 
 
@@ -244,6 +244,7 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
     if method not in methods:
         raise ConfigError(f"--method: {method!r} is no method of {verb}", remedy=f"methods: {', '.join(methods)}")
     source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")
+    config_class: Any = stage(method).config_class()
     model_class: Any = create_model("Model", __base__=ModelFields, model=(Positional[str], source))
 
     def command(opened: Any, config: Any, out: Path | None = None) -> int:
@@ -257,7 +258,7 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
 
     command.__annotations__ = {
         "opened": OmitArgPrefixes[model_class],
-        "config": OmitArgPrefixes[stage(method).config_class()],
+        "config": OmitArgPrefixes[config_class],
         "out": Path | None,
         "return": int,
     }

@@ -25,7 +25,7 @@ class Config(BaseModel):
       -> valid keys: rank
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:

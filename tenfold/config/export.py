@@ -12,7 +12,7 @@ class ExportConfig(Config):
 
     form: Literal["merged", "adapter"] = "merged"
     """``merged``: a complete model with the adapters folded in. ``adapter``: the last adapter alone."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the merged weights. Default: that of the opened model."""
     push_to_hub: str | None = None
     """Also upload the folder to this hub id (``user/name``)."""

@@ -19,6 +19,7 @@ from tenfold.evaluate.memory import measure_growth
 from tenfold.evaluate.results import Metric, Result
 from tenfold.models.export import save_adapter
 from tenfold.models.opened import Opened
+from tenfold.models.reference import ModelRef
 from tenfold.pipeline.context import Context, StageOutput
 
 
@@ -27,7 +28,7 @@ def run_lora(config: LoraConfig, context: Context) -> StageOutput:
     opened, encoded = prepare(config, context)
     model = lora.attach(opened.model, config, task=context.model.task)
     trained, results = fit(model, opened, encoded, config, context)
-    save_adapter(model, opened.tokenizer, context.folder / "adapter", base=context.model.source)
+    save_adapter(model, opened.tokenizer, context.folder / "adapter", base=base_of(context.model))
     return StageOutput(
         results=results,
         attached=lora.attached(model),
@@ -56,6 +57,11 @@ def prepare(config: TrainingFields, context: Context) -> tuple[Opened, Encoded]:
     return opened, encoded
 
 
+def base_of(model: ModelRef) -> str:
+    """What an adapter trained on this model names as its base: the adapter before it, which names the next."""
+    return model.adapters[-1] if model.adapters else model.source
+
+
 def fit(
     model: Any,
     opened: Opened,
@@ -74,6 +80,9 @@ def fit(
         if step:
             context.progress.say(f"  going on from step {step} of {steps}")
 
+    # Weights are mapped from their file and read on first use: they must not count as growth of the training.
+    for parameter in model.parameters():
+        parameter.detach().sum()
     with measure_growth(next(model.parameters()).device) as growth:
         trained = train(
             model,

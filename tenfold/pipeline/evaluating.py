@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.generate import GenerateConfig
 from tenfold.data.read import Rows
-from tenfold.data.rows import Question, Text
+from tenfold.data.rows import Choice, Question, Text
 from tenfold.errors import ConfigError
 from tenfold.evaluate.choice import multiple_choice
 from tenfold.evaluate.compare import compare
@@ -72,9 +73,14 @@ def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
 
     results: list[Result] = []
     for task in config.tasks:
-        measure = _MEASURES.get(task, _standard)
-        results += context.remember(task, lambda t=task, m=measure: m(t, config, context, subjects(), rows))
+        results += context.remember(task, partial(_measure, task, config, context, subjects, rows))
     return StageOutput(results=results)
+
+
+def _measure(
+    task: str, config: EvaluateConfig, context: Context, subjects: Callable[[], Subjects], rows: Rows | None
+) -> Sequence[Result]:
+    return _MEASURES.get(task, _standard)(task, config, context, subjects(), rows)
 
 
 def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
@@ -135,7 +141,7 @@ def _perplexity(task: str, config: EvaluateConfig, context: Context, subjects: S
                 stride=config.stride,
                 batch_size=config.batch_size,
                 subject=name,
-                progress=lambda done, total, name=name: context.progress(f"perplexity, {name}", done, total),
+                progress=partial(context.progress, f"perplexity, {name}"),
             )
     data = {"data": rows.source, "data sha256": rows.sha256}
     results = [
@@ -170,10 +176,10 @@ def _choice(task: str, config: EvaluateConfig, context: Context, subjects: Subje
         multiple_choice(
             model,
             subjects.tokenizer,
-            rows,
+            [row for row in rows if isinstance(row, Choice)],
             batch_size=config.batch_size,
             subject=name,
-            progress=lambda done, total, name=name: context.progress(f"{task}, {name}", done, total),
+            progress=partial(context.progress, f"{task}, {name}"),
         ).result
         for name, model in _each(subjects)
     ]

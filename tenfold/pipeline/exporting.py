@@ -20,12 +20,12 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
                 f"form: {opened.identity['source']} carries no adapter", remedy="write form: merged, or adapt it first"
             )
         folder = context.folder / "adapter"
-        save_adapter(opened.model, folder)
+        save_adapter(opened.model, opened.tokenizer, folder)
     else:
         folder = context.folder / "model"
         model = merge(opened.model) if adapted else opened.model
-        if config.dtype is not None:
-            model = model.to(getattr(torch, config.dtype))
+        if config.save_dtype is not None:
+            model = model.to(getattr(torch, config.save_dtype))
         save_model(model, opened.tokenizer, folder)
     if config.push_to_hub:
         push_to_hub(folder, config.push_to_hub)

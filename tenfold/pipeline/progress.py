@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 LOG_INTERVAL = 10.0
@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bar: RichProgress | None = None
-        self._task: tuple[str, int] | None = None
+        self._task: tuple[str, TaskID] | None = None
         self._last = 0.0
 
     def __enter__(self) -> Self:

@@ -29,11 +29,13 @@ import tenfold
 from tenfold.config.data import DataFields
 from tenfold.errors import RunError, TenfoldError
 from tenfold.files import replace_folder, write_text
+from tenfold.models.embedded import DEMO_HUB_ID
 from tenfold.pipeline.context import Context, StageOutput
 from tenfold.pipeline.progress import Progress
 from tenfold.pipeline.recipe import Plan, Step
 from tenfold.pipeline.stages import stage
-from tenfold.report.load import load_run
+from tenfold.report.card import write_card
+from tenfold.report.load import load_metrics
 from tenfold.report.page import write_report
 from tenfold.report.record import StageSummary
 
@@ -84,11 +86,11 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
             if summary is None:
                 console.print(f"[bold]{job.step.folder}[/bold]", highlight=False)
                 summary = _execute(plan, out, job, start, model, machine, console)
-                summaries.append(summary)
-                write_report(out, *load_run(out))
             else:
                 console.print(f"[bold]{job.step.folder}[/bold]: finished already", highlight=False)
-                summaries.append(summary)
+            summaries.append(summary)
+            metrics = {done.folder: load_metrics(out / done.folder / "metrics.jsonl") for done in summaries}
+            write_report(out, plan.to_yaml(), summaries, metrics, environment=machine)
             model = continued(model, out / job.step.folder, summary)
         return summaries
 
@@ -209,6 +211,15 @@ def _execute(
         timings={**output.timings, "stage": time.perf_counter() - began},
         environment=machine,
     )
+    if summary.artefact and summary.continues_with:
+        write_card(
+            work / summary.artefact,
+            summary,
+            base_model=DEMO_HUB_ID if start.source == "demo" else start.source,
+            recipe_text=plan.to_yaml(),
+            kind=summary.continues_with,
+            task=start.task,
+        )
     write_text(work / "summary.json", summary.model_dump_json(indent=2))
     marker.unlink()
     replace_folder(work, out / job.step.folder)

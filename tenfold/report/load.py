@@ -39,7 +39,7 @@ def load_run(folder: Path) -> tuple[str, list[StageSummary], Metrics]:
         key=lambda path: (int(path.name.partition("-")[0]), path.name),
     )
     summaries = [load_summary(path / "summary.json") for path in folders]
-    metrics = {path.name: _load_metrics(path / "metrics.jsonl") for path in folders}
+    metrics = {path.name: load_metrics(path / "metrics.jsonl") for path in folders}
     return _read(recipe), summaries, metrics
 
 
@@ -71,7 +71,7 @@ def load_summary(path: Path) -> StageSummary:
         raise RunError(f"{path}: {place}: {first['msg']}", remedy=_again(path)) from None
 
 
-def _load_metrics(path: Path) -> list[dict[str, Any]]:
+def load_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():  # a stage without steps
         return []
     rows = []

@@ -207,6 +207,8 @@ def _legend(axes: Axes, series: Sequence[Series]) -> None:
 
 
 def _line(figure: Figure) -> Canvas:
+    from matplotlib.ticker import MaxNLocator
+
     canvas, axes = _axes(figure)
     places = {label: place for place, label in enumerate(_categories(figure))}
     for number, series in enumerate(figure.series):
@@ -230,7 +232,7 @@ def _line(figure: Figure) -> Canvas:
     if places:
         _label_categories(axes, list(places))
     elif all(float(value).is_integer() for series in figure.series for value in series.x if _finite(float(value))):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     _legend(axes, figure.series)
     return canvas

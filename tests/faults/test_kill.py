@@ -24,7 +24,13 @@ RECIPE = {
             "save_every": 7,
             "log_every": 3,
         },
-        {"use": "evaluate", "tasks": ["perplexity", "speed", "memory"], "prompt_tokens": 32, "new_tokens": 4, "repeats": 2},
+        {
+            "use": "evaluate",
+            "tasks": ["perplexity", "speed", "memory"],
+            "prompt_tokens": 32,
+            "new_tokens": 4,
+            "repeats": 2,
+        },
         {"use": "generate", "prompts": ["The with statement"], "max_new_tokens": 8},
     ],
 }
@@ -59,12 +65,9 @@ def figures(out: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe")
-    rows = [{"text": f"{n} squared is {n * n}; {n} cubed is {n**3}. " * 4} for n in range(40)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    RECIPE["stages"][0]["data"] = str(folder / "data.jsonl")
-    path = folder / "recipe.yaml"
+def recipe(tmp_path_factory, number_rows):
+    RECIPE["stages"][0]["data"] = str(number_rows)
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return path
 

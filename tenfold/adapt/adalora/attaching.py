@@ -83,7 +83,6 @@ def wrap(
     highest = max(plan.ranks.values())
     peft_config = PeftLoraConfig(
         task_type=TASK_TYPES[task] if task is not None else None,
-        base_model_name_or_path=source,
         r=highest,
         lora_alpha=plan.scale * highest,
         lora_dropout=config.dropout,
@@ -94,12 +93,14 @@ def wrap(
     # PEFT's extension point for layers of one's own; it takes any base, whatever quantises it.
     peft_config._register_custom_module({nn.Module: SvdLinear})
     adapted = get_peft_model(model, peft_config, adapter_name=ADAPTER)
-    # PEFT overwrites it with the folder that the weights were read from, which exists on this machine only.
+    # PEFT fills in the folder that the weights were read from, which exists on this machine only.
     adapted.peft_config[ADAPTER].base_model_name_or_path = source
     found = {name: module for name, module in adapted.get_base_model().named_modules() if isinstance(module, SvdLinear)}
     if set(found) != {slot.name for slot in slots}:
         wrong = sorted(set(found) ^ {slot.name for slot in slots})
-        raise ModelError(f"these layers could not be adapted alone: {', '.join(wrong[:5])}", remedy="choose other targets")
+        raise ModelError(
+            f"these layers could not be adapted alone: {', '.join(wrong[:5])}", remedy="choose other targets"
+        )
     matrices = {slot.name: Matrix(slot, found[slot.name]) for slot in slots}
     for matrix in matrices.values():
         initialise(matrix.layer, ADAPTER, config.init)

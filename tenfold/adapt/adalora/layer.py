@@ -34,6 +34,8 @@ class Triplets(nn.Module):
         self.singular = nn.Parameter(like.new_zeros(like.shape[1], 1))
         """Lambda, ``[rank, 1]``."""
         self.bias = None
+        self.loaded = False
+        """Whether its values came from a file."""
 
     @property
     def weight(self) -> Tensor:
@@ -55,6 +57,7 @@ class Triplets(nn.Module):
             length = B.norm(dim=0)
             state_dict[prefix + "left"] = B / length.clamp_min(torch.finfo(B.dtype).tiny)
             state_dict[prefix + "singular"] = length[:, None]
+        self.loaded = prefix + "left" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

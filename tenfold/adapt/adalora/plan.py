@@ -125,8 +125,8 @@ def _check(config: AdaLoraConfig, plan: Plan, unit: Mapping[str, int], parameter
     least = sum(unit[name] * count for name, count in plan.floor.items())
     if least > plan.end:
         raise ConfigError(
-            f"min_rank: {config.min_rank} for {len(plan.ranks)} matrices is {least:,} {what}, above the {plan.end:,} of "
-            f"{asked}",
+            f"min_rank: {config.min_rank} for {len(plan.ranks)} matrices is {least:,} {what}, above the {plan.end:,} "
+            f"of {asked}",
             remedy="lower min_rank or raise the budget",
         )
     most = sum(unit[name] * count for name, count in plan.cap.items())

@@ -19,9 +19,10 @@ def can_cut(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> bool:
     """
     for tensor in tensors:
         for value in optimizer.state.get(tensor, {}).values():
-            if isinstance(value, Tensor) and value.numel() > 1:
-                if value.shape != tensor.shape or not value.is_floating_point():
-                    return False
+            if not isinstance(value, Tensor) or value.numel() <= 1:
+                continue
+            if value.shape != tensor.shape or not value.is_floating_point():
+                return False
     return True
 
 

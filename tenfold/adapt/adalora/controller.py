@@ -1,0 +1,347 @@
+"""Train the adapter within any loop: what AdaLoRA does around each optimizer step, hung on torch's own hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from tenfold.adapt.adalora.attaching import Matrix, set_patterns, trainable
+from tenfold.adapt.adalora.layer import ADAPTER
+from tenfold.adapt.adalora.mathematics import penalty
+from tenfold.adapt.adalora.plan import Plan, make_schedule, settings
+from tenfold.adapt.adalora.shrinking import can_cut, cut
+from tenfold.adapt.adalora.trainer import LogCallback, running_trainer
+from tenfold.config.adalora import AdaLoraConfig
+from tenfold.core.importance import Importance, Part, allocate
+from tenfold.core.schedule import CubicSchedule
+from tenfold.errors import ConfigError, RunError
+
+STATE = "tenfold.adalora"
+"""Key in the optimizer's state, which torch saves and loads with the moments whatever loop does it."""
+
+
+class Controller:
+    """AdaLoRA's steps 5 to 10 (section 3.3 and algorithm 1), made by whichever optimizer holds the adapter.
+
+    Before each optimizer step the penalty's gradient is added, once, so that it is right under gradient accumulation,
+    in trainers that compute their own loss, and never part of an evaluation. (Loops clip before that; the penalty's
+    share is not clipped.) After it the sensitivities are taken and, when it is time, lambdas are zeroed. A step that a
+    gradient scaler skips changes nothing. The state travels in the optimizer's own ``state_dict``.
+
+    Args:
+        model: PEFT's model; only weakly held.
+        matrices: the adapted matrices by name.
+        plan: sizes.
+        config: everything else.
+        total_steps: optimizer steps of the run; None to take them from the Trainer or ``config.steps``.
+        trained: whether the adapter came with trained values.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        matrices: Mapping[str, Matrix],
+        plan: Plan,
+        config: AdaLoraConfig,
+        total_steps: int | None,
+        trained: bool,
+    ) -> None:
+        self.matrices, self.plan, self.config = dict(matrices), plan, config
+        self.trained = trained
+        self.step = 0
+        """Optimizer steps made; also the zero-based index of the next one."""
+        self.schedule: CubicSchedule | None = None
+        self.masks = {name: torch.ones(m.rank, dtype=torch.bool) for name, m in self.matrices.items()}
+        """What the last allocation kept, for each matrix ``bool[rank]``."""
+        self.scores: dict[str, Tensor] = {}
+        """The scores of the last allocation, for each matrix ``[rank]``."""
+        self.history: list[tuple[int, int, Tensor | int]] = []
+        """Step, budget and triplets kept, of each allocation."""
+        self.notes: list[str] = []
+        """Sentences that the reader of a report must know."""
+        self._fixed = False
+        self._partial: list[str] = []  # matrices with a zero in a fixed mask
+        self._importance: Importance | None = None
+        self._penalty: Tensor | None = None
+        self._total_steps = total_steps
+        self._model = weakref.ref(model)
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        # For all optimizers: which one holds the adapter is only known when it steps.
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+            model.register_state_dict_pre_hook(lambda *_: self.check_stepped()),
+        ]
+        self._finalizer = weakref.finalize(model, _remove, self._hooks)
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        self._finalizer()
+
+    # ------------------------------------------------------------------ around a step
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._holds_adapter(optimizer):
+            return
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            self._bind(optimizer)
+        if STATE in optimizer.state:  # left there by optimizer.load_state_dict
+            self.load_state_dict(optimizer.state.pop(STATE))  # type: ignore[call-overload]
+        # A scaler hands fused optimizers gradients that it has not unscaled yet.
+        scale = getattr(optimizer, "grad_scale", None)
+        if self.config.gamma > 0:
+            self._add_penalty(scale)
+        if self.config.sensitivity_at == "before" and not _skips(optimizer):
+            self._observe(scale)
+
+    @torch.no_grad()
+    def _add_penalty(self, scale: Tensor | None) -> None:
+        matrices = list(self.matrices.values())
+        value, dP, dQ = penalty([m.P for m in matrices], [m.Q for m in matrices], self.config.orthogonality)
+        self._penalty = value
+        for matrix, p, q in zip(matrices, dP, dQ, strict=True):
+            for factor, gradient in ((matrix.P, p), (matrix.Q, q)):
+                if factor.grad is None:  # not reached by this step's loss: the optimizer will not move it
+                    continue
+                if scale is not None:
+                    gradient = gradient * scale.to(gradient.device)
+                factor.grad.add_(gradient, alpha=self.config.gamma)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._optimizer is None or self._optimizer() is not optimizer or _skips(optimizer):
+            return
+        if self.config.sensitivity_at == "after":  # fused optimizers have unscaled the gradients by now
+            self._observe(None)
+        self._allocate()
+        self.step += 1
+
+    @property
+    def _final(self) -> bool:
+        """Whether the mask is, or must now be, fixed. Entered at the last decision, however the loop counts."""
+        return self._fixed or self.step >= self._running.total - self._running.cooldown
+
+    @property
+    def _running(self) -> CubicSchedule:
+        if self.schedule is None:
+            raise RunError("no optimizer has stepped the adapter yet", remedy="train first")
+        return self.schedule
+
+    def _observe(self, scale: Tensor | None) -> None:
+        if self._final or self._importance is None:
+            return
+        if scale is not None:
+            gradients = [t.grad for t in trainable(self.matrices) if t.grad is not None]
+            for gradient in gradients:
+                gradient.div_(scale.to(gradient.device))  # a power of two: exact both ways
+            self._importance.observe(self.step)
+            for gradient in gradients:
+                gradient.mul_(scale.to(gradient.device))
+        else:
+            self._importance.observe(self.step)
+
+    @torch.no_grad()
+    def _allocate(self) -> None:
+        schedule, final = self._running, self._final
+        if not self._fixed and self._importance is not None and (final or schedule.due(self.step)):
+            budget = int(self.plan.end if final else schedule.value(self.step))
+            self.scores = self._importance.scores()
+            floor = self.plan.floor if self.config.min_rank else None
+            cap = self.plan.cap if self.config.max_rank else None
+            found = allocate(self.scores, budget, self.plan.unit_costs, floor, cap)
+            self.masks = found.masks
+            self.history.append((self.step, budget, found.units))
+            for name, matrix in self.matrices.items():
+                matrix.singular.masked_fill_(~self.masks[name][:, None], 0)
+            if final:
+                self._fix()
+        elif self._fixed:
+            for name in self._partial:
+                self.matrices[name].singular.masked_fill_(~self.masks[name][:, None], 0)
+
+    def _fix(self) -> None:
+        """Decide for good: forget the averages, and remove what was dropped."""
+        self._fixed = True
+        if self._importance is not None:
+            self._importance.release()
+            self._importance = None
+        self._shrink()
+        self._partial = [name for name, mask in self.masks.items() if not bool(mask.all())]
+
+    def _shrink(self) -> None:
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if not self.config.shrink or optimizer is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.notes.append("dropped triplets were masked, not removed: other processes hold the same shapes")
+            return
+        if not can_cut(optimizer, trainable(self.matrices)):
+            self.notes.append(
+                f"dropped triplets were masked, not removed: the state of {type(optimizer).__name__} cannot be cut"
+            )
+            return
+        keep = {}
+        for name, mask in self.masks.items():
+            index = mask.nonzero().flatten()
+            # A matrix that keeps nothing keeps one masked triplet, because PEFT knows no rank 0.
+            keep[name] = index if len(index) else self.scores[name].argmax()[None]
+        cut(self.matrices, keep, optimizer)
+        self.masks = {name: mask[keep[name]] for name, mask in self.masks.items()}
+        self.scores = {name: score[keep[name]] for name, score in self.scores.items()}
+        self._tell_peft()
+
+    def _tell_peft(self) -> None:
+        """Keep PEFT's configuration true to the shapes, so that what it saves can be opened."""
+        model = self._model()
+        if model is not None:
+            ranks = {name: matrix.rank for name, matrix in self.matrices.items()}
+            set_patterns(model.peft_config[ADAPTER], ranks, self.plan.scale)
+
+    # ------------------------------------------------------------------ binding to an optimizer
+
+    def _holds_adapter(self, optimizer: Optimizer) -> bool:
+        if self._optimizer is not None and self._optimizer() is optimizer:
+            return True
+        ours = {id(tensor) for tensor in trainable(self.matrices)}
+        held = sum(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+        if 0 < held < len(ours):
+            raise RunError(
+                f"{type(optimizer).__name__} holds {held} of the adapter's {len(ours)} tensors",
+                remedy="give all trainable parameters of the model to one optimizer",
+            )
+        return held > 0
+
+    def _bind(self, optimizer: Optimizer) -> None:
+        trainer = running_trainer(self._model())
+        if self.schedule is None:
+            self.schedule = make_schedule(self.config, self.plan, self._find_total(trainer))
+            self._importance = self._make_importance()
+        if trainer is not None:
+            trainer.remove_callback(LogCallback)
+            trainer.add_callback(LogCallback(self.numbers))
+        self._optimizer = weakref.ref(optimizer)
+        self._hooks += [
+            optimizer.register_state_dict_pre_hook(self._put_state),
+            optimizer.register_state_dict_post_hook(self._drop_state),
+        ]
+
+    def _find_total(self, trainer: Any | None) -> int:
+        running = trainer.state.max_steps if trainer is not None else None
+        if self._total_steps is not None and running is not None and self._total_steps != running:
+            raise ConfigError(
+                f"total_steps: {self._total_steps}, but the Trainer makes {running} steps",
+                remedy="leave total_steps out: it is taken from the Trainer",
+            )
+        total = self._total_steps or running or self.config.steps
+        if total is None:
+            raise RunError(
+                "the number of optimizer steps of this run is unknown, and the phases of AdaLoRA depend on it",
+                remedy="attach(model, config, total_steps=...), or set steps in the configuration",
+            )
+        return total
+
+    def _make_importance(self) -> Importance:
+        parts = {}
+        for name, matrix in self.matrices.items():
+            light = self.config.importance == "light"
+            members = ((matrix.singular, 0),) if light else ((matrix.Q, 0), (matrix.singular, 0), (matrix.P, 1))
+            parts[name] = [Part(tensor, dim) for tensor, dim in members]
+        return Importance(parts, self.config.beta1, self.config.beta2)
+
+    # ------------------------------------------------------------------ state
+
+    def _put_state(self, optimizer: Optimizer) -> None:
+        optimizer.state[STATE] = self.state_dict()  # type: ignore[index]
+
+    def _drop_state(self, optimizer: Optimizer, saved: Any) -> None:
+        optimizer.state.pop(STATE)  # type: ignore[call-overload]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beyond the weights that a resumed run needs: tensors and plain values."""
+        return {
+            "settings": settings(self.config, self.plan, self._running),
+            "step": self.step,
+            "fixed": self._fixed,
+            "masks": dict(self.masks),
+            "scores": dict(self.scores),
+            "history": [[step, budget, int(kept)] for step, budget, kept in self.history],
+            "notes": list(self.notes),
+            "importance": self._importance.state_dict() if self._importance is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a saved run stopped.
+
+        Raises:
+            RunError: when the saved run had another configuration.
+        """
+        own, saved = settings(self.config, self.plan, self._running), state["settings"]
+        differ = [f"{key} {saved.get(key)!r}, now {own[key]!r}" for key in own if saved.get(key) != own[key]]
+        if differ:
+            raise RunError(
+                f"the checkpoint was written with another configuration: {'; '.join(differ[:4])}",
+                remedy="resume with the saved configuration, or start a fresh run in another folder",
+            )
+        device = next(iter(self.matrices.values())).singular.device
+        self.step, self._fixed = state["step"], state["fixed"]
+        self.masks = {name: mask.to(device) for name, mask in state["masks"].items()}
+        self.scores = {name: score.to(device) for name, score in state["scores"].items()}
+        self.history = [(step, budget, kept) for step, budget, kept in state["history"]]
+        self.notes = list(state["notes"])
+        if self._fixed:
+            self._importance = None
+            self._partial = [name for name, mask in self.masks.items() if not bool(mask.all())]
+            self._tell_peft()
+        else:
+            self._importance = self._make_importance()
+            self._importance.load_state_dict(state["importance"])
+
+    # ------------------------------------------------------------------ what is known
+
+    def check_stepped(self) -> None:
+        """Refuse to go on as if all was well when the adapter was trained and no step was seen.
+
+        Raises:
+            RunError: lambdas have moved although no optimizer with torch's step hooks has stepped.
+        """
+        if self.step > 0 or self.trained or any(m.layer.lora_B[ADAPTER].loaded for m in self.matrices.values()):
+            return
+        if any(bool(matrix.singular.detach().any()) for matrix in self.matrices.values()):
+            raise RunError(
+                "the adapter was trained, but AdaLoRA saw no optimizer step: nothing was allocated",
+                remedy="train with a torch.optim optimizer that holds the model's own parameters (no flattened copies)",
+            )
+
+    def numbers(self) -> dict[str, float]:
+        """What to log: ``adalora/penalty`` (before gamma), ``adalora/budget``, ``adalora/triplets`` kept, and counts of
+        skipped gradients. Waits for the device.
+        """  # noqa: D205
+        found = {"adalora/triplets": float(sum(int(mask.sum()) for mask in self.masks.values()))}
+        if self._penalty is not None:
+            found["adalora/penalty"] = self._penalty.item()
+        if self.schedule is not None:
+            found["adalora/budget"] = float(int(self.schedule.value(max(self.step - 1, 0))))
+        if self._importance is not None and (self._importance.missing or self._importance.non_finite):
+            found["adalora/missing_gradients"] = float(self._importance.missing)
+            found["adalora/non_finite_entries"] = float(self._importance.non_finite)
+        return found
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer's step does nothing because a gradient scaler found a number that is not finite.
+
+    The one place that waits for the device, and only where such a scaler is used (float16).
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()

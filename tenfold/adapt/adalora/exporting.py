@@ -1,0 +1,147 @@
+"""Exact export as plain LoRA, for everything that reads PEFT's adapter folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tenfold.adapt.adalora.attaching import Matrix
+from tenfold.adapt.adalora.layer import ADAPTER
+from tenfold.adapt.adalora.mathematics import decompose, fold
+from tenfold.core.importance import allocate
+from tenfold.errors import ConfigError, RunError
+from tenfold.files import replace_folder
+
+Layout = Literal["padded", "compact"]
+Order = Literal["score", "singular_value"]
+PREFIX = "base_model.model."
+
+
+def export(
+    model: PeftModel,
+    matrices: Mapping[str, Matrix],
+    masks: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    scale: float,
+    folder: Path,
+    *,
+    layout: Layout = "padded",
+    order: Order | None = None,
+    triplets: int | None = None,
+) -> Path:
+    r"""Write the adapter as plain LoRA with a scale of exactly 1: :math:`B'=\frac{\alpha}{r_0}P\Lambda`, :math:`A'=Q`.
+
+    ``padded`` fills every matrix with zeros to the highest rank and needs no patterns, which every reader gets right.
+    ``compact`` keeps true ranks with identical ``rank_pattern`` and ``alpha_pattern``; llama.cpp reads it wrongly.
+    Matrices that keep no triplet are left out. Triplets are in ``order``, so that the first columns of B and rows of A
+    are an adapter of any smaller rank.
+
+    Args:
+        model: PEFT's model.
+        matrices: by name.
+        masks: what is kept, for each matrix ``bool[rank]``.
+        scores: for each matrix ``[rank]``; empty where nothing was scored.
+        scale: :math:`\alpha/r_0`.
+        folder: written whole or not at all.
+        layout: as above.
+        order: by ``score``, or by exact ``singular_value`` of each update. Default: score where there are scores.
+        triplets: export only this many, the best of all matrices together in the order asked for.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RunError: when no triplet is left, or scores are asked for that are not there.
+        ConfigError: ``triplets`` below 1.
+    """
+    if order == "score" and not scores:
+        raise RunError("no scores: nothing was allocated yet", remedy="train first, or export by singular_value")
+    found, worth = _sorted(matrices, masks, scores, scale, order or ("score" if scores else "singular_value"))
+    if triplets is not None:
+        if triplets < 1:
+            raise ConfigError(f"triplets: {triplets} is below 1")
+        counts = {name: int(mask.sum()) for name, mask in allocate(worth, triplets).masks.items()}
+        found = {name: (B[:, : counts[name]], A[: counts[name]]) for name, (B, A) in found.items()}
+    found = {name: (B, A) for name, (B, A) in found.items() if A.shape[0] > 0}
+    if not found:
+        raise RunError("no triplet is left in any matrix", remedy="train first, or raise the budget")
+    ranks = {name: A.shape[0] for name, (_, A) in found.items()}
+    highest = max(ranks.values())
+    config = _plain_config(model, found, matrices, highest)
+    if layout == "compact":
+        patterns = {name: rank for name, rank in ranks.items() if rank != highest}
+        config.rank_pattern, config.alpha_pattern = patterns, dict(patterns)
+    tensors = {key: value for key, value in get_peft_model_state_dict(model).items() if ".lora_" not in key}
+    for name, (B, A) in found.items():
+        if layout == "padded":
+            missing = highest - A.shape[0]
+            B, A = torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+    return _write(folder, config, tensors)
+
+
+@torch.no_grad()
+def _sorted(
+    matrices: Mapping[str, Matrix],
+    masks: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    scale: float,
+    order: Order,
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """B, A and the worth of each kept triplet of each matrix, best first, in float32."""
+    found, worth = {}, {}
+    for name, matrix in matrices.items():
+        index = masks[name].to(matrix.singular.device).nonzero().flatten()
+        P, Q = matrix.P.detach()[:, index].float(), matrix.Q.detach()[index].float()
+        B, A = fold(P, matrix.singular.detach()[index].float(), Q, scale)
+        if order == "score":
+            value = scores[name].to(index.device)[index]
+            best = value.sort(descending=True, stable=True).indices
+            found[name], worth[name] = (B[:, best], A[best]), value[best]
+        else:
+            left, values, right = decompose(B, A)
+            found[name], worth[name] = (left * values, right), values
+    return found, worth
+
+
+def _plain_config(
+    model: PeftModel, found: Mapping[str, object], matrices: Mapping[str, Matrix], rank: int
+) -> PeftLoraConfig:
+    live = model.peft_config[ADAPTER]
+    return PeftLoraConfig(
+        task_type=live.task_type,
+        base_model_name_or_path=live.base_model_name_or_path,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=live.lora_dropout,
+        target_modules=list(found),
+        fan_in_fan_out=matrices[next(iter(found))].slot.layout == "conv1d",
+        modules_to_save=live.modules_to_save,
+    )
+
+
+def _write(folder: Path, config: PeftLoraConfig, tensors: Mapping[str, Tensor]) -> Path:
+    """All files under another name first, so that the folder is never half there."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        config.save_pretrained(str(temporary))
+        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(plain, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

@@ -1,0 +1,148 @@
+"""The command line as a person meets it: help, exit codes, errors without tracebacks, small real runs."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tenfold import cli
+
+VERBS = [*cli.COMMANDS, *cli.MODEL_VERBS]
+
+
+def tenfold(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "tenfold.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path, number_rows):
+    path = tmp_path / "recipe.yaml"
+    stage = {"use": "lora", "data": str(number_rows), "holdout": 0.3, "rank": 2, "steps": 3, "max_length": 64}
+    path.write_text(
+        yaml.safe_dump({"model": "tiny:llama", "stages": [stage, {"use": "evaluate", "tasks": ["perplexity"]}]})
+    )
+    return path
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_help_has_examples(verb, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"tenfold {verb}" in out
+    for line in cli.EXAMPLES[verb].splitlines():
+        assert " ".join(line.split()[:3]) in out
+
+
+def test_overview_names_every_verb(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {verb}" in out for verb in VERBS)
+
+
+def test_help_is_quick_and_loads_no_torch():
+    began = time.perf_counter()
+    assert tenfold("adapt", "--help").returncode == 0
+    assert time.perf_counter() - began < 1.5
+    code = "import sys; from tenfold import cli; cli.main(['adapt', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_validate_is_quick(recipe):
+    began = time.perf_counter()
+    done = tenfold("validate", recipe)
+    assert time.perf_counter() - began < 1.5  # < 1 s on a free machine
+    assert done.returncode == 0
+    assert "40 text rows" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rnu"], "did you mean 'run'"),
+        (["run", "nothing.yaml"], "No such file"),
+        (["validate"], "required"),
+        (["adapt", "demo", "--method", "magic"], "methods: lora"),
+        (["adapt", "demo", "--method"], "no value"),
+        (["adapt", "demo", "--rnak", "3"], "--rank"),
+        (["adapt", "demo", "--rank", "0"], "greater than or equal to 1"),
+        (["adapt", "demo", "--rank", "3", "--budget", "1%"], "rank and budget"),
+        (["adapt", "demo", "--budget", "much"], "no budget"),
+        (["ls", "nothing"], "no run in it"),
+        (["compare", "nothing", "other"], "no such folder"),
+    ],
+)
+def test_wrong_input_is_exit_code_2_and_no_traceback(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(arguments)
+    captured = capsys.readouterr()
+    assert code in (1, 2) if arguments[0] == "compare" else code == 2
+    assert message in " ".join((captured.out + captured.err).replace("│", " ").split())
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = tenfold("run", tmp_path / "none.yaml", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_an_unexpected_error_is_exit_code_1(monkeypatch, capsys):
+    def broken():
+        """Break."""
+        raise AttributeError("no such thing")
+
+    monkeypatch.setitem(cli.COMMANDS, "env", broken)
+    assert cli.main(["env"]) == 1
+    assert "this is a bug" in capsys.readouterr().err
+
+
+def test_out_of_memory_names_the_settings_that_help(monkeypatch, capsys):
+    def broken():
+        """Break."""
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setitem(cli.COMMANDS, "env", broken)
+    assert cli.main(["env"]) == 1
+    assert "batch_size" in capsys.readouterr().err
+
+
+def test_a_run_from_the_command_line(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["run", str(recipe), "--out", str(out)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert cli.main(["run", str(recipe), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("finished already") == 2
+    assert cli.main(["ls", str(tmp_path)]) == 0
+    assert "lora evaluate" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["compare", str(out), str(out)]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_verbs_work_on_what_verbs_made(number_rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(number_rows), "--steps", "2", "--max-length", "64", "--rank", "2", "--out", "adapted"]
+    assert cli.main(["adapt", "tiny:llama", *flags]) == 0
+    adapter = "adapted/01-lora/adapter"
+    assert cli.main(["evaluate", adapter, "--data", str(number_rows), "--tasks", "perplexity"]) == 0
+    assert cli.main(["generate", adapter, "--prompts", "3 squared is", "--max-new-tokens", "4", "--chat", "no"]) == 0
+    assert cli.main(["export", adapter, "--out", "exported"]) == 0
+    assert (tmp_path / "exported/01-export/model/model.safetensors").exists()
+    capsys.readouterr()
+    assert cli.main(["ls", "runs"]) == 0
+    assert capsys.readouterr().out.count("runs/") >= 2
+
+
+def test_estimate_and_env(recipe, capsys):
+    assert cli.main(["estimate", str(recipe)]) == 0
+    assert "trainable parameters" in capsys.readouterr().out
+    assert cli.main(["env"]) == 0
+    assert "torch" in capsys.readouterr().out

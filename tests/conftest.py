@@ -1,0 +1,30 @@
+"""Fixtures that several rooms share."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Nothing here may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny tensors: a second thread only waits for the first, and on a busy machine it waits long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("TENFOLD_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set TENFOLD_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def number_rows(tmp_path_factory) -> Path:
+    """A small text file of forty rows that even a tiny model can learn something from."""
+    path = tmp_path_factory.mktemp("rows") / "numbers.jsonl"
+    rows = [{"text": f"{n} squared is {n * n}; {n} cubed is {n**3}. " * 4} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,200 @@
+"""The run folder: what is done once, what is done again, what is refused."""
+
+import errno
+import json
+import os
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from tenfold.errors import ConfigError, DataError, RunError
+from tenfold.pipeline import run as runner
+from tenfold.pipeline.recipe import resolve
+from tenfold.report.load import load_run
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def values(number_rows):
+    lora = {"use": "lora", "data": str(number_rows), "holdout": 0.3, "rank": 2, "steps": 6, "max_length": 64}
+    return {"model": "tiny:llama", "stages": [lora, {"use": "evaluate", "tasks": ["perplexity"]}]}
+
+
+def execute(values, out):
+    return runner.run(resolve(values, "test"), out, QUIET)
+
+
+def modified(out):
+    return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("0*/summary.json")}
+
+
+def test_a_run_and_what_it_leaves(values, tmp_path):
+    out = tmp_path / "run"
+    lora, evaluation = execute(values, out)
+    recipe, summaries, metrics = load_run(out)
+    assert [summary.stage for summary in summaries] == ["lora", "evaluate"]
+    assert resolve(values, "test").to_yaml() == recipe
+    assert metrics["01-lora"][-1]["step"] == 6
+    assert lora.attached["trainable parameters"] == _trainable(out / "01-lora/adapter")
+    assert (out / "01-lora/adapter/README.md").read_text().startswith("---")
+    subjects = [result.subject for result in evaluation.results]
+    assert subjects == ["before", "after", "after - before"]
+    before, after, difference = (result.metrics for result in evaluation.results)
+    assert after[1].value - before[1].value == pytest.approx(difference[1].value, abs=1e-9)
+    assert not list(out.glob(".0*"))
+    assert "<html" in (out / "report.html").read_text()
+
+
+def _trainable(adapter):
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        return sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+
+
+def test_finished_stages_are_not_run_again(values, tmp_path):
+    execute(values, tmp_path)
+    first = modified(tmp_path)
+    execute(values, tmp_path)
+    assert modified(tmp_path) == first
+
+
+def test_a_changed_stage_is_run_again_with_those_after_it(values, tmp_path):
+    execute(values, tmp_path)
+    first = modified(tmp_path)
+    values["stages"][1]["max_length"] = 256
+    execute(values, tmp_path)
+    second = modified(tmp_path)
+    assert second["01-lora"] == first["01-lora"]
+    assert second["02-evaluate"] > first["02-evaluate"]
+    values["stages"][0]["rank"] = 1
+    execute(values, tmp_path)
+    assert modified(tmp_path)["01-lora"] > second["01-lora"]
+    assert modified(tmp_path)["02-evaluate"] > second["02-evaluate"]
+
+
+def test_changed_data_is_seen(values, tmp_path, number_rows):
+    data = tmp_path / "data.jsonl"
+    data.write_text(number_rows.read_text())
+    values["stages"][0]["data"] = str(data)
+    out = tmp_path / "run"
+    execute(values, out)
+    first = modified(out)
+    with data.open("a") as file:
+        file.write('{"text": "one more row of text"}\n')
+    execute(values, out)
+    assert modified(out)["01-lora"] > first["01-lora"]
+
+
+def test_a_seed_repeats_and_another_one_differs(values, tmp_path):
+    losses = [
+        execute({**values, "seed": seed}, tmp_path / name)[0].results for seed, name in ((0, "a"), (0, "b"), (1, "c"))
+    ]
+    value = [result[0].metric("loss").value for result in losses]
+    assert value[0] == value[1] != value[2]
+
+
+def test_a_moved_run_is_still_finished(values, tmp_path):
+    execute(values, tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    first = modified(tmp_path / "there")
+    execute(values, tmp_path / "there")
+    assert modified(tmp_path / "there") == first
+
+
+def test_a_damaged_summary_is_made_again(values, tmp_path):
+    execute(values, tmp_path)
+    (tmp_path / "02-evaluate/summary.json").write_text('{"half')
+    summaries = execute(values, tmp_path)
+    assert json.loads((tmp_path / "02-evaluate/summary.json").read_text())["fingerprint"] == summaries[1].fingerprint
+
+
+def test_another_recipe_in_the_folder_is_refused(values, tmp_path):
+    execute(values, tmp_path)
+    other = {**values, "stages": [{"use": "generate", "max_new_tokens": 2}]}
+    with pytest.raises(RunError, match="01-lora, 02-evaluate"):
+        execute(other, tmp_path)
+    assert (tmp_path / "01-lora/summary.json").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(values, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(RunError, match="another run"):
+        execute(values, tmp_path)
+
+
+def test_a_bad_row_in_the_last_stage_stops_before_the_first(values, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": 3}\n')
+    values["stages"][1]["data"] = str(bad)
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2"):
+        execute(values, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*01-lora"))
+
+
+def test_a_folder_that_is_a_file(values, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="--out"):
+        execute(values, tmp_path / "file")
+
+
+def test_a_full_disk_says_so_and_keeps_what_is_finished(values, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    write = runner.write_text
+
+    def full(path, text):
+        if path.name == "summary.json" and "02-evaluate" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, text)
+
+    monkeypatch.setattr(runner, "write_text", full)
+    with pytest.raises(RunError, match="no space left"):
+        execute(values, out)
+    assert (out / "01-lora/summary.json").exists()
+    assert not (out / "02-evaluate").exists()
+    monkeypatch.setattr(runner, "write_text", write)
+    execute(values, out)
+    assert (out / "02-evaluate/summary.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_levers(values, tmp_path):
+    values["stages"][0].update(learning_rate=1e30, steps=20, max_grad_norm=1e30, log_every=1)
+    with pytest.raises(RunError, match=r"(loss|grad_norm) is (nan|inf) at step \d+ of 20") as caught:
+        execute(values, tmp_path)
+    assert "learning_rate" in caught.value.remedy
+    assert not (tmp_path / "01-lora").exists()
+
+
+def test_training_without_data_is_refused(values, tmp_path):
+    del values["stages"][0]["data"]
+    with pytest.raises(ConfigError, match="data: missing"):
+        execute(values, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("question_answering", "needs question rows"), ("multiple_choice", "needs choice rows")]
+)
+def test_a_task_for_other_rows_is_refused_before_a_model_is_opened(values, tmp_path, task, message):
+    values["stages"] = [{"use": "evaluate", "tasks": [task], "data": values["stages"][0]["data"]}]
+    with pytest.raises(ConfigError, match=message):
+        execute(values, tmp_path)
+
+
+def test_a_second_adapter_goes_on_top_of_the_first(values, tmp_path):
+    values["stages"] = [values["stages"][0], {**values["stages"][0], "rank": 1}, {"use": "export"}]
+    execute(values, tmp_path)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tenfold.models.open import open_model
+
+    ids = torch.arange(5, 25)[None]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "03-export/model").eval()
+    # The second adapter names the first as its base, so opening it alone gives the whole chain.
+    opened = open_model(tmp_path / "02-lora/adapter").model
+    base = open_model("tiny:llama").model
+    with torch.no_grad():
+        expected = opened(ids).logits
+        torch.testing.assert_close(exported(ids).logits, expected, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(base(ids).logits, expected, atol=1e-5)
