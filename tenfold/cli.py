@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -257,9 +257,9 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
         return _execute(plan, out or Path("runs") / f"{method}-{settings}")
 
     command.__annotations__ = {
-        "opened": OmitArgPrefixes[model_class],
-        "config": OmitArgPrefixes[config_class],
-        "out": Path | None,
+        "opened": Annotated[model_class, OmitArgPrefixes],
+        "config": Annotated[config_class, OmitArgPrefixes],
+        "out": Annotated[Path | None, tyro.conf.arg(help="The run folder. Default: runs/METHOD-HASH.")],
         "return": int,
     }
     command.__doc__ = f"{MODEL_VERBS[verb][1]}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 UPSTREAM_WARNINGS = (
     # peft 0.21.2 reads a property that transformers 5.23 renamed (2026-11): nobody who sees it can mend it.
@@ -15,6 +16,12 @@ def quiet_upstream() -> None:
     """Hide the warnings of `UPSTREAM_WARNINGS`; the command line calls it, importing the package changes nothing."""
     for category, message in UPSTREAM_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass; the method was renamed in transformers 5.2x."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def activation_checkpointing(enabled: bool) -> dict[str, bool]:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from tenfold.compat import enable_checkpointing
 from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.training import TrainingFields
 from tenfold.models.reference import ModelRef
@@ -25,10 +26,9 @@ from tenfold.pipeline.recipe import Plan
 from tenfold.pipeline.run import model_of
 from tenfold.pipeline.stages import stage
 
-
-CPU_HEAP = 1.5
-"""Resident over live bytes of a training step on a CPU. The C library keeps freed blocks as holes between live ones; with
-glibc 2.36 the ratio was 1.52, 1.50 and 1.47 for batches of 4 x 256, 2 x 512 and 4 x 512 tokens of the demo model
+CPU_HEAP = 1.6
+"""Resident over live bytes of a training step on a CPU. The C library keeps freed blocks as holes between live ones;
+with glibc 2.36 the ratio was 1.62, 1.62 and 1.59 for batches of 4 x 256, 2 x 512 and 4 x 512 tokens of the demo model
 (``tests/pipeline/test_estimate.py`` measures it again). CUDA's figure is that of its own allocator, which counts live
 bytes."""
 
@@ -86,14 +86,16 @@ def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: Mode
         model = attach(base, config, task=ref.task)
     model.train()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     adapter = sum(p.numel() * p.element_size() for p in model.parameters()) - before
     with FakeTensorMode(), _Live() as live:
         _materialise(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         base_live = live.now
-        loss = model(**_batch(model, config)).loss
+        # Without a mask: full sequences need none, and transformers then leaves grouped heads unexpanded.
+        ids = torch.zeros((config.batch_size, config.max_length), dtype=torch.long)
+        loss = model(input_ids=ids, labels=ids).loss
         activations = live.now - base_live
         loss.backward()
         del loss
@@ -124,12 +126,6 @@ def inference_needs(config: EvaluateConfig, ref: ModelRef) -> dict[str, float]:
         cache = live.now - base_live
         peak = live.peak - base_live
     return {"cache per token": cache / config.prompt_tokens, "cache": cache, "peak growth": peak}
-
-
-def _batch(model: Any, config: TrainingFields) -> dict[str, torch.Tensor]:
-    shape = (config.batch_size, config.max_length)
-    ids = torch.zeros(shape, dtype=torch.long)
-    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), "labels": ids}
 
 
 def _materialise(model: nn.Module) -> None:

@@ -72,6 +72,11 @@ def load_summary(path: Path) -> StageSummary:
 
 
 def load_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; none where there is no such file.
+
+    Raises:
+        RunError: when a line is damaged; names file and line.
+    """
     if not path.exists():  # a stage without steps
         return []
     rows = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -200,8 +201,10 @@ class Controller:
         """Keep PEFT's configuration true to the shapes, so that what it saves can be opened."""
         model = self._model()
         if model is not None:
-            ranks = {name: matrix.rank for name, matrix in self.matrices.items()}
-            set_patterns(model.peft_config[ADAPTER], ranks, self.plan.scale)
+            # A copy: TRL gives its frozen reference adapter, whose ranks stay, the same configuration object.
+            config = copy.copy(model.peft_config[ADAPTER])
+            set_patterns(config, {name: matrix.rank for name, matrix in self.matrices.items()}, self.plan.scale)
+            model.peft_config[ADAPTER] = config
 
     # ------------------------------------------------------------------ binding to an optimizer
 

@@ -1,0 +1,48 @@
+"""One row per method: it inherits all behaviour tests of `test_contract.py`.
+
+Add your method here; nothing else in this folder needs to change.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the contract needs to know of a method."""
+
+    name: str
+    """The registered stage."""
+    keys: dict[str, Any]
+    """Keys of its configuration for a run of seconds on a tiny model; ``data`` is added."""
+    models: tuple[str, ...]
+    """Tiny models that it must work on."""
+    attach: Callable[[Any, Any], Any]
+    """``(model, config) -> adapted model``."""
+    detach: Callable[[Any], Any]
+    """``(adapted model) -> model`` without residue."""
+    report: Callable[[Any], dict[str, Any]]
+    """What it touched, with ``matrices``, ``trainable parameters`` and ``bytes``."""
+    impossible: tuple[dict[str, Any], ...]
+    """Keys with values that must be refused."""
+    baseline: bool = False
+    """A method of others, kept for comparison: it has no oracles, benchmark or page of its own."""
+
+
+def _lora() -> Row:
+    from tenfold.adapt import lora
+
+    return Row(
+        name="lora",
+        keys={"rank": 2, "steps": 8, "max_length": 48, "learning_rate": 0.02, "save_every": 3, "log_every": 2},
+        models=("llama", "qwen3", "gemma3", "gpt2"),
+        attach=lora.attach,
+        detach=lambda model: model.unload(),
+        report=lora.attached,
+        impossible=({"rank": 0}, {"dropout": 1.0}, {"alpha": -1}, {"rank": 2, "budget": "1%"}, {"budget": "a lot"}),
+        baseline=True,
+    )
+
+
+ROWS = {row.name: row for row in (_lora(),)}
