@@ -1,5 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each builds .venv by itself on a fresh machine.
-PYTHON ?= $(firstword $(shell command -v python3.12 python3.11 python3.13 python3 2>/dev/null))
+# The first Python that really runs and is new enough; `make demo PYTHON=...` chooses another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -10,7 +12,7 @@ RUN ?= runs/quickstart
 
 # torch first: what depends on it must not choose another one.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "tenfold needs Python 3.11 or later"'
+	@test -n "$(PYTHON)" || { echo "tenfold needs Python 3.11 or later: make demo PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable . gguf
