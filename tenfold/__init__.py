@@ -15,6 +15,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "adalora": "tenfold.adapt.adalora",
+    "lora": "tenfold.adapt.lora",
     "open_model": "tenfold.models.open:open_model",
     "layer_map": "tenfold.models.layer_map:layer_map",
     "read_rows": "tenfold.data.read:read_rows",

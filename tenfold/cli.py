@@ -20,7 +20,7 @@ from tenfold.compat import quiet_upstream
 from tenfold.errors import ConfigError, TenfoldError
 
 MODEL_VERBS = {
-    "adapt": ("lora", "fine-tune within a parameter budget"),
+    "adapt": ("adalora", "fine-tune within a parameter budget"),
     "generate": ("generate", "let the model write"),
     "evaluate": ("evaluate", "measure the model: perplexity, speed, memory, questions, standard tasks"),
     "export": ("export", "write a folder that transformers or PEFT opens without tenfold"),
@@ -35,7 +35,7 @@ EXAMPLES = {
     "ls": "tenfold ls\ntenfold ls runs",
     "compare": "tenfold compare runs/first runs/second",
     "env": "tenfold env",
-    "adapt": "tenfold adapt demo --method lora --data python-reference --budget 0.4% --tokens 24000\n"
+    "adapt": "tenfold adapt demo --method adalora --data python-reference --budget 0.4% --tokens 24000\n"
     "tenfold adapt Qwen/Qwen3-0.6B --data my.jsonl --rank 8 --targets attention --out runs/mine",
     "generate": 'tenfold generate demo --prompts "What is a list comprehension?"\n'
     'tenfold generate runs/quickstart/01-lora/adapter --prompts "The with statement" --chat no',

@@ -176,7 +176,9 @@ class _Watch(TrainerCallback):
         self.log(state.global_step, values)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        # The last one is never resumed from: a process that makes no step has nothing to learn a method's state from.
+        if state.global_step < state.max_steps:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 _LOGGED = ("loss", "grad_norm", "learning_rate")

@@ -142,18 +142,21 @@ class Importance:
         """
         if not self._blocks:
             raise RunError("the importance scores were released: what is kept was decided for good")
-        values = iter([value for block in self._blocks for value in block.scores()])
-        found = {}
+        values = {place: score for block in self._blocks for place, score in block.scores().items()}
+        found, place = {}, 0
         for group, members in self._parts.items():
-            terms = [next(values) for _ in members]
-            found[group] = torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+            total = values[place]
+            for other in range(place + 1, place + len(members)):
+                total = total + values[other]
+            found[group] = total
+            place += len(members)
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on as if nothing had happened: tensors and plain numbers."""
         state: dict[str, Any] = {"missing": self.missing, "in_window": self._in_window, "non_finite": self.non_finite}
-        for index, part in enumerate(part for block in self._blocks for part in block.state()):
-            state |= {f"{index}.{name}": tensor for name, tensor in part.items()}
+        for place, part in (item for block in self._blocks for item in block.state().items()):
+            state |= {f"{place}.{name}": tensor for name, tensor in part.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,44 +185,49 @@ class Importance:
 
 
 class _Block:
-    """Parts whose averages lie one behind the other, so that a device needs few kernels for all of them."""
+    """Parts whose averages lie one behind the other, so that a device needs few kernels for all of them.
 
-    def __init__(self, parts: Sequence[Part], per_unit: bool) -> None:
-        self.parts = tuple(parts)
+    Args:
+        parts: with their places among all parts; of one type, on one device.
+        per_unit: keep one average per unit instead of one per entry.
+    """
+
+    def __init__(self, parts: Mapping[int, Part], per_unit: bool) -> None:
+        self.places, self.parts = tuple(parts), tuple(parts.values())
         self._per_unit = per_unit
-        first = parts[0].tensor
+        first = self.parts[0].tensor
         self._dtype, self._device = torch.promote_types(first.dtype, torch.float32), first.device
         # On a CPU looking at a number costs nothing; elsewhere it would wait for the device.
         self._may_look = first.device.type == "cpu"
-        self._shapes = [(part.tensor.shape[part.unit_dim],) if per_unit else tuple(part.tensor.shape) for part in parts]
+        shapes = [part.tensor.shape for part in self.parts]
+        self._shapes = [
+            (shape[part.unit_dim],) if per_unit else tuple(shape)
+            for part, shape in zip(self.parts, shapes, strict=True)
+        ]
+        self._sizes = [math.prod(shape) for shape in self._shapes]
 
     def allocate(self, uncertainty: bool, window: bool) -> None:
-        size = sum(math.prod(shape) for shape in self._shapes)
-        zeros = partial(torch.zeros, dtype=self._dtype, device=self._device)
-        self.average, self.uncertainty = zeros(size), zeros(size) if uncertainty else None
-        self.mean = zeros(size) if window else None
+        zeros = partial(torch.zeros, sum(self._sizes), dtype=self._dtype, device=self._device)
+        self.average, self.uncertainty = zeros(), zeros() if uncertainty else None
+        self.mean = zeros() if window else None
         self.non_finite = torch.zeros((), dtype=torch.int64, device=self._device)
 
     def sensitivity(self) -> tuple[Tensor, int]:
         """:math:`|w g|` of all parts in a row; NaN, which is skipped, where a gradient is missing; how many are."""
-        weights, gradients, missing = [], [], 0
-        for part in self.parts:
-            gradient = part.tensor.grad
-            weights.append(part.tensor.detach().to(self._dtype).reshape(-1))
-            if gradient is None:
-                missing += 1
-                gradients.append(torch.full_like(weights[-1], math.nan))
-            else:
-                gradients.append(gradient.to(self._dtype).reshape(-1))
-        if missing == len(self.parts):
-            return weights[0], missing
+        gradients = [part.tensor.grad for part in self.parts]
+        missing = sum(gradient is None for gradient in gradients)
+        if missing == len(gradients):
+            return self.average, missing
         if missing:  # what follows counts them among the non-finite
-            absent = [shape for part, shape in zip(self.parts, self._shapes, strict=True) if part.tensor.grad is None]
-            self.non_finite -= sum(math.prod(shape) for shape in absent)
-        if len(self.parts) == 1:
-            product = (weights[0] * gradients[0]).abs_()
-        else:
-            product = torch.cat(weights).mul_(torch.cat(gradients)).abs_()
+            self.non_finite -= sum(size for size, g in zip(self._sizes, gradients, strict=True) if g is None)
+        product = _in_a_row([part.tensor for part in self.parts], self._dtype) * _in_a_row(
+            [
+                torch.full_like(part.tensor, math.nan) if gradient is None else gradient
+                for part, gradient in zip(self.parts, gradients, strict=True)
+            ],
+            self._dtype,
+        )
+        product.abs_()
         if self._per_unit:
             pieces = torch.split(product, [part.tensor.numel() for part in self.parts])
             product = torch.cat(
@@ -251,41 +259,50 @@ class _Block:
         self.non_finite += (~usable).sum()
         torch.where(usable, torch.lerp(self.mean, value, 1 / count), self.mean, out=self.mean)
 
-    def scores(self) -> list[Tensor]:
-        """``[units]`` of each part."""
-        product = self.average if self.uncertainty is None else self.average * self.uncertainty
-        pieces = torch.split(product, [math.prod(shape) for shape in self._shapes])
-        if self._per_unit:
-            return list(pieces)
-        return [
-            part.fold(piece.view(shape)) for part, piece, shape in zip(self.parts, pieces, self._shapes, strict=True)
-        ]
+    def scores(self) -> dict[int, Tensor]:
+        """``[units]`` of each part, by its place; never a view of the averages."""
+        product = self.average.clone() if self.uncertainty is None else self.average * self.uncertainty
+        pieces = torch.split(product, self._sizes) if len(self.parts) > 1 else (product,)
+        each = zip(self.places, self.parts, pieces, self._shapes, strict=True)
+        return {
+            place: piece if shape[part.unit_dim % len(shape)] == piece.numel() else part.fold(piece.view(shape))
+            for place, part, piece, shape in each
+        }
 
-    def state(self) -> list[dict[str, Tensor]]:
+    def state(self) -> dict[int, dict[str, Tensor]]:
         """The averages of each part, as views: how parts share blocks depends on the device and is not saved."""
         averages = {"average": self.average, "uncertainty": self.uncertainty, "mean": self.mean}
-        sizes = [math.prod(shape) for shape in self._shapes]
-        split = {name: torch.split(t, sizes) for name, t in averages.items() if t is not None}
-        return [{name: pieces[index] for name, pieces in split.items()} for index in range(len(self.parts))]
+        split = {name: torch.split(t, self._sizes) for name, t in averages.items() if t is not None}
+        return {
+            place: {name: pieces[index] for name, pieces in split.items()} for index, place in enumerate(self.places)
+        }
 
 
+def _in_a_row(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0].reshape(-1).to(dtype)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).to(dtype)
+
+
+_SMALL = 2**12
+"""Entries below which a part shares its block on a CPU; what is larger is fastest alone, while it is in the cache."""
 _BLOCK = 2**24
 """Entries in a block on an accelerator: few kernels, and temporaries of at most 64 MiB each."""
 
 
 def _blocks(parts: Sequence[Part], per_unit: bool) -> list[_Block]:
-    """Neighbouring parts together on an accelerator; one by one on a CPU, where what fits the cache is fastest."""
-    groups: list[list[Part]] = []
-    size = 0
-    for part in parts:
+    """Few large blocks on an accelerator; on a CPU large parts one by one, and the small ones together."""
+    groups: dict[object, list[dict[int, Part]]] = {}
+    for place, part in enumerate(parts):
         tensor = part.tensor
-        alike = groups and (groups[-1][0].tensor.dtype, groups[-1][0].tensor.device) == (tensor.dtype, tensor.device)
-        if not alike or tensor.device.type == "cpu" or size + tensor.numel() > _BLOCK:
-            groups.append([])
-            size = 0
-        groups[-1].append(part)
-        size += tensor.numel()
-    return [_Block(group, per_unit) for group in groups]
+        if tensor.device.type == "cpu" and tensor.numel() >= _SMALL:
+            groups[place] = [{place: part}]
+            continue
+        alike = groups.setdefault((tensor.dtype, tensor.device), [{}])
+        if sum(other.tensor.numel() for other in alike[-1].values()) + tensor.numel() > _BLOCK:
+            alike.append({})
+        alike[-1][place] = part
+    return [_Block(group, per_unit) for alike in groups.values() for group in alike if group]
 
 
 @dataclass(frozen=True)
@@ -347,15 +364,13 @@ def allocate(
     sizes = [len(scores[group]) for group in groups]
     score = torch.cat([scores[group] for group in groups])
     nan = score.isnan()
-    price = torch.cat(
-        [score.new_full((size,), costs[g], dtype=torch.float64) for g, size in zip(groups, sizes, strict=True)]
-    )
+    price = _per_unit(groups, sizes, costs, score.device)
     worth = torch.where(nan, -math.inf, score) / price.to(score.dtype)
     must, may = torch.zeros_like(nan), torch.ones_like(nan)
     if floor or cap:
         place = torch.cat([_places(part) for part in torch.split(worth, sizes)])
-        must = place < _per_unit(groups, sizes, floor, 0, score.device)
-        may = place < _per_unit(groups, sizes, cap, max(sizes, default=0), score.device)
+        must = place < _per_unit(groups, sizes, {group: floor.get(group, 0) for group in groups}, score.device)
+        may = place < _per_unit(groups, sizes, {group: cap.get(group, math.inf) for group in groups}, score.device)
     if previous is not None:
         may &= torch.cat([previous[group] for group in groups])
     order = worth.sort(descending=True, stable=True).indices
@@ -376,13 +391,9 @@ def _places(worth: Tensor) -> Tensor:
     return places
 
 
-def _per_unit(
-    groups: Sequence[str], sizes: Sequence[int], values: Mapping[str, int], default: int, device: torch.device
-) -> Tensor:
-    """A number of each group, repeated for each of its units."""
-    return torch.cat(
-        [
-            torch.full((size,), values.get(group, default), device=device)
-            for group, size in zip(groups, sizes, strict=True)
-        ]
-    )
+def _per_unit(groups: Sequence[str], sizes: Sequence[int], values: Mapping[str, float], device: torch.device) -> Tensor:
+    """A number of each group, repeated for each of its units; made on the device, without a copy to wait for."""
+    filled = partial(torch.full, dtype=torch.float64, device=device)
+    if len(set(values.values())) == 1:
+        return filled((sum(sizes),), values[groups[0]])
+    return torch.cat([filled((size,), values[group]) for group, size in zip(groups, sizes, strict=True)])

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback, set_seed
 
-from tenfold.adapt import lora
+from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import Trained, total_steps, train
+from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.config.training import TrainingFields
 from tenfold.data.encode import Encoded, encode
@@ -21,6 +22,7 @@ from tenfold.models.export import save_adapter
 from tenfold.models.opened import Opened
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.context import Context, StageOutput
+from tenfold.report.record import Figure, Series
 
 
 def run_lora(config: LoraConfig, context: Context) -> StageOutput:
@@ -36,6 +38,61 @@ def run_lora(config: LoraConfig, context: Context) -> StageOutput:
         timings={"training": trained.seconds},
         artefact="adapter",
         continues_with="adapter",
+    )
+
+
+def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
+    """The stage ``adalora``; the artefact is plain LoRA."""
+    opened, encoded = prepare(config, context)
+    adapter = adalora.attach(opened.model, config, task=context.model.task, source=base_of(context.model))
+    trained, results = fit(adapter.model, opened, encoded, config, context)
+    report = adapter.report()
+    folder = adapter.export(context.folder / "adapter")
+    opened.tokenizer.save_pretrained(folder)
+    return StageOutput(
+        results=results,
+        attached=report["attached"],
+        figures=[rank_map(report["ranks"]), budget_curve(report["budget"], adapter.plan.by)],
+        notes=[*encoded.notes, *report["notes"]],
+        timings={"training": trained.seconds},
+        artefact=folder.name,
+        continues_with="adapter",
+    )
+
+
+def attach_adalora(model: Any, config: AdaLoraConfig, task: str) -> Any:
+    """The adapted model alone, for `tenfold.pipeline.estimate`."""
+    return adalora.attach(model, config, task=task).model
+
+
+def rank_map(ranks: dict[str, list[int | None]]) -> Figure:
+    """Where the budget went: the rank of each role in each layer."""
+    layers = max(len(row) for row in ranks.values())
+    series = tuple(Series(name=role, x=tuple(map(str, range(layers))), y=tuple(row)) for role, row in ranks.items())
+    return Figure(
+        kind="heatmap",
+        title="Rank map",
+        x_label="layer",
+        y_label="role",
+        series=series,
+        caption="The rank that each matrix was left with. Rank 0: the matrix is not adapted any more.",
+    )
+
+
+def budget_curve(history: list[tuple[int, int, int]], unit: str) -> Figure:
+    """The budget and what was kept, over the steps."""
+    steps = tuple(float(step) for step, _, _ in history)
+    budget = Series(
+        name=f"budget ({'triplets' if unit == 'count' else unit})", x=steps, y=tuple(b for _, b, _ in history)
+    )
+    kept = Series(name="triplets kept", x=steps, y=tuple(k for _, _, k in history))
+    return Figure(
+        kind="line",
+        title="Budget over time",
+        x_label="step",
+        y_label="triplets" if unit == "count" else unit,
+        series=(budget, kept) if unit == "count" else (budget,),
+        caption="All triplets until the warm-up ends, a cubic fall to the budget, then a fixed mask.",
     )
 
 

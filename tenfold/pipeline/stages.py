@@ -51,6 +51,13 @@ class Stage:
 
 
 BUILT_IN: Mapping[str, Stage] = {
+    "adalora": Stage(
+        verb="adapt",
+        summary="AdaLoRA: a parameter budget that goes to the matrices that use it",
+        config="tenfold.config.adalora:AdaLoraConfig",
+        run="tenfold.pipeline.adapting:run_adalora",
+        attach="tenfold.pipeline.adapting:attach_adalora",
+    ),
     "lora": Stage(
         verb="adapt",
         summary="LoRA through PEFT: one rank for every matrix, the baseline",

@@ -45,4 +45,36 @@ def _lora() -> Row:
     )
 
 
-ROWS = {row.name: row for row in (_lora(),)}
+def _adalora() -> Row:
+    from tenfold.adapt import adalora
+
+    handles = {}
+
+    def attach(model, config):
+        handle = adalora.attach(model, config, task=None)
+        handles[id(handle.model)] = handle
+        return handle.model
+
+    return Row(
+        name="adalora",
+        keys={"rank": 2, "steps": 12, "max_length": 48, "learning_rate": 0.02, "save_every": 3, "log_every": 2},
+        models=("llama", "qwen3", "gemma3", "gpt2"),
+        attach=attach,
+        detach=lambda model: handles[id(model)].detach(),
+        report=lambda model: handles[id(model)].attached(),
+        impossible=(
+            {"rank": 0},
+            {"initial_rank": 0},
+            {"rank": 4, "initial_rank": 2},
+            {"rank": 2, "budget": "1%"},
+            {"budget": "3ms"},
+            {"beta1": 1.0},
+            {"tfinal": 0},
+            {"tinit": 0.6, "tfinal": 0.6},
+            {"min_rank": 3, "rank": 2},
+            {"gamma": -1},
+        ),
+    )
+
+
+ROWS = {row.name: row for row in (_lora(), _adalora())}

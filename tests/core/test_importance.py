@@ -22,7 +22,7 @@ def blocks(request, monkeypatch):
     if request.param == "together":
 
         def together(parts, per_unit):
-            block = module._Block(parts, per_unit)
+            block = module._Block(dict(enumerate(parts)), per_unit)
             block._may_look = False
             return [block]
 

@@ -164,18 +164,19 @@ def test_05_penalty():
     Q, P = [[members[i][1] for members in tensors.values()] for i in (0, 2)]
     value, *_ = penalty(P, Q, "mean_norm")
     assert value.item() == pytest.approx(1.0502390200278684, rel=1e-12)
-    value, dP, dQ = penalty(P, Q, "sum_squared")
+    value, EP, EQ = penalty(P, Q, "sum_squared")
     assert value.item() == pytest.approx(4.4468, rel=1e-12)
-    for p, gradient in zip(P, dP, strict=True):
-        torch.testing.assert_close(gradient, 4 * p @ (p.T @ p - torch.eye(2)), rtol=1e-12, atol=1e-15)
-    for q, gradient in zip(Q, dQ, strict=True):
-        torch.testing.assert_close(gradient, 4 * (q @ q.T - torch.eye(2)) @ q, rtol=1e-12, atol=1e-15)
+    for p, E in zip(P, EP, strict=True):
+        torch.testing.assert_close(p @ E, 4 * p @ (p.T @ p - torch.eye(2)), rtol=1e-12, atol=1e-15)
+    for q, E in zip(Q, EQ, strict=True):
+        torch.testing.assert_close(E @ q, 4 * (q @ q.T - torch.eye(2)) @ q, rtol=1e-12, atol=1e-15)
     identity = torch.eye(5).double()
     for form in ("mean_norm", "sum_squared"):
-        value, dP, dQ = penalty([identity[:, :3]], [identity[:2]], form)
+        P, Q = identity[:, :3], identity[:2]
+        value, (EP,), (EQ,) = penalty([P], [Q], form)
         assert value == 0
-        assert torch.equal(dP[0], torch.zeros(5, 3).double())
-        assert torch.equal(dQ[0], torch.zeros(2, 5).double())
+        assert torch.equal(P @ EP, torch.zeros(5, 3).double())
+        assert torch.equal(EQ @ Q, torch.zeros(2, 5).double())
 
 
 def test_06_penalty_at_init():

@@ -68,7 +68,8 @@ class Controller:
         self.notes: list[str] = []
         """Sentences that the reader of a report must know."""
         self._fixed = False
-        self._partial: list[str] = []  # matrices with a zero in a fixed mask
+        self._partial: dict[str, Tensor] = {}  # fixed masks that drop something
+        self._singular = {name: matrix.singular for name, matrix in self.matrices.items()}
         self._importance: Importance | None = None
         self._penalty: Tensor | None = None
         self._total_steps = total_steps
@@ -104,16 +105,17 @@ class Controller:
 
     @torch.no_grad()
     def _add_penalty(self, scale: Tensor | None) -> None:
-        matrices = list(self.matrices.values())
-        value, dP, dQ = penalty([m.P for m in matrices], [m.Q for m in matrices], self.config.orthogonality)
-        self._penalty = value
-        for matrix, p, q in zip(matrices, dP, dQ, strict=True):
-            for factor, gradient in ((matrix.P, p), (matrix.Q, q)):
-                if factor.grad is None:  # not reached by this step's loss: the optimizer will not move it
-                    continue
-                if scale is not None:
-                    gradient = gradient * scale.to(gradient.device)
-                factor.grad.add_(gradient, alpha=self.config.gamma)
+        P, Q = [m.P for m in self.matrices.values()], [m.Q for m in self.matrices.values()]
+        self._penalty, EP, EQ = penalty(P, Q, self.config.orthogonality)
+        if scale is not None:
+            EP, EQ = [[E * scale.to(E.device) for E in Es] for Es in (EP, EQ)]
+        # Where a gradient is missing the loss did not reach the factor, and the optimizer will not move it.
+        for p, E in zip(P, EP, strict=True):
+            if p.grad is not None:
+                p.grad.addmm_(p, E, alpha=self.config.gamma)
+        for q, E in zip(Q, EQ, strict=True):
+            if q.grad is not None:
+                q.grad.addmm_(E, q, alpha=self.config.gamma)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._optimizer is None or self._optimizer() is not optimizer or _skips(optimizer):
@@ -158,13 +160,19 @@ class Controller:
             found = allocate(self.scores, budget, self.plan.unit_costs, floor, cap)
             self.masks = found.masks
             self.history.append((self.step, budget, found.units))
-            for name, matrix in self.matrices.items():
-                matrix.singular.masked_fill_(~self.masks[name][:, None], 0)
+            self._zero(self.masks)
             if final:
                 self._fix()
         elif self._fixed:
-            for name in self._partial:
-                self.matrices[name].singular.masked_fill_(~self.masks[name][:, None], 0)
+            self._zero(self._partial)
+
+    def _zero(self, masks: Mapping[str, Tensor]) -> None:
+        """Set the lambdas to 0 that the masks drop."""
+        if masks:
+            drop = torch.cat(list(masks.values())).logical_not()[:, None]
+            pieces = torch.split(drop, [len(mask) for mask in masks.values()])
+            for name, piece in zip(masks, pieces, strict=True):
+                self._singular[name].masked_fill_(piece, 0)
 
     def _fix(self) -> None:
         """Decide for good: forget the averages, and remove what was dropped."""
@@ -173,7 +181,7 @@ class Controller:
             self._importance.release()
             self._importance = None
         self._shrink()
-        self._partial = [name for name, mask in self.masks.items() if not bool(mask.all())]
+        self._partial = {name: mask for name, mask in self.masks.items() if not bool(mask.all())}
 
     def _shrink(self) -> None:
         optimizer = self._optimizer() if self._optimizer is not None else None
@@ -299,7 +307,7 @@ class Controller:
         self.notes = list(state["notes"])
         if self._fixed:
             self._importance = None
-            self._partial = [name for name, mask in self.masks.items() if not bool(mask.all())]
+            self._partial = {name: mask for name, mask in self.masks.items() if not bool(mask.all())}
             self._tell_peft()
         else:
             self._importance = self._make_importance()

@@ -14,14 +14,14 @@ Form = Literal["mean_norm", "sum_squared"]
 
 @torch.no_grad()
 def penalty(P: Sequence[Tensor], Q: Sequence[Tensor], form: Form) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    r"""How far the factors are from orthonormal, and the gradient of that.
+    r"""How far the factors are from orthonormal, and what the gradient of that is made of.
 
     ``sum_squared`` is the paper's equation 4, :math:`R=\sum_k\lVert P_k^\top P_k-I\rVert_F^2+\lVert Q_kQ_k^\top-I
-    \rVert_F^2`, with :math:`\nabla_Q R=4(QQ^\top-I)Q` and :math:`\nabla_P R=4P(P^\top P-I)`. ``mean_norm`` is what the
-    published code minimises: the mean over the :math:`2n` factors of the un-squared norms, whose gradient for one
-    factor is :math:`\frac1{2n}\cdot2\,(QQ^\top-I)Q/\lVert QQ^\top-I\rVert_F`, and 0 at exactly orthonormal factors.
+    \rVert_F^2`, with :math:`\nabla_P R=P\,E` and :math:`\nabla_Q R=E\,Q` for :math:`E=4(\cdot-I)`. ``mean_norm`` is
+    what the published code minimises: the mean over the :math:`2n` factors of the un-squared norms, for which
+    :math:`E=\frac{2}{2n}(\cdot-I)/\lVert\cdot-I\rVert_F`, and 0 at exactly orthonormal factors.
 
-    Factors of one shape are multiplied together: a handful of batched products instead of four for each matrix.
+    The gradients are left as products, so that they can be added to others without being stored.
 
     Args:
         P: left factors, each ``[out, rank]``.
@@ -29,36 +29,34 @@ def penalty(P: Sequence[Tensor], Q: Sequence[Tensor], form: Form) -> tuple[Tenso
         form: which of the two.
 
     Returns:
-        The value (0-dimensional), and the gradients of P and of Q, each of its factor's shape.
+        The value (0-dimensional), and E of each P and of each Q, each ``[rank, rank]``.
 
     >>> eye = torch.eye(4)
-    >>> value, dP, dQ = penalty([2 * eye[:, :2]], [eye[:3]], "sum_squared")
-    >>> value.item(), dP[0][0, 0].item(), dQ[0].abs().max().item()
-    (18.0, 24.0, 0.0)
+    >>> value, EP, EQ = penalty([2 * eye[:, :2]], [eye[:3]], "sum_squared")
+    >>> value.item(), EP[0][0, 0].item(), EQ[0].abs().max().item()
+    (18.0, 12.0, 0.0)
     """
-    rows = [factor.T for factor in P] + list(Q)
+    grams = [factor.T @ factor for factor in P] + [factor @ factor.T for factor in Q]
     alike = defaultdict(list)
-    for index, factor in enumerate(rows):
-        alike[factor.shape, factor.dtype, factor.device].append(index)
+    for index, gram in enumerate(grams):
+        alike[len(gram), gram.dtype, gram.device].append(index)
     terms: list[Tensor] = []
-    gradients: list[Tensor] = list(rows)
-    for (shape, dtype, device), indices in alike.items():
-        X = torch.stack([rows[index] for index in indices])  # [factors, rank, size]
-        error = X @ X.mT - torch.eye(shape[0], dtype=dtype, device=device)
+    found = list(grams)
+    for (rank, dtype, device), indices in alike.items():
+        error = torch.stack([grams[index] for index in indices]) - torch.eye(rank, dtype=dtype, device=device)
         square = error.square().sum((1, 2))
         if form == "sum_squared":
             terms.append(square.sum())
-            gradient = 4 * error @ X
+            error *= 4
         else:
             norm = square.sqrt()
-            terms.append(norm.sum() / len(rows))
+            terms.append(norm.sum() / len(grams))
             # At norm 0 the error is 0 as well, and so must be the gradient.
-            inverse = 1 / norm.clamp_min(torch.finfo(dtype).tiny)
-            gradient = (2 / len(rows)) * inverse[:, None, None] * error @ X
-        for index, one in zip(indices, gradient, strict=True):
-            gradients[index] = one
+            error *= (2 / len(grams)) / norm.clamp_min(torch.finfo(dtype).tiny)[:, None, None]
+        for index, one in zip(indices, error, strict=True):
+            found[index] = one
     value = torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else torch.zeros(())
-    return value, [gradient.T for gradient in gradients[: len(P)]], gradients[len(P) :]
+    return value, found[: len(P)], found[len(P) :]
 
 
 def fold(P: Tensor, singular: Tensor, Q: Tensor, scale: float) -> tuple[Tensor, Tensor]:

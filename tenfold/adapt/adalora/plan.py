@@ -43,9 +43,9 @@ class Plan:
     cap: dict[str, int]
 
     @property
-    def unit_costs(self) -> dict[str, float]:
+    def unit_costs(self) -> dict[str, int]:
         """Of one triplet, in the unit of the budget."""
-        return {name: 1.0 if self.by == "count" else float(cost) for name, cost in self.costs.items()}
+        return dict.fromkeys(self.costs, 1) if self.by == "count" else self.costs
 
 
 def make_plan(config: AdaLoraConfig, slots: Sequence[Slot], parameters: int) -> Plan:

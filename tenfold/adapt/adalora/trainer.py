@@ -24,9 +24,11 @@ def running_trainer(model: nn.Module | None) -> Any | None:
     module = sys.modules.get("transformers.trainer")
     frame = sys._getframe(1) if module is not None and model is not None else None
     while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, module.Trainer) and candidate.model is model:  # type: ignore[union-attr]
-            return candidate
+        # Only the Trainer's own frames: to look at the locals of another would keep alive what they name.
+        if frame.f_code.co_filename == module.__file__:  # type: ignore[union-attr]
+            candidate = frame.f_locals.get("self")
+            if isinstance(candidate, module.Trainer) and candidate.model is model:  # type: ignore[union-attr]
+                return candidate
         frame = frame.f_back
     return None
 

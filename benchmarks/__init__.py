@@ -1,0 +1,1 @@
+"""One script per claim, ours and the peer in the same process."""
