@@ -28,8 +28,8 @@ class AdaLoraConfig(TrainingFields):
     """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512).
 
     The update of a matrix is ``alpha / initial_rank * P @ diag(lambda) @ Q``. Training starts above the budget and
-    takes singular triplets (a column of P, a lambda, a row of Q) away from matrices that do not use them. Sections,
-    equations and tables below are the paper's.
+    takes singular triplets (a column of P, a lambda, a row of Q) away from matrices that do not use them. Sections
+    below are the paper's.
     """
 
     budget: BudgetText | None = None
@@ -38,8 +38,8 @@ class AdaLoraConfig(TrainingFields):
     rank: Annotated[float, Field(gt=0)] | None = None
     """Mean rank left at the end, :math:`b^{(T)}/n` (section 3.3); give this or ``budget``. Default: 8."""
     initial_rank: Annotated[int, Field(ge=1)] | None = None
-    """Rank of every matrix at the start, :math:`b^{(0)}/n`. Default: 1.5 times the final mean rank, rounded up
-    (section 4: "the initial budget is 1.5 times the final budget")."""
+    """Rank of every matrix at the start, :math:`b^{(0)}/n`. Default: 1.5 times the final mean rank, rounded up,
+    as in the paper's runs."""
     min_rank: Annotated[int, Field(ge=0)] = 0
     """Rank that no matrix falls below. The paper has none."""
     max_rank: Annotated[int, Field(ge=1)] | None = None
@@ -48,26 +48,28 @@ class AdaLoraConfig(TrainingFields):
     """What the budget counts: triplets, ranked by score (the paper), or parameters, ranked by score per parameter.
     Default: ``parameters`` with ``budget`` (only so can it never be exceeded), ``count`` with ``rank``."""
     tinit: Span = 0.1
-    """:math:`t_i`, steps at the initial budget. Table 8 to 12: 4 to 18 % of the steps."""
+    """:math:`t_i`, steps at the initial budget. The paper's runs: 4 to 18 % of the steps."""
     tfinal: Span = 0.5
-    """:math:`t_f`, steps at the final budget with the mask fixed; 1 or more. Table 8 to 12: 44 to 63 % of the steps."""
+    """:math:`t_f`, steps at the final budget with the mask fixed; 1 or more. The paper's runs: 44 to 63 %
+    of the steps."""
     interval: Span = 0.005
-    r""":math:`\Delta_T`, steps between two allocations while shrinking; at least 1. Table 8 to 12: 1 to 100 steps."""
+    r""":math:`\Delta_T`, steps between two allocations while shrinking; at least 1. The paper's
+    runs: 1 to 100 steps."""
     beta1: Beta = 0.85
-    r""":math:`\beta_1` of the sensitivity (equation 9; appendix C: 0.85)."""
+    r""":math:`\beta_1` of the sensitivity (section 3.2; the paper's runs: 0.85)."""
     beta2: Beta | None = 0.85
-    r""":math:`\beta_2` of the uncertainty (equation 10; appendix C: 0.85). ``null``: rank by sensitivity alone, which
-    very large batches need, because the uncertainty of a noiseless gradient tends to zero."""
+    r""":math:`\beta_2` of the uncertainty (section 3.2; the paper's runs: 0.85). ``null``: rank by sensitivity alone,
+    which very large batches need, because the uncertainty of a noiseless gradient tends to zero."""
     gamma: Annotated[float, Field(ge=0)] = 0.1
-    r""":math:`\gamma` of the orthogonality penalty (equation 4; Table 8 to 12: 0.1, 0.3 or 0.5)."""
+    r""":math:`\gamma` of the orthogonality penalty (section 3.1; the paper's runs: 0.1, 0.3 or 0.5)."""
     orthogonality: Literal["mean_norm", "sum_squared"] = "mean_norm"
     """``mean_norm``: the mean of un-squared norms, which the published code minimises and every published gamma was
-    tuned for. ``sum_squared``: the sum of squared norms, which the paper prints (equation 4)."""
+    tuned for. ``sum_squared``: the sum of squared norms, which the paper prints (section 3.1)."""
     init: Literal["normal", "orthonormal"] = "normal"
     """P and Q at the start: normal with standard deviation 0.02 (the published code), or orthonormal, where the
     penalty starts at zero at every width. Lambda starts at zero: the model is unchanged."""
     importance: Literal["full", "light"] = "full"
-    """``full``: score all entries of a triplet (equation 7). ``light``: score lambda alone, at a fraction of the time
+    """``full``: score all entries of a triplet (section 3.2). ``light``: score lambda alone, at a fraction of the time
     and memory; it keeps nearly the same triplets."""
     sensitivity_at: Literal["after", "before"] = "after"
     """Weights from after the optimizer step (the published code) or from before it (algorithm 1)."""
@@ -79,7 +81,7 @@ class AdaLoraConfig(TrainingFields):
     """Dropout on the adapter's input."""
     targets: tuple[str, ...] = ("all-linear",)
     """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
-    regular expressions that match whole names; each must match something. Section 4: all linear layers."""
+    regular expressions that match whole names; each must match something. The paper: every linear layer."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -45,7 +45,7 @@ class Importance:
               \bar U \leftarrow \beta_2\bar U + (1-\beta_2)|I - \bar I|,\quad s = \bar I\,\bar U,
 
     from zero and without bias correction, :math:`|I-\bar I|` with the new :math:`\bar I`; the score of a unit is the
-    sum over the parts of its group of the reduced :math:`s` (AdaLoRA, arXiv 2303.10512, section 3.2, equations 8-12).
+    sum over the parts of its group of the reduced :math:`s` (AdaLoRA, arXiv 2303.10512, section 3.2).
     With ``beta2=None`` there is no uncertainty, :math:`s = \bar I` (LoSparse, arXiv 2306.11222). Note that with it the
     score of an entry whose sensitivity never changes tends to zero.
 
@@ -366,6 +366,7 @@ def allocate(
     nan = score.isnan()
     price = _per_unit(groups, sizes, costs, score.device)
     worth = torch.where(nan, -math.inf, score) / price.to(score.dtype)
+    order = worth.sort(descending=True, stable=True).indices
     must, may = torch.zeros_like(nan), torch.ones_like(nan)
     if floor or cap:
         place = torch.cat([_places(part) for part in torch.split(worth, sizes)])
@@ -373,10 +374,10 @@ def allocate(
         may = place < _per_unit(groups, sizes, {group: cap.get(group, math.inf) for group in groups}, score.device)
     if previous is not None:
         may &= torch.cat([previous[group] for group in groups])
-    order = worth.sort(descending=True, stable=True).indices
-    # What must be kept comes first and what may not comes last; both sorts are stable, so nothing else changes.
-    rank = must.to(torch.int8) - (~may & ~must).to(torch.int8)
-    order = order[rank[order].sort(descending=True, stable=True).indices]
+    if floor or cap or previous is not None:
+        # What must be kept comes first and what may not comes last; both sorts are stable: nothing else changes.
+        rank = must.to(torch.int8) - (~may & ~must).to(torch.int8)
+        order = order[rank[order].sort(descending=True, stable=True).indices]
     fits = price[order].cumsum(0) <= budget * (1 + 1e-9)
     keep = torch.zeros_like(nan)
     keep[order] = (fits & may[order]) | must[order]

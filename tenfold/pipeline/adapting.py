@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import Trained, total_steps, train
@@ -44,10 +44,10 @@ def run_lora(config: LoraConfig, context: Context) -> StageOutput:
 def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
     """The stage ``adalora``; the artefact is plain LoRA."""
     opened, encoded = prepare(config, context)
-    adapter = adalora.attach(opened.model, config, task=context.model.task, source=base_of(context.model))
-    trained, results = fit(adapter.model, opened, encoded, config, context)
+    adapter = adalora.attach(opened.model, config, task=context.model.task)
+    trained, results = fit(adapter.model, opened, encoded, config, context, numbers=adapter.controller.numbers)
     report = adapter.report()
-    folder = adapter.export(context.folder / "adapter")
+    folder = adapter.export(context.folder / "adapter", base=base_of(context.model))
     opened.tokenizer.save_pretrained(folder)
     return StageOutput(
         results=results,
@@ -61,8 +61,10 @@ def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
 
 
 def attach_adalora(model: Any, config: AdaLoraConfig, task: str) -> Any:
-    """The adapted model alone, for `tenfold.pipeline.estimate`."""
-    return adalora.attach(model, config, task=task).model
+    """The adapted model alone, as it starts, for `tenfold.pipeline.estimate`: nothing is scored on fake tensors."""
+    adapter = adalora.attach(model, config, task=task)
+    adapter.controller.close()
+    return adapter.model
 
 
 def rank_map(ranks: dict[str, list[int | None]]) -> Figure:
@@ -125,9 +127,12 @@ def fit(
     encoded: Encoded,
     config: TrainingFields,
     context: Context,
-    callbacks: Sequence[TrainerCallback] = (),
+    numbers: Callable[[], dict[str, float]] = dict,
 ) -> tuple[Trained, list[Result]]:
-    """Train, resuming where a killed run stopped; returns what was done and the figures of the training."""
+    """Train, resuming where a killed run stopped; returns what was done and the figures of the training.
+
+    ``numbers`` gives what a method logs beside the loss.
+    """
     checkpoints = context.folder / "checkpoints"
     steps = total_steps(config, encoded)
     set_seed(context.seed)
@@ -149,9 +154,8 @@ def fit(
             folder=checkpoints,
             seed=context.seed,
             on_resume=resumed,
-            on_log=context.metrics.write,
+            on_log=lambda step, values: context.metrics.write(step, {**values, **numbers()}),
             on_step=lambda done, total, detail: context.progress("training", done, total, detail),
-            callbacks=callbacks,
         )
     shutil.rmtree(checkpoints, ignore_errors=True)
     lines = [json.loads(line) for line in context.metrics.path.read_text(encoding="utf-8").splitlines()]

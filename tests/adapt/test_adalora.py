@@ -8,7 +8,9 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import tenfold.core.importance as module
 from tenfold.adapt.adalora import AdaLoraConfig, attach, open_adapter
 from tenfold.adapt.adalora.mathematics import decompose, penalty
 from tenfold.errors import ConfigError, ModelError, RunError
@@ -223,6 +225,41 @@ def test_missing_gradients_are_skipped_and_counted():
             assert adapter.controller.numbers()["adalora/missing_gradients"] == 9
     assert sum(adapter.ranks().values()) == 4
     assert name in adapter.ranks()
+    assert "9 gradients were missing" in adapter.report()["notes"][0]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on whatever brings a number from the device to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.item,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("importance", ["full", "light"])
+def test_no_step_waits_for_the_device(monkeypatch, importance):
+    initialise = module._Block.__init__
+
+    def on_a_device(self, parts, per_unit):
+        initialise(self, parts, per_unit)
+        self._may_look = False  # on a CPU it may
+
+    monkeypatch.setattr(module._Block, "__init__", on_a_device)
+    adapter = llama(importance=importance, min_rank=1, rank=2, shrink=False)
+    optimizer = torch.optim.SGD(trainable(adapter), lr=1e-2)  # torch's Adam on a CPU looks at its step count
+    for step in range(12):
+        adapter.model(input_ids=IDS, labels=IDS).loss.backward()
+        if step == 8:  # the one step at which the mask is fixed may
+            optimizer.step()
+        else:
+            with NoWaiting():
+                optimizer.step()
+        optimizer.zero_grad()
+    assert sum(adapter.ranks().values()) == 28
 
 
 def test_merging_and_unloading_through_peft():
@@ -486,6 +523,47 @@ def test_an_optimizer_of_some_of_the_tensors():
 def test_budgets_and_targets_that_do_not_fit(settings, says):
     with pytest.raises((ConfigError, ValueError), match=says):
         llama(**settings)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"rank": 4, "budget": "1%"}, "give one"),
+        ({"budget": "3ms"}, "not seconds"),
+        ({"tinit": 1.0}, "a share of the steps is below 1"),
+        ({"tinit": -1}, "0 or more"),
+        ({"tfinal": 0}, "would end training above the budget"),
+        ({"tinit": 0.5, "tfinal": 0.5}, "no steps to shrink in"),
+        ({"beta1": 1.0}, "less than 1"),
+        ({"gamma": -0.1}, "greater than or equal to 0"),
+        ({"rank": 4, "initial_rank": 3}, "above initial_rank 3"),
+        ({"rank": 4, "min_rank": 5}, "min_rank: 5"),
+        ({"rank": 4, "max_rank": 3}, "max_rank: 3"),
+        ({"iterval": 3}, "did you mean 'interval'"),
+    ],
+    ids=str,
+)
+def test_configurations_that_cannot_be_meant(values, says):
+    with pytest.raises(ConfigError, match=says):
+        AdaLoraConfig.parse(values, where="stage 1")
+
+
+def test_weight_decay_on_the_adapter_is_noted():
+    adapter = llama()
+    train(adapter, 2, adamw(adapter, weight_decay=0.01))
+    assert "weight decay of 0.01 acts on the adapter" in adapter.report()["notes"][0]
+
+
+def test_weights_loaded_over_the_adapter_can_be_exported(tmp_path):
+    adapter = llama()
+    optimizer = train(adapter, 5)
+    adapter.model.save_pretrained(tmp_path / "best")
+    expected = logits(adapter.model)
+    train(adapter, 7, optimizer)
+    adapter.model.load_adapter(tmp_path / "best", "default", is_trainable=True)  # as load_best_model_at_end does
+    assert torch.equal(logits(adapter.model), expected)
+    opened = PeftModel.from_pretrained(tiny_model("llama").model, adapter.export(tmp_path / "out"))
+    torch.testing.assert_close(logits(opened), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_phases_that_do_not_fit_the_run():

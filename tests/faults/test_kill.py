@@ -14,7 +14,7 @@ RECIPE = {
     "model": "tiny:llama",
     "stages": [
         {
-            "use": "lora",
+            "use": "adalora",
             "holdout": 0.3,
             "rank": 2,
             "steps": 40,
@@ -82,12 +82,12 @@ def uninterrupted(recipe, tmp_path_factory):
 
 
 MOMENTS = {
-    "before the first step": lambda out: (out / ".01-lora").exists(),
-    "between checkpoints": lambda out: _lines(out / ".01-lora/metrics.jsonl") >= 4,
+    "before the first step": lambda out: (out / ".01-adalora").exists(),
+    "between checkpoints": lambda out: _lines(out / ".01-adalora/metrics.jsonl") >= 4,
     "while a checkpoint is written": lambda out: any(
-        not (path / ".complete").exists() for path in (out / ".01-lora/checkpoints").glob("checkpoint-1*")
+        not (path / ".complete").exists() for path in (out / ".01-adalora/checkpoints").glob("checkpoint-1*")
     ),
-    "when the stage is finished": lambda out: (out / "01-lora").exists(),
+    "when the stage is finished": lambda out: (out / "01-adalora").exists(),
     "between two tasks": lambda out: (out / ".02-evaluate/perplexity.json").exists(),
 }
 

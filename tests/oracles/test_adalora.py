@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -346,8 +347,7 @@ def test_13_evaluation(tmp_path):
 
 
 RESUME = """
-import sys, warnings
-import torch
+import sys
 from safetensors.torch import save_file
 from tests.oracles.test_adalora import resumable
 trainer, adapter = resumable(sys.argv[1])
@@ -388,7 +388,7 @@ def test_14_resume(tmp_path, at):
     trainer, _ = resumable(tmp_path / "parts", stop=at)
     trainer.train()
     command = [sys.executable, "-W", "ignore", "-c", RESUME, str(tmp_path / "parts"), str(at)]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    subprocess.run(command, check=True, capture_output=True, timeout=240, cwd=Path(__file__).parents[2])
     expected, found = outcome(whole), load_file(tmp_path / "parts" / "outcome.safetensors")
     assert expected.keys() == found.keys()
     differ = [key for key, value in expected.items() if not torch.equal(value, found[key])]

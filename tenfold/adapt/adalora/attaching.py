@@ -57,7 +57,7 @@ class Matrix:
 
 
 def wrap(
-    model: nn.Module, slots: Sequence[Slot], plan: Plan, config: AdaLoraConfig, *, task: str | None, source: str
+    model: nn.Module, slots: Sequence[Slot], plan: Plan, config: AdaLoraConfig, *, task: str | None
 ) -> tuple[PeftModel, dict[str, Matrix]]:
     """Put fresh adapters on the slots; everything else is frozen.
 
@@ -67,7 +67,6 @@ def wrap(
         plan: their ranks and the scale.
         config: dropout and initialisation.
         task: what the model's head is for; decides which head PEFT trains in full.
-        source: where the model came from; written into saved adapters so that they find their base again.
 
     Returns:
         PEFT's model around `model`, and the adapted matrices by name, in model order.
@@ -93,8 +92,6 @@ def wrap(
     # PEFT's extension point for layers of one's own; it takes any base, whatever quantises it.
     peft_config._register_custom_module({nn.Module: SvdLinear})
     adapted = get_peft_model(model, peft_config, adapter_name=ADAPTER)
-    # PEFT fills in the folder that the weights were read from, which exists on this machine only.
-    adapted.peft_config[ADAPTER].base_model_name_or_path = source
     found = {name: module for name, module in adapted.get_base_model().named_modules() if isinstance(module, SvdLinear)}
     if set(found) != {slot.name for slot in slots}:
         wrong = sorted(set(found) ^ {slot.name for slot in slots})

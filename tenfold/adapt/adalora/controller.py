@@ -63,13 +63,15 @@ class Controller:
         """What the last allocation kept, for each matrix ``bool[rank]``."""
         self.scores: dict[str, Tensor] = {}
         """The scores of the last allocation, for each matrix ``[rank]``."""
+        self.not_numbers: Tensor | None = None
+        """How many scores of the last allocation were NaN."""
         self.history: list[tuple[int, int, Tensor | int]] = []
         """Step, budget and triplets kept, of each allocation."""
         self.notes: list[str] = []
         """Sentences that the reader of a report must know."""
         self._fixed = False
         self._partial: dict[str, Tensor] = {}  # fixed masks that drop something
-        self._singular = {name: matrix.singular for name, matrix in self.matrices.items()}
+        self._singular: dict[str, Tensor] = {}
         self._importance: Importance | None = None
         self._penalty: Tensor | None = None
         self._total_steps = total_steps
@@ -158,7 +160,7 @@ class Controller:
             floor = self.plan.floor if self.config.min_rank else None
             cap = self.plan.cap if self.config.max_rank else None
             found = allocate(self.scores, budget, self.plan.unit_costs, floor, cap)
-            self.masks = found.masks
+            self.masks, self.not_numbers = found.masks, found.not_numbers
             self.history.append((self.step, budget, found.units))
             self._zero(self.masks)
             if final:
@@ -178,8 +180,15 @@ class Controller:
         """Decide for good: forget the averages, and remove what was dropped."""
         self._fixed = True
         if self._importance is not None:
+            if self._importance.missing or self._importance.non_finite:
+                self.notes.append(
+                    f"{self._importance.missing} gradients were missing and {self._importance.non_finite} entries of "
+                    "others were not finite; these were not scored"
+                )
             self._importance.release()
             self._importance = None
+        if self.not_numbers is not None and int(self.not_numbers):
+            self.notes.append(f"{int(self.not_numbers)} triplets had no score (NaN) and ranked last")
         self._shrink()
         self._partial = {name: mask for name, mask in self.masks.items() if not bool(mask.all())}
 
@@ -236,11 +245,21 @@ class Controller:
         if trainer is not None:
             trainer.remove_callback(LogCallback)
             trainer.add_callback(LogCallback(self.numbers))
+        self._singular = {name: matrix.singular for name, matrix in self.matrices.items()}
+        self._note_decay(optimizer)
         self._optimizer = weakref.ref(optimizer)
         self._hooks += [
             optimizer.register_state_dict_pre_hook(self._put_state),
             optimizer.register_state_dict_post_hook(self._drop_state),
         ]
+
+    def _note_decay(self, optimizer: Optimizer) -> None:
+        ours = {id(tensor) for tensor in trainable(self.matrices)}
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay") or 0
+            if decay > 0 and any(id(parameter) in ours for parameter in group["params"]):
+                note = f"weight decay of {decay:g} acts on the adapter, against the orthogonality penalty: set it to 0"
+                self.notes += [note] if note not in self.notes else []
 
     def _find_total(self, trainer: Any | None) -> int:
         running = trainer.state.max_steps if trainer is not None else None
@@ -314,6 +333,15 @@ class Controller:
             self._importance.load_state_dict(state["importance"])
 
     # ------------------------------------------------------------------ what is known
+
+    def kept(self) -> dict[str, Tensor]:
+        """For each matrix ``bool[rank]``: what the last allocation kept, or, after other weights were loaded over the
+        adapter (a best checkpoint), what they use.
+        """  # noqa: D205
+        return {
+            name: mask if len(mask) == self.matrices[name].rank else (self.matrices[name].singular != 0).flatten()
+            for name, mask in self.masks.items()
+        }
 
     def check_stepped(self) -> None:
         """Refuse to go on as if all was well when the adapter was trained and no step was seen.

@@ -21,6 +21,7 @@ from tenfold.adapt.adalora.mathematics import decompose, fold
 from tenfold.core.importance import allocate
 from tenfold.errors import ConfigError, RunError
 from tenfold.files import replace_folder
+from tenfold.models.gguf import source_of
 
 Layout = Literal["padded", "compact"]
 Order = Literal["score", "singular_value"]
@@ -38,6 +39,7 @@ def export(
     layout: Layout = "padded",
     order: Order | None = None,
     triplets: int | None = None,
+    base: str | None = None,
 ) -> Path:
     r"""Write the adapter as plain LoRA with a scale of exactly 1: :math:`B'=\frac{\alpha}{r_0}P\Lambda`, :math:`A'=Q`.
 
@@ -56,6 +58,7 @@ def export(
         layout: as above.
         order: by ``score``, or by exact ``singular_value`` of each update. Default: score where there are scores.
         triplets: export only this many, the best of all matrices together in the order asked for.
+        base: where the model came from. Default: what PEFT noted, a converted GGUF by its source.
 
     Returns:
         The folder.
@@ -77,7 +80,7 @@ def export(
         raise RunError("no triplet is left in any matrix", remedy="train first, or raise the budget")
     ranks = {name: A.shape[0] for name, (_, A) in found.items()}
     highest = max(ranks.values())
-    config = _plain_config(model, found, matrices, highest)
+    config = _plain_config(model, found, matrices, highest, base)
     if layout == "compact":
         patterns = {name: rank for name, rank in ranks.items() if rank != highest}
         config.rank_pattern, config.alpha_pattern = patterns, dict(patterns)
@@ -116,12 +119,13 @@ def _sorted(
 
 
 def _plain_config(
-    model: PeftModel, found: Mapping[str, object], matrices: Mapping[str, Matrix], rank: int
+    model: PeftModel, found: Mapping[str, object], matrices: Mapping[str, Matrix], rank: int, base: str | None
 ) -> PeftLoraConfig:
     live = model.peft_config[ADAPTER]
+    noted = live.base_model_name_or_path
     return PeftLoraConfig(
         task_type=live.task_type,
-        base_model_name_or_path=live.base_model_name_or_path,
+        base_model_name_or_path=base or (source_of(noted) if noted else None) or noted,
         inference_mode=True,
         r=rank,
         lora_alpha=rank,

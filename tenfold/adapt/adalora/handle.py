@@ -47,7 +47,7 @@ class AdaLora:
 
     def ranks(self) -> dict[str, int]:
         """The triplets that each matrix keeps now."""
-        return {name: int(mask.sum()) for name, mask in self.controller.masks.items()}
+        return {name: int(mask.sum()) for name, mask in self.controller.kept().items()}
 
     def attached(self) -> dict[str, Any]:
         """What the adapter touches: matrices, triplets, trainable parameters and their share of the base, bytes."""
@@ -106,6 +106,7 @@ class AdaLora:
         layout: Layout = "padded",
         order: Order | None = None,
         triplets: int | None = None,
+        base: str | None = None,
     ) -> Path:
         """Write the adapter as plain LoRA of scale 1, which PEFT, TRL, vLLM and llama.cpp open.
 
@@ -115,6 +116,8 @@ class AdaLora:
             order: triplets by final ``score`` or exact ``singular_value``, so that any smaller rank is a prefix.
                 Default: by score where there are scores.
             triplets: export only the best of this number, over all matrices.
+            base: where the model came from, written into the adapter so that it finds its base again. Default: the
+                folder or hub id that it was opened from (``demo`` for the embedded model).
 
         Raises:
             RunError: when the adapter was never trained, or no triplet is left.
@@ -122,16 +125,18 @@ class AdaLora:
         self.controller.check_stepped()
         if self.controller.step == 0 and not self.controller.trained and not self._loaded():
             raise RunError("the adapter was never trained: no optimizer has stepped it", remedy="train first")
+        kept, scores = self.controller.kept(), self.controller.scores
         return export(
             self.model,
             self.matrices,
-            self.controller.masks,
-            self.controller.scores,
+            kept,
+            scores if all(len(score) == len(kept[name]) for name, score in scores.items()) else {},
             self.plan.scale,
             Path(folder),
             layout=layout,
             order=order,
             triplets=triplets,
+            base=base,
         )
 
     def _loaded(self) -> bool:
@@ -161,7 +166,6 @@ def attach(
     *,
     total_steps: int | None = None,
     task: str | None = "causal",
-    source: str = "",
 ) -> AdaLora:
     """Put a fresh AdaLoRA adapter on the targeted matrices; the base is frozen and stays as it is.
 
@@ -175,7 +179,6 @@ def attach(
         total_steps: optimizer steps of the run. Default: the running Trainer's, else ``config.steps``.
         task: what the model's head is for (``causal``, ``seq2seq``, ``classification``, ``reward``, or None); the head
             of a classification or reward model is trained in full.
-        source: where the model came from; written into the adapter so that it finds its base again.
 
     Raises:
         ConfigError: a target that matches nothing, a budget that does not fit, phases that do not fit the run.
@@ -189,7 +192,7 @@ def attach(
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     slots = layer_map(model).select(config.targets)
     plan = make_plan(config, slots, parameters=sum(p.numel() for p in model.parameters()))
-    adapted, matrices = wrap(model, slots, plan, config, task=task, source=source)
+    adapted, matrices = wrap(model, slots, plan, config, task=task)
     return AdaLora(adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=False), free)
 
 
@@ -200,7 +203,6 @@ def open_adapter(
     *,
     total_steps: int | None = None,
     task: str | None = "causal",
-    source: str = "",
 ) -> AdaLora:
     """Open a PEFT AdaLoRA or LoRA adapter, to go on training it under a budget or to export it.
 
@@ -211,7 +213,6 @@ def open_adapter(
             Default: keep every triplet.
         total_steps: as `attach`.
         task: as `attach`.
-        source: as `attach`.
 
     Raises:
         ModelError: not a LoRA or AdaLoRA folder, or not of this model.
@@ -228,7 +229,7 @@ def open_adapter(
     if not given:
         config = config.model_copy(update={"rank": sum(ranks.values()) / len(ranks)})
     plan = size_plan(config, ranks, costs, stored.scale, sum(p.numel() for p in model.parameters()))
-    adapted, matrices = wrap(model, slots, plan, config, task=task, source=source)
+    adapted, matrices = wrap(model, slots, plan, config, task=task)
     for name, matrix in matrices.items():
         fill(matrix.tensors, stored.triplets[name])
     if stored.others:

@@ -16,9 +16,10 @@ Form = Literal["mean_norm", "sum_squared"]
 def penalty(P: Sequence[Tensor], Q: Sequence[Tensor], form: Form) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     r"""How far the factors are from orthonormal, and what the gradient of that is made of.
 
-    ``sum_squared`` is the paper's equation 4, :math:`R=\sum_k\lVert P_k^\top P_k-I\rVert_F^2+\lVert Q_kQ_k^\top-I
-    \rVert_F^2`, with :math:`\nabla_P R=P\,E` and :math:`\nabla_Q R=E\,Q` for :math:`E=4(\cdot-I)`. ``mean_norm`` is
-    what the published code minimises: the mean over the :math:`2n` factors of the un-squared norms, for which
+    ``sum_squared`` is what the paper prints (section 3.1),
+    :math:`R=\sum_k\lVert P_k^\top P_k-I\rVert_F^2+\lVert Q_kQ_k^\top-I\rVert_F^2`, with :math:`\nabla_P R=P\,E` and
+    :math:`\nabla_Q R=E\,Q` for :math:`E=4(\cdot-I)`. ``mean_norm`` is what the published code minimises: the mean over
+    the :math:`2n` factors of the un-squared norms, for which
     :math:`E=\frac{2}{2n}(\cdot-I)/\lVert\cdot-I\rVert_F`, and 0 at exactly orthonormal factors.
 
     The gradients are left as products, so that they can be added to others without being stored.
