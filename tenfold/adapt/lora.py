@@ -11,10 +11,10 @@ from torch import nn
 from tenfold.config.budget import parse_budget
 from tenfold.config.lora import LoraConfig
 from tenfold.errors import ConfigError
+from tenfold.models.heads import PEFT_TASKS
 from tenfold.models.layer_map import Slot, layer_map
 
 DEFAULT_RANK = 8
-TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS", "reward": "SEQ_CLS"}
 
 
 def attach(model: nn.Module, config: LoraConfig, *, task: str = "causal") -> PeftModel:
@@ -38,7 +38,7 @@ def attach(model: nn.Module, config: LoraConfig, *, task: str = "causal") -> Pef
     slots = layer_map(model).select(config.targets)
     rank = choose_rank(config, slots, parameters=sum(p.numel() for p in model.parameters()))
     peft_config = PeftLoraConfig(
-        task_type=TASK_TYPES[task],
+        task_type=PEFT_TASKS[task],
         r=rank,
         lora_alpha=config.alpha if config.alpha is not None else 2 * rank,
         lora_dropout=config.dropout,

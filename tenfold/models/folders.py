@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.errors import RunError
+from tenfold.files import replace_folder
 
 RECORD = "tenfold.json"
 """The file that marks a folder as ours: what it is, and the size in bytes of every file in it."""
@@ -59,7 +60,7 @@ def write_folder(folder: str | Path, kind: str, *, overwrite: bool = False, **fa
         sizes = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
         record = {"format": 1, "kind": kind, **facts, "files": dict(sorted(sizes.items()))}
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        _put(partial, folder)
+        replace_folder(partial, folder)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     finally:
@@ -100,17 +101,6 @@ def _hidden(folder: Path) -> Path:
     hidden = folder.parent / f"{partial_prefix(folder)}{os.getpid()}-{secrets.token_hex(4)}"
     hidden.mkdir()
     return hidden
-
-
-def _put(partial: Path, folder: Path) -> None:
-    """Rename into place; a folder in the way is first moved aside, so that the gap is two renames wide."""
-    if not folder.exists():
-        os.rename(partial, folder)
-        return
-    aside = _hidden(folder)
-    os.rename(folder, aside / "old")
-    os.rename(partial, folder)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _cannot_write(folder: Path, error: OSError) -> RunError:

@@ -34,6 +34,10 @@ def check_loaded(model: Any, missing: Collection[str], name: str) -> None:
         )
 
 
+PEFT_TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS", "reward": "SEQ_CLS"}
+"""PEFT's name for each task."""
+
+
 def auto_class(config: Any, task: str, name: str) -> Any:
     """The ``transformers`` auto class that builds ``task``'s head on this configuration.
 

@@ -11,12 +11,10 @@ import torch
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.export import merge
 from tenfold.models.gguf import converted
-from tenfold.models.heads import auto_class, check_loaded
+from tenfold.models.heads import PEFT_TASKS, auto_class, check_loaded
 from tenfold.models.opened import Opened, Task, check_task, describe, settle_padding
 from tenfold.models.source import Located, check_weights, content_hash, hub_error, read_json, resolve, weights_hash
 from tenfold.models.tiny import tiny_model
-
-_ADAPTER_TASKS = {"CAUSAL_LM": ("causal",), "SEQ_2_SEQ_LM": ("seq2seq",), "SEQ_CLS": ("classification", "reward")}
 
 
 def open_model(
@@ -122,9 +120,11 @@ def attach_adapter(model: Any, folder: Path, task: str) -> Any:
     from peft import PeftModel
 
     made_for = str(read_json(folder / "adapter_config.json").get("task_type"))
-    if task not in _ADAPTER_TASKS.get(made_for, (task,)):
-        wanted = _ADAPTER_TASKS[made_for][0]
-        raise ModelError(f"{folder}: an adapter for {made_for}, not for task {task!r}", f"open it with task={wanted!r}")
+    fitting = [known for known, name in PEFT_TASKS.items() if name == made_for]
+    if fitting and task not in fitting:
+        raise ModelError(
+            f"{folder}: an adapter for {made_for}, not for task {task!r}", f"open it with task={fitting[0]!r}"
+        )
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, KeyError) as error:

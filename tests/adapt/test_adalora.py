@@ -428,17 +428,23 @@ def test_any_smaller_rank_is_a_prefix_of_the_exported_one(tmp_path, order):
     assert total == 9
 
 
-def test_exporting_replaces_a_folder_whole(tmp_path):
+def test_exporting_replaces_its_own_folder_whole_and_no_other(tmp_path):
     adapter = llama()
     train(adapter)
-    (tmp_path / "out").mkdir()
+    adapter.export(tmp_path / "out")
     (tmp_path / "out" / "old.txt").write_text("old")
     adapter.export(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "tenfold.json",
     ]
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(RunError, match="not written by tenfold"):
+        adapter.export(tmp_path / "foreign")
+    assert (tmp_path / "foreign" / "thesis.txt").read_text() == "irreplaceable"
 
 
 def test_a_trained_head_is_exported_with_the_adapter(tmp_path):

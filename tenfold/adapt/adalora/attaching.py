@@ -13,9 +13,8 @@ from tenfold.adapt.adalora.layer import ADAPTER, SvdLinear, initialise
 from tenfold.adapt.adalora.plan import Plan
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.errors import ModelError
+from tenfold.models.heads import PEFT_TASKS
 from tenfold.models.layer_map import Slot
-
-TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS", "reward": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def wrap(
         )
     highest = max(plan.ranks.values())
     peft_config = PeftLoraConfig(
-        task_type=TASK_TYPES[task] if task is not None else None,
+        task_type=PEFT_TASKS[task] if task is not None else None,
         r=highest,
         lora_alpha=plan.scale * highest,
         lora_dropout=config.dropout,

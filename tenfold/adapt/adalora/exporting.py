@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -20,7 +18,7 @@ from tenfold.adapt.adalora.layer import ADAPTER
 from tenfold.adapt.adalora.mathematics import decompose, fold
 from tenfold.core.importance import allocate
 from tenfold.errors import ConfigError, RunError
-from tenfold.files import replace_folder
+from tenfold.models.folders import write_folder
 from tenfold.models.gguf import source_of
 
 Layout = Literal["padded", "compact"]
@@ -54,7 +52,7 @@ def export(
         masks: what is kept, for each matrix ``bool[rank]``.
         scores: for each matrix ``[rank]``; empty where nothing was scored.
         scale: :math:`\alpha/r_0`.
-        folder: written whole or not at all.
+        folder: written whole or not at all; replaced if tenfold wrote it, refused if it holds anything else.
         layout: as above.
         order: by ``score``, or by exact ``singular_value`` of each update. Default: score where there are scores.
         triplets: export only this many, the best of all matrices together in the order asked for.
@@ -137,15 +135,8 @@ def _plain_config(
 
 
 def _write(folder: Path, config: PeftLoraConfig, tensors: Mapping[str, Tensor]) -> Path:
-    """All files under another name first, so that the folder is never half there."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        config.save_pretrained(str(temporary))
+    with write_folder(folder, "adapter") as partial:
+        config.save_pretrained(str(partial))
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(plain, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        save_file(plain, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return folder

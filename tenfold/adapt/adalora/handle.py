@@ -111,7 +111,7 @@ class AdaLora:
         """Write the adapter as plain LoRA of scale 1, which PEFT, TRL, vLLM and llama.cpp open.
 
         Args:
-            folder: written whole or not at all; what stood there is replaced.
+            folder: written whole or not at all; replaced if tenfold wrote it, refused if it holds anything else.
             layout: ``padded`` (equal ranks, right in every reader) or ``compact`` (true ranks; not for llama.cpp).
             order: triplets by final ``score`` or exact ``singular_value``, so that any smaller rank is a prefix.
                 Default: by score where there are scores.
