@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 import tenfold
 from tenfold.compat import quiet_upstream
@@ -29,19 +29,20 @@ MODEL_VERBS = {
 
 EXAMPLES = {
     "run": "tenfold run recipes/quickstart.yaml --out runs/quickstart\n"
-    "tenfold run recipes/quickstart.yaml --set model=HuggingFaceTB/SmolLM2-360M --set lora.data=my.jsonl",
+    "tenfold run recipes/quickstart.yaml --set model=HuggingFaceTB/SmolLM2-360M --set adalora.data=my.jsonl",
     "validate": "tenfold validate recipes/quickstart.yaml",
-    "estimate": "tenfold estimate recipes/quickstart.yaml\ntenfold estimate recipes/quickstart.yaml --set lora.rank=32",
+    "estimate": "tenfold estimate recipes/quickstart.yaml\n"
+    "tenfold estimate recipes/quickstart.yaml --set adalora.budget=1%",
     "ls": "tenfold ls\ntenfold ls runs",
     "compare": "tenfold compare runs/first runs/second",
     "env": "tenfold env",
     "adapt": "tenfold adapt demo --method adalora --data python-reference --budget 0.4% --tokens 24000\n"
     "tenfold adapt Qwen/Qwen3-0.6B --data my.jsonl --rank 8 --targets attention --out runs/mine",
     "generate": 'tenfold generate demo --prompts "What is a list comprehension?"\n'
-    'tenfold generate runs/quickstart/01-lora/adapter --prompts "The with statement" --chat no',
+    'tenfold generate runs/quickstart/01-adalora/adapter --prompts "The with statement" --chat no',
     "evaluate": "tenfold evaluate demo --data python-reference --tasks perplexity speed memory\n"
-    "tenfold evaluate runs/quickstart/01-lora/adapter --tasks lm_eval:hellaswag --limit 100",
-    "export": "tenfold export runs/quickstart/01-lora/adapter --form merged --out runs/export",
+    "tenfold evaluate runs/quickstart/01-adalora/adapter --tasks lm_eval:hellaswag --limit 100",
+    "export": "tenfold export runs/quickstart/01-adalora/adapter --form merged --out runs/export",
 }
 
 
@@ -116,21 +117,21 @@ def _parse(command: Callable[..., int], verb: str, arguments: list[str], note: s
 def run(
     recipe: Positional[Path],
     out: Path | None = None,
-    set: tuple[str, ...] = (),
+    set: UseAppendAction[tuple[str, ...]] = (),
 ) -> int:
     """Execute a recipe, or go on where it stopped.
 
     Args:
         recipe: YAML file with a model and stages.
         out: the run folder; default runs/NAME-OF-THE-RECIPE.
-        set: change keys of the recipe: ``model=...``, ``seed=1``, ``lora.rank=4``.
+        set: change keys of the recipe: ``model=...``, ``seed=1``, ``adalora.budget=1%``.
     """
     return _execute(_read(recipe, set), out or Path("runs") / recipe.stem)
 
 
 def validate(
     recipe: Positional[Path],
-    set: tuple[str, ...] = (),
+    set: UseAppendAction[tuple[str, ...]] = (),
 ) -> int:
     """Check a recipe and its data without loading a model.
 
@@ -148,7 +149,7 @@ def validate(
 
 def estimate(
     recipe: Positional[Path],
-    set: tuple[str, ...] = (),
+    set: UseAppendAction[tuple[str, ...]] = (),
 ) -> int:
     """Predict trainable parameters, memory and cache of a recipe from the model's configuration alone.
 
@@ -300,9 +301,9 @@ def _execute(plan: Any, out: Path) -> int:
                 console.print(f"[{subject}] {text}", markup=False, highlight=False)
         if summary.artefact:
             console.print(f"{summary.stage}: {out / f'{summary.index:02d}-{summary.stage}' / summary.artefact}")
-    rows = [(name, _number(before), _number(after), unit) for name, before, after, unit in headline(summaries)]
+    rows = [(name, *map(_number, values), unit) for name, *values, unit in headline(summaries)]
     if rows:
-        _table("what it bought", ("what", "before", "after", "unit"), rows)
+        _table("figures", ("what", "before", "after", "unit"), rows)
     console.print(f"report: {out / 'report.html'}", highlight=False)
     return 0
 

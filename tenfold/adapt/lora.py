@@ -8,7 +8,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from tenfold.config.budget import parse_budget
+from tenfold.config.budget import adapter_budget
 from tenfold.config.lora import LoraConfig
 from tenfold.errors import ConfigError
 from tenfold.models.heads import PEFT_TASKS
@@ -59,7 +59,7 @@ def choose_rank(config: LoraConfig, slots: tuple[Slot, ...], parameters: int) ->
         parameters: of the whole model; what a share is a share of.
 
     Raises:
-        ConfigError: when the budget buys no rank, or is in a unit that an adapter has not.
+        ConfigError: when the budget buys no rank.
 
     >>> slots = (Slot("q", "q", 0, 100, 60, "linear", "decoder"),)
     >>> choose_rank(LoraConfig(budget="1k"), slots, parameters=10**6)
@@ -67,13 +67,8 @@ def choose_rank(config: LoraConfig, slots: tuple[Slot, ...], parameters: int) ->
     """
     if config.budget is None:
         return config.rank or DEFAULT_RANK
-    budget = parse_budget(config.budget)
+    budget = adapter_budget(config.budget)
     amounts = {"share": budget.amount * parameters, "count": budget.amount, "bytes": budget.amount / 4}
-    if budget.unit not in amounts:
-        raise ConfigError(
-            f"budget: {config.budget!r} is in {budget.unit}, which an adapter does not spend",
-            remedy="give a share of the parameters (0.4%), a count (300k) or bytes of the adapter (2MiB)",
-        )
     cost = sum(slot.in_features + slot.out_features for slot in slots)
     rank = int(amounts[budget.unit] // cost)
     if rank < 1:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.budget import BudgetText, adapter_budget
 from tenfold.config.training import TrainingFields
 
 
@@ -87,11 +87,8 @@ class AdaLoraConfig(TrainingFields):
     def _consistent(self) -> Self:
         if self.rank is not None and self.budget is not None:
             raise ValueError("rank and budget both set the size of the adapter; give one")
-        if self.budget is not None and parse_budget(self.budget).unit not in ("share", "count", "bytes"):
-            raise ValueError(
-                f"budget: an adapter spends parameters or bytes, not {parse_budget(self.budget).unit}: write 0.4%, "
-                "300k or 2MiB"
-            )
+        if self.budget is not None:
+            adapter_budget(self.budget)
         if self.rank is not None and self.initial_rank is not None and self.rank > self.initial_rank:
             raise ValueError(f"rank: {self.rank:g} at the end is above initial_rank {self.initial_rank}")
         if self.rank is not None and self.min_rank > self.rank:

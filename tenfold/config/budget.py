@@ -58,6 +58,23 @@ def parse_budget(text: str) -> Budget:
     raise ValueError(f"{text!r} is no budget: write 0.4% (at most 100%), 300k, 64MiB, 200ms, 4.5bits or 9KiB/token")
 
 
+def adapter_budget(text: str) -> Budget:
+    """A budget of trainable parameters: a share, a count, or bytes of the adapter.
+
+    Raises:
+        ValueError: another unit, or nothing at all.
+
+    >>> adapter_budget("2MiB").unit
+    'bytes'
+    """
+    budget = parse_budget(text)
+    if budget.unit not in ("share", "count", "bytes"):
+        raise ValueError(f"budget: an adapter spends parameters or bytes, not {budget.unit}: write 0.4%, 300k or 2MiB")
+    if budget.amount <= 0:
+        raise ValueError(f"budget: {text!r} buys nothing: write 0.4%, 300k or 2MiB")
+    return budget
+
+
 def _check(value: object) -> str:
     text = str(value)
     parse_budget(text)

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from tenfold.config.budget import BudgetText
+from tenfold.config.budget import BudgetText, adapter_budget
 from tenfold.config.training import TrainingFields
 
 
@@ -33,4 +33,6 @@ class LoraConfig(TrainingFields):
     def _one_size(self) -> Self:
         if self.rank is not None and self.budget is not None:
             raise ValueError("rank and budget both set the size of the adapter; give one")
+        if self.budget is not None:
+            adapter_budget(self.budget)
         return self

@@ -24,7 +24,7 @@ class ModelFields(Config):
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models whose code you have read."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Every random choice follows from it."""
 
 

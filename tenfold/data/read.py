@@ -86,7 +86,9 @@ class Rows(Sequence[Row]):
         if own is not None:
             held, note = own
         else:
-            hashes = [hash_share(row.id) for row in self.items]
+            # Rows of the same content go to one side, that of the first of them.
+            first: dict[str, str] = {}
+            hashes = [hash_share(first.setdefault(content(row), row.id)) for row in self.items]
             held, note = [h < holdout for h in hashes], ""
             if len(set(held)) < 2:
                 raise self._one_sided(hashes, holdout)

@@ -65,7 +65,7 @@ def open_model(
         raise ConfigError(f"num_labels: only for task 'classification', not {task!r}", remedy="leave it out")
     located, base, chain = resolve(source, [str(adapter) for adapter in adapters])
     hashes = tuple(content_hash(folder) for folder in chain)  # a damaged adapter shows before the base is read
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = resolve_device(device)
     placing = {"dtype": resolve_dtype(dtype, place if device_map is None else None), "device_map": device_map}
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if located.kind == "tiny":
@@ -86,6 +86,21 @@ def open_model(
     for folder in chain:
         model = attach_adapter(merge(model, in_place=True), folder, task)
     return Opened(model.eval(), tokenizer, describe(model, source, resolved, weights, hashes))
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Where a model goes: what the caller asked for, else a GPU where there is one.
+
+    Raises:
+        ConfigError: no such kind of device.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigError(f"device: {device!r} is no device", remedy="give cpu, cuda or cuda:1") from None
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device | None) -> str | torch.dtype:

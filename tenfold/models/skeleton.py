@@ -8,9 +8,9 @@ import torch
 
 from tenfold.models.gguf import converted
 from tenfold.models.heads import auto_class
-from tenfold.models.open import resolve_dtype
+from tenfold.models.open import resolve_device, resolve_dtype
 from tenfold.models.reference import ModelRef
-from tenfold.models.source import resolve
+from tenfold.models.source import hub_commit, resolve
 from tenfold.models.tiny import tiny_model
 
 
@@ -32,11 +32,14 @@ def skeleton(ref: ModelRef) -> Any:
         return tiny_model(located.name, task=ref.task).model.to("meta")
     folder = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
     options = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, **(options if located.kind == "hub" else {}))
+    if located.kind == "hub":
+        hub_commit(folder, ref.revision)  # the clear error for one that cannot be had
+    else:
+        options["revision"] = None
+    config = AutoConfig.from_pretrained(folder, **options)
     if ref.task == "reward":
         config.num_labels = 1
-    place = torch.device(ref.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = resolve_dtype(ref.dtype, place)
+    dtype = resolve_dtype(ref.dtype, resolve_device(ref.device))
     with torch.device("meta"):
         return auto_class(config, ref.task, folder).from_config(
             config, dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from tenfold.config.lora import LoraConfig
 from tenfold.config.training import TrainingFields
 from tenfold.data.encode import Encoded, encode
 from tenfold.errors import ConfigError
+from tenfold.evaluate.inference import max_positions
 from tenfold.evaluate.memory import measure_growth
 from tenfold.evaluate.results import Metric, Result
 from tenfold.models.export import save_adapter
@@ -102,15 +102,18 @@ def prepare(config: TrainingFields, context: Context) -> tuple[Opened, Encoded]:
     """The opened model, adapters of earlier stages folded in, and the training share of the data as tokens.
 
     Raises:
-        ConfigError: without data.
+        ConfigError: sequences longer than the model can read.
     """
-    if context.rows is None:
-        raise ConfigError(
-            "data: missing", remedy="name a file, folder or hub id, or `python-reference` for a first try"
-        )
+    assert context.rows is not None, "checked before anything was opened"
     # From here on every random choice (the adapter's start, the order of the rows, dropout) follows from the seed.
     set_seed(context.seed)
     opened = context.model.open(merge=bool(context.model.adapters))
+    limit = max_positions(opened.model)
+    if limit is not None and config.max_length > limit:
+        raise ConfigError(
+            f"max_length: {config.max_length} is above the {limit} positions that the model has",
+            remedy=f"give {limit} or less",
+        )
     rows, _ = context.rows.split(config.holdout)
     encoded = encode(rows, opened.tokenizer, max_length=config.max_length, packing=config.packing)
     return opened, encoded
@@ -133,7 +136,6 @@ def fit(
 
     ``numbers`` gives what a method logs beside the loss.
     """
-    checkpoints = context.folder / "checkpoints"
     steps = total_steps(config, encoded)
     set_seed(context.seed)
 
@@ -151,13 +153,12 @@ def fit(
             opened.tokenizer,
             encoded,
             config,
-            folder=checkpoints,
+            folder=context.folder,
             seed=context.seed,
             on_resume=resumed,
             on_log=lambda step, values: context.metrics.write(step, {**values, **numbers()}),
             on_step=lambda done, total, detail: context.progress("training", done, total, detail),
         )
-    shutil.rmtree(checkpoints, ignore_errors=True)
     lines = [json.loads(line) for line in context.metrics.path.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     metrics = (

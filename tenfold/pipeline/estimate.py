@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 from tenfold.compat import enable_checkpointing
 from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.training import TrainingFields
+from tenfold.models.open import resolve_device
 from tenfold.models.reference import ModelRef
 from tenfold.models.skeleton import skeleton
 from tenfold.pipeline.recipe import Plan
@@ -111,7 +112,7 @@ def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: Mode
 
 def on_gpu(ref: ModelRef) -> bool:
     """Whether the reference will be opened on a GPU."""
-    return torch.device(ref.device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    return resolve_device(ref.device).type == "cuda"
 
 
 def inference_needs(config: EvaluateConfig, ref: ModelRef) -> dict[str, float]:

@@ -12,12 +12,11 @@ from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.generate import GenerateConfig
 from tenfold.data.read import Rows
 from tenfold.data.rows import Choice, Question, Text
-from tenfold.errors import ConfigError
 from tenfold.evaluate.choice import multiple_choice
 from tenfold.evaluate.compare import compare
 from tenfold.evaluate.generate import generate
 from tenfold.evaluate.inference import max_positions
-from tenfold.evaluate.memory import memory
+from tenfold.evaluate.memory import memory, stored_bytes
 from tenfold.evaluate.perplexity import perplexity
 from tenfold.evaluate.qa import answer
 from tenfold.evaluate.results import Result
@@ -49,10 +48,12 @@ def open_subjects(context: Context, baseline: bool) -> Subjects:
     When one adapter is all that lies between the two, both share one copy of the weights.
     """
     after = context.model.open()
-    if not baseline or context.model == context.start:
+    adapted = hasattr(after.model, "disable_adapter")
+    if not baseline or (context.model == context.start and not adapted):
         return Subjects({"model": (after.model, nullcontext)}, after.tokenizer)
     one_less = dataclasses.replace(context.model, adapters=context.model.adapters[:-1])
-    if context.model.adapters and one_less == context.start:
+    # An adapter folder that was opened by itself is measured beside its own base.
+    if adapted and context.start in (one_less, context.model):
         before: Any = (after.model, after.model.disable_adapter)
     else:
         before = (context.start.open().model, nullcontext)
@@ -62,8 +63,6 @@ def open_subjects(context: Context, baseline: bool) -> Subjects:
 def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
     """The stage ``evaluate``: each task once, remembered when the run is killed between two tasks."""
     rows = _chosen(config, context)
-    for task in config.tasks:
-        _check_rows(task, rows)
     opened: list[Subjects] = []
 
     def subjects() -> Subjects:
@@ -112,22 +111,6 @@ def _chosen(config: EvaluateConfig, context: Context) -> Rows | None:
     return context.rows.split(config.holdout)[1]
 
 
-_NEEDS = {"perplexity": ("text",), "question_answering": ("question",), "multiple_choice": ("choice",)}
-
-
-def _check_rows(task: str, rows: Rows | None) -> None:
-    """Refuse a task whose rows are missing or of another kind, before a model is opened."""
-    if task not in _NEEDS:
-        return
-    if rows is None:
-        raise ConfigError(f"data: the task {task} needs rows", remedy="name a file, a hub id or python-reference")
-    if rows.kind not in _NEEDS[task]:
-        raise ConfigError(
-            f"tasks: {task} needs {' or '.join(_NEEDS[task])} rows, but {rows.source} holds {rows.kind} rows",
-            remedy="choose other tasks, or say what the rows are with `rows:` and `columns:`",
-        )
-
-
 def _perplexity(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     texts = [row.text for row in rows if isinstance(row, Text)]
     scored = {}
@@ -157,7 +140,7 @@ def _speed(task: str, config: EvaluateConfig, context: Context, subjects: Subjec
     return speed(
         subjects.models,
         subjects.tokenizer,
-        prompt_tokens=config.prompt_tokens,
+        prompt_tokens=min(_prompt(config, model) for model, _ in subjects.models.values()),
         new_tokens=config.new_tokens,
         repeats=config.repeats,
     )
@@ -167,8 +150,27 @@ def _memory(task: str, config: EvaluateConfig, context: Context, subjects: Subje
     results = []
     for name in subjects.models:
         with subjects.use(name) as model:
-            results.append(memory(model, subjects.tokenizer, tokens=config.prompt_tokens, subject=name))
+            found = memory(model, subjects.tokenizer, tokens=_prompt(config, model), subject=name)
+        if name == "before":
+            found = _without_adapter(found, model)
+        results.append(found)
     return results
+
+
+def _prompt(config: EvaluateConfig, model: Any) -> int:
+    """The prompt's length, shortened where the model cannot read it and write the new tokens."""
+    limit = max_positions(model)
+    return config.prompt_tokens if limit is None else max(1, min(config.prompt_tokens, limit - config.new_tokens))
+
+
+def _without_adapter(result: Result, model: Any) -> Result:
+    """Weights of the base alone: an adapter that is switched off still lies in memory."""
+    adapter = stored_bytes([parameter for name, parameter in model.named_parameters() if ".lora_" in name])
+    metrics = tuple(
+        metric.model_copy(update={"value": metric.value - adapter}) if metric.name == "weights" else metric
+        for metric in result.metrics
+    )
+    return result.model_copy(update={"metrics": metrics})
 
 
 def _choice(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:

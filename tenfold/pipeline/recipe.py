@@ -12,6 +12,7 @@ import yaml
 from tenfold.config.base import Config
 from tenfold.config.data import DataFields
 from tenfold.config.recipe import Recipe
+from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
 from tenfold.pipeline.stages import stage
 
@@ -66,18 +67,35 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Plan:
         raise ConfigError(f"{path}: {error.strerror}", remedy="give the path of a recipe file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}", remedy="save the recipe as UTF-8") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}: {place}{problem}", remedy="a recipe is YAML; see recipes/quickstart.yaml") from None
+    values = _yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a recipe", remedy="a recipe has the keys model and stages")
     for text in changes:
         _change(values, text)
     return resolve(values, where=str(path))
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML that refuses a key given twice: the first one would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} is given twice", problem_mark=node.value[index][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Strict)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{where}: {place}{problem}", remedy="write YAML; see recipes/quickstart.yaml") from None
 
 
 def _change(values: dict[str, Any], text: str) -> None:
@@ -87,14 +105,14 @@ def _change(values: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text}: no value", remedy="write --set KEY=VALUE, e.g. --set lora.rank=4")
     target, dot, key = name.partition(".")
     if not dot:
-        values[name] = yaml.safe_load(value)
+        values[name] = _yaml(value, f"--set {text}")
         return
     found = [entry for entry in values.get("stages") or () if isinstance(entry, dict) and entry.get("use") == target]
     if not found:
         uses = [str(entry.get("use")) for entry in values.get("stages") or () if isinstance(entry, dict)]
         raise ConfigError(f"--set {text}: the recipe has no stage {target!r}", remedy=f"stages: {', '.join(uses)}")
     for entry in found:
-        entry[key] = yaml.safe_load(value)
+        entry[key] = _yaml(value, f"--set {text}")
 
 
 def resolve(values: Mapping[str, Any], where: str) -> Plan:
@@ -110,22 +128,53 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
     recipe = Recipe.parse(values, where)
     steps: list[Step] = []
     data: dict[str, Any] = {}
-    seen: set[str] = set()
+    trained: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(recipe.stages, start=1):
         name = entry.get("use")
         if not isinstance(name, str):
             raise ConfigError(f"{where}, stage {index}: use: missing", remedy="each stage begins with `use: NAME`")
         place = f"{where}, stage {index} ({name})"
         keys = {key: value for key, value in entry.items() if key != "use"}
+        if recipe.task not in stage(name, place).tasks:
+            raise ConfigError(
+                f"{place}: works on {' or '.join(stage(name).tasks)} models, and the recipe says task: {recipe.task}",
+                remedy="leave the stage out, or open the model as causal; from Python, adapters train on every task",
+            )
         config_class = stage(name, place).config_class()
         if issubclass(config_class, DataFields):
             # A stage without data reads what the stage before it read.
             if keys.get("data") is None:
                 keys = {**data, **{key: value for key, value in keys.items() if value is not None}}
+            # What an earlier stage trained on is only measured on the share that it held out.
+            earlier = trained.get(_same(keys.get("data")))
+            if "split" in config_class.model_fields and earlier is not None:
+                keys = _held_out(keys, earlier, place)
+        config = config_class.parse(keys, place)
+        steps.append(Step(index, name, config))
+        if isinstance(config, DataFields):
             data = {key: keys[key] for key in DataFields.model_fields if key in keys}
-            # What an earlier stage may have trained on is only measured on the share that was held out.
-            if "split" in config_class.model_fields and keys.get("data") in seen:
-                keys.setdefault("split", "held-out")
-            seen.add(keys.get("data", ""))
-        steps.append(Step(index, name, config_class.parse(keys, place)))
+            if isinstance(config, TrainingFields):
+                trained[_same(config.data)] = {key: getattr(config, key) for key in DataFields.model_fields}
     return Plan(recipe, tuple(steps))
+
+
+def _same(data: object) -> str:
+    """One name for one source, however its path is written."""
+    return str(Path(data).expanduser().resolve()) if isinstance(data, str) and Path(data).exists() else str(data)
+
+
+def _held_out(keys: dict[str, Any], trained: dict[str, Any], place: str) -> dict[str, Any]:
+    """The keys of an evaluation on data that was trained on: read in the same way, it holds out the same rows.
+
+    Raises:
+        ConfigError: a key under which other rows would be held out, of which some were trained on.
+    """
+    if keys.get("split") == "all":
+        return keys
+    for key, value in trained.items():
+        if key != "data" and keys.get(key, value) not in (value, None):
+            raise ConfigError(
+                f"{place}: {key}: {keys[key]!r}, but an earlier stage trained on this data with {key} {value!r}",
+                remedy=f"leave {key} out, or write split: all to measure rows that were trained on as well",
+            )
+    return {**keys, **trained, "split": "held-out"}

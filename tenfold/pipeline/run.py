@@ -30,6 +30,7 @@ from tenfold.config.data import DataFields
 from tenfold.errors import RunError, TenfoldError
 from tenfold.files import replace_folder, write_text
 from tenfold.models.embedded import DEMO_HUB_ID
+from tenfold.pipeline.checking import check_stage
 from tenfold.pipeline.context import Context, StageOutput
 from tenfold.pipeline.progress import Progress
 from tenfold.pipeline.recipe import Plan, Step
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
     from tenfold.models.reference import ModelRef
 
 
+NO_FIGURE = {"save_every", "log_every", "report_to"}
+"""Keys that change what is written on the way and no figure: another value does not make a finished stage anew."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A step with everything its result depends on."""
@@ -51,6 +56,7 @@ class Job:
     step: Step
     rows: Rows | None
     fingerprint: str
+    previous: str
     inputs: dict[str, Any]
 
 
@@ -73,9 +79,10 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
     """
     with _writable(out), _locked(out):
         _refuse_foreign(plan, out)
-        write_text(out / "recipe.yaml", plan.to_yaml())
+        _sweep(out)
         model = model_of(plan)
         jobs = list(_jobs(plan, model))
+        write_text(out / "recipe.yaml", plan.to_yaml())  # once it is known to be good: it describes what lies beside it
         from tenfold.pipeline.environment import environment  # imports torch: only once the input is known to be good
 
         machine = environment()
@@ -96,14 +103,21 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
 
 
 def check(plan: Plan) -> list[str]:
-    """Read all data of a plan, without weights; returns one line per stage for the user.
+    """Read all data of a plan and look at local model files, without weights; returns one line per stage for the user.
 
     Raises:
         DataError: naming file, line and column.
+        ConfigError: data that does not fit its stage.
+        ModelError: a model that is not there or damaged; a hub id is not looked up.
     """
+    from tenfold.models.source import locate
+
+    if locate(plan.recipe.model).kind != "hub":
+        model_of(plan).identity()
     lines = []
     for step in plan.steps:
         rows = _rows(step)
+        check_stage(step.config, rows, step.folder)
         found = f": {len(rows)} {rows.kind} rows from {rows.source}" if rows is not None else ""
         lines.append(f"{step.folder}{found}")
     return lines
@@ -144,6 +158,8 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
     All data is read first: a bad row in the last stage must not surface after hours of training.
     """
     data = [_rows(step) for step in plan.steps]
+    for step, rows in zip(plan.steps, data, strict=True):
+        check_stage(step.config, rows, step.folder)
     identity = model.identity()
     previous = ""
     for step, rows in zip(plan.steps, data, strict=True):
@@ -153,24 +169,35 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
         basis = {
             "previous": previous,
             "stage": step.name,
-            "config": step.config.model_dump(mode="json"),
+            "config": step.config.model_dump(mode="json", exclude=NO_FIGURE),
             "seed": plan.recipe.seed,
             "device": [plan.recipe.dtype, plan.recipe.device],
             "inputs": inputs,
         }
-        previous = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
-        yield Job(step, rows, previous, inputs)
+        fingerprint = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+        yield Job(step, rows, fingerprint, previous, inputs)
+        previous = fingerprint
 
 
 def _finished(out: Path, job: Job) -> StageSummary | None:
-    path = out / job.step.folder / "summary.json"
+    folder = out / job.step.folder
+    work = out / f".{job.step.folder}"
+    if _summary(work, job) is not None:  # killed just before it took its name
+        _finish(work, folder)
+    return _summary(folder, job)
+
+
+def _summary(folder: Path, job: Job) -> StageSummary | None:
+    """The summary of a complete stage folder that is what the job asks for."""
+    path = folder / "summary.json"
     if not path.exists():
         return None
     try:
         summary = StageSummary.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError:  # of another schema, or damaged: the stage is run again
         return None
-    return summary if summary.fingerprint == job.fingerprint else None
+    there = summary.artefact is None or (folder / summary.artefact).is_dir()
+    return summary if summary.fingerprint == job.fingerprint and there else None
 
 
 def _execute(
@@ -197,6 +224,7 @@ def _execute(
         index=job.step.index,
         stage=job.step.name,
         fingerprint=job.fingerprint,
+        previous=job.previous,
         config=job.step.config.model_dump(mode="json"),
         seed=plan.recipe.seed,
         inputs=job.inputs,
@@ -221,9 +249,24 @@ def _execute(
             task=start.task,
         )
     write_text(work / "summary.json", summary.model_dump_json(indent=2))
-    marker.unlink()
-    replace_folder(work, out / job.step.folder)
+    _finish(work, out / job.step.folder)
     return summary
+
+
+def _finish(work: Path, final: Path) -> None:
+    """Give a complete working folder its name; what only a resume needs goes first."""
+    for path in (*work.glob("checkpoint-*"), *work.glob(".*.partial-*")):
+        shutil.rmtree(path)
+    (work / "fingerprint").unlink(missing_ok=True)
+    replace_folder(work, final)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a killed process left between two renames; the lock is held, so nobody else is at work."""
+    for path in out.glob(".*.old"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in out.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _refuse_foreign(plan: Plan, out: Path) -> None:
@@ -254,32 +297,42 @@ def _locked(out: Path) -> Iterator[None]:
 def _writable(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise RunError(f"{out}: {error.strerror}", remedy="choose a folder you can write with --out") from error
+    try:
         yield
     except TenfoldError:
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(out).free / 2**20
-            raise RunError(
-                f"{out}: no space left ({free:.0f} MiB free)",
-                remedy="free some space and give the same command again: finished stages are kept",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise RunError(
-                f"{error.filename or out}: {error.strerror}", remedy="choose a folder you can write with --out"
-            ) from error
-        raise
+    except Exception as error:
+        if not _is_full(error, out):
+            raise
+        raise RunError(
+            f"{out}: no space left ({shutil.disk_usage(out).free / 2**20:.1f} MiB free)",
+            remedy="free some space and give the same command again: what is finished is kept",
+        ) from error
+
+
+def _is_full(error: Exception, out: Path) -> bool:
+    """Whether an error means a full disk: torch and safetensors say so each in its own way, or hardly at all."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    if "No space left" in text:
+        return True
+    return shutil.disk_usage(out).free < 2**20 and ("inline_container" in text or "iostream" in text)
 
 
 def headline(summaries: Sequence[StageSummary]) -> list[tuple[str, float | None, float | None, str]]:
     """What the run bought, for the terminal: ``(metric, before, after, unit)`` of everything measured on both."""
+    # A model that is measured alone stands in the column `after`.
     rows: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
     for summary in summaries:
         for result in summary.results:
             for metric in result.metrics:
                 rows.setdefault((result.task, metric.name), ({}, metric.unit))[0][result.subject] = metric.value
     return [
-        (f"{task}: {name}", values.get("before"), values.get("after"), unit)
+        (f"{task}: {name}", values.get("before"), values.get("after", values.get("model")), unit)
         for (task, name), (values, unit) in rows.items()
-        if "after" in values
+        if "after" in values or "model" in values
     ]

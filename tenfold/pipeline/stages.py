@@ -36,6 +36,8 @@ class Stage:
     config: str
     run: str
     attach: str | None = None
+    tasks: tuple[str, ...] = ("causal",)
+    """What the model's head may be for."""
 
     def config_class(self) -> type[Config]:
         """The configuration class; torch-free."""
@@ -82,6 +84,7 @@ BUILT_IN: Mapping[str, Stage] = {
         summary="a folder that transformers or PEFT opens without tenfold",
         config="tenfold.config.export:ExportConfig",
         run="tenfold.pipeline.exporting:run_export",
+        tasks=("causal", "seq2seq", "classification", "reward"),
     ),
 }
 

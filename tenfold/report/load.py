@@ -25,7 +25,8 @@ def load_run(folder: Path) -> tuple[str, list[StageSummary], Metrics]:
         folder: the run folder, with ``recipe.yaml`` and one folder ``NN-name`` per finished stage.
 
     Returns:
-        The resolved recipe, the summaries in order, and the logged steps by stage folder (``01-lora``).
+        The resolved recipe, the summaries in order (up to the first that rests on a stage that was made again since),
+        and the logged steps by stage folder (``01-lora``).
 
     Raises:
         RunError: when the folder is no run, or a file in it is damaged or of a newer version.
@@ -38,7 +39,13 @@ def load_run(folder: Path) -> tuple[str, list[StageSummary], Metrics]:
         (path for path in folder.iterdir() if path.is_dir() and STAGE_FOLDER.fullmatch(path.name)),
         key=lambda path: (int(path.name.partition("-")[0]), path.name),
     )
-    summaries = [load_summary(path / "summary.json") for path in folders]
+    summaries: list[StageSummary] = []
+    for path in folders:
+        summary = load_summary(path / "summary.json")
+        if summaries and summary.previous not in ("", summaries[-1].fingerprint):
+            break  # an earlier stage was made again since: this one rests on what is no longer there
+        summaries.append(summary)
+    folders = folders[: len(summaries)]
     metrics = {path.name: load_metrics(path / "metrics.jsonl") for path in folders}
     return _read(recipe), summaries, metrics
 

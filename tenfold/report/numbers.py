@@ -70,8 +70,9 @@ def fit(values: Iterable[float | None], unit: str = "", *, finest: float | None 
     if not -4 <= order < 15:
         return Scale(factor, shown, None)
     decimals = max(0, 2 - order)
-    if finest is not None and math.isfinite(finest) and finest != 0:
-        wanted = 1 - math.floor(math.log10(abs(finest * factor)))
+    step = abs(finest * factor) if finest is not None and math.isfinite(finest) else 0.0
+    if step > 0:
+        wanted = 1 - math.floor(math.log10(step))
         decimals = max(decimals, min(wanted, MOST_DIGITS - 1 - order))
     return Scale(factor, shown, decimals)
 

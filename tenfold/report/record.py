@@ -70,6 +70,8 @@ class StageSummary(Config):
     """The registered name, the recipe's ``use``."""
     fingerprint: str
     """Hash of everything the result depends on: configuration, inputs, seed, earlier stages."""
+    previous: str = ""
+    """Fingerprint of the stage before, on whose result this one rests; empty for the first."""
     config: dict[str, Any]
     """The resolved configuration."""
     seed: int

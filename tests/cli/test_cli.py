@@ -70,10 +70,10 @@ def test_validate_is_quick(recipe):
         (["rnu"], "did you mean 'run'"),
         (["run", "nothing.yaml"], "No such file"),
         (["validate"], "required"),
-        (["adapt", "demo", "--method", "magic"], "methods: lora"),
+        (["adapt", "demo", "--method", "magic"], "methods: adalora, lora"),
         (["adapt", "demo", "--method"], "no value"),
         (["adapt", "demo", "--rnak", "3"], "--rank"),
-        (["adapt", "demo", "--rank", "0"], "greater than or equal to 1"),
+        (["adapt", "demo", "--rank", "0"], "greater than 0"),
         (["adapt", "demo", "--rank", "3", "--budget", "1%"], "rank and budget"),
         (["adapt", "demo", "--budget", "much"], "no budget"),
         (["ls", "nothing"], "no run in it"),
@@ -127,12 +127,23 @@ def test_a_run_from_the_command_line(recipe, tmp_path, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_several_changes_all_count(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    changes = ["--set", "model=tiny:qwen2", "--set", "lora.rank=1", "--set", "seed=3"]
+    assert cli.main(["run", str(recipe), "--out", str(out), *changes]) == 0
+    resolved = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (resolved["model"], resolved["stages"][0]["rank"], resolved["seed"]) == ("tiny:qwen2", 1, 3)
+
+
 def test_verbs_work_on_what_verbs_made(number_rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--data", str(number_rows), "--steps", "2", "--max-length", "64", "--rank", "2", "--out", "adapted"]
+    flags = ["--data", str(number_rows), "--steps", "4", "--max-length", "64", "--rank", "2", "--out", "adapted"]
     assert cli.main(["adapt", "tiny:llama", *flags]) == 0
-    adapter = "adapted/01-lora/adapter"
+    adapter = "adapted/01-adalora/adapter"
+    capsys.readouterr()
     assert cli.main(["evaluate", adapter, "--data", str(number_rows), "--tasks", "perplexity"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "bits_per_byte" in line)
+    assert len(row.split()) >= 4, "an adapter is shown beside its base"
     assert cli.main(["generate", adapter, "--prompts", "3 squared is", "--max-new-tokens", "4", "--chat", "no"]) == 0
     assert cli.main(["export", adapter, "--out", "exported"]) == 0
     assert (tmp_path / "exported/01-export/model/model.safetensors").exists()

@@ -40,7 +40,14 @@ def _lora() -> Row:
         attach=lora.attach,
         detach=lambda model: model.unload(),
         report=lora.attached,
-        impossible=({"rank": 0}, {"dropout": 1.0}, {"alpha": -1}, {"rank": 2, "budget": "1%"}, {"budget": "a lot"}),
+        impossible=(
+            {"rank": 0},
+            {"dropout": 1.0},
+            {"alpha": -1},
+            {"rank": 2, "budget": "1%"},
+            {"budget": "a lot"},
+            {"budget": "3ms"},
+        ),
         baseline=True,
     )
 

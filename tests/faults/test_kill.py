@@ -85,7 +85,7 @@ MOMENTS = {
     "before the first step": lambda out: (out / ".01-adalora").exists(),
     "between checkpoints": lambda out: _lines(out / ".01-adalora/metrics.jsonl") >= 4,
     "while a checkpoint is written": lambda out: any(
-        not (path / ".complete").exists() for path in (out / ".01-adalora/checkpoints").glob("checkpoint-1*")
+        not (path / ".complete").exists() for path in (out / ".01-adalora").glob("checkpoint-1*")
     ),
     "when the stage is finished": lambda out: (out / "01-adalora").exists(),
     "between two tasks": lambda out: (out / ".02-evaluate/perplexity.json").exists(),

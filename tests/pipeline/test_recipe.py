@@ -18,6 +18,27 @@ def test_naming_the_training_data_again_does_not_leak_it_into_the_evaluation():
     assert resolve(values, "test").steps[1].config.split == "held-out"
 
 
+def test_the_same_file_under_another_name_is_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    stages = [{"use": "lora", "data": "rows.jsonl"}, {"use": "evaluate", "data": str(tmp_path / "rows.jsonl")}]
+    assert resolve({"model": "demo", "stages": stages}, "test").steps[1].config.split == "held-out"
+
+
+@pytest.mark.parametrize("change", [{"holdout": 0.5}, {"limit": 3}, {"rows": "text"}, {"columns": {"text": "body"}}])
+def test_an_evaluation_that_would_hold_out_other_rows_than_the_training_is_refused(change):
+    values = {**MINIMAL, "stages": [MINIMAL["stages"][0], {"use": "evaluate", **change}]}
+    with pytest.raises(ConfigError, match=f"{next(iter(change))}: .*an earlier stage trained on this data"):
+        resolve(values, "test")
+    values["stages"][1]["split"] = "all"
+    assert resolve(values, "test").steps[1].config.split == "all"
+
+
+def test_the_holdout_of_the_training_is_that_of_the_evaluation():
+    values = {**MINIMAL, "stages": [{**MINIMAL["stages"][0], "holdout": 0.05}, {"use": "evaluate"}]}
+    assert resolve(values, "test").steps[1].config.holdout == 0.05
+
+
 def test_other_data_is_measured_whole():
     values = {**MINIMAL, "stages": [MINIMAL["stages"][0], {"use": "evaluate", "data": "test.jsonl"}]}
     assert resolve(values, "test").steps[1].config.split == "all"
@@ -49,6 +70,10 @@ def test_set_changes_keys_of_recipe_and_stages(tmp_path):
         ("model: demo\nstages: [{data: x}]", "use: missing"),
         ("model: demo\nstages: [{use: lara}]", "did you mean 'lora'"),
         ("model: demo\nstages: [{use: lora, rank: 0}]", r"stage 1 \(lora\): rank: .*greater than or equal to 1, got 0"),
+        ("model: demo\nstages: [{use: lora, steps: 1, steps: 2}]", "'steps' is given twice"),
+        ("model: demo\ntask: seq2seq\nstages: [{use: lora}]", "works on causal models"),
+        ("model: demo\nseed: 5000000000\nstages: [{use: lora}]", "seed"),
+        ("model: demo\nstages: [{use: lora, data: [a]}]", "data"),
         ("modle: demo\nstages: [{use: lora}]", "did you mean 'model'"),
         ("model: demo\nstages: [{use: evaluate, tasks: [perplexety]}]", "unknown task 'perplexety'"),
     ],
@@ -66,7 +91,7 @@ def test_absent_recipe(tmp_path):
         read_recipe(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("change", ["lora.rank", "nothing.rank=3"])
+@pytest.mark.parametrize("change", ["lora.rank", "nothing.rank=3", "lora.rank=["])
 def test_bad_changes(tmp_path, change):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))

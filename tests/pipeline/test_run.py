@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from tenfold.errors import ConfigError, DataError, RunError
+from tenfold.errors import ConfigError, DataError, MissingDependencyError, ModelError, RunError
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.recipe import resolve
 from tenfold.report.load import load_run
@@ -111,6 +113,93 @@ def test_a_damaged_summary_is_made_again(values, tmp_path):
     assert json.loads((tmp_path / "02-evaluate/summary.json").read_text())["fingerprint"] == summaries[1].fingerprint
 
 
+def test_a_stage_that_rests_on_one_that_was_made_again_is_not_shown(values, tmp_path):
+    execute(values, tmp_path)
+    plan = resolve({**values, "stages": [{**values["stages"][0], "rank": 1}, values["stages"][1]]}, "test")
+    runner.run(type(plan)(plan.recipe, plan.steps[:1]), tmp_path / "other", QUIET)
+    (tmp_path / "01-lora").rename(tmp_path / "gone")
+    (tmp_path / "other/01-lora").rename(tmp_path / "01-lora")
+    assert [summary.stage for summary in load_run(tmp_path)[1]] == ["lora"]
+
+
+def test_a_lost_artefact_is_made_again(values, tmp_path):
+    execute(values, tmp_path)
+    shutil.rmtree(tmp_path / "01-lora/adapter")
+    execute(values, tmp_path)
+    assert (tmp_path / "01-lora/adapter/adapter_model.safetensors").exists()
+
+
+def test_what_only_changes_the_log_makes_nothing_anew(values, tmp_path):
+    execute(values, tmp_path)
+    first = modified(tmp_path)
+    values["stages"][0].update(log_every=1, save_every=2)
+    execute(values, tmp_path)
+    assert modified(tmp_path) == first
+
+
+def test_killed_between_the_summary_and_the_name(values, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_finish", lambda work, final: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            execute(values, tmp_path)
+    (tmp_path / ".01-lora.123.old").mkdir()
+    written = (tmp_path / ".01-lora/summary.json").stat().st_mtime_ns
+    execute(values, tmp_path)
+    assert modified(tmp_path)["01-lora"] == written, "what was complete is not made again"
+    assert not list(tmp_path.glob(".0*"))
+
+
+def test_killed_between_training_and_saving_resumes_from_the_last_checkpoint(values, tmp_path, monkeypatch):
+    from tenfold.pipeline import adapting
+
+    values["stages"][0]["save_every"] = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(adapting, "save_adapter", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            execute(values, tmp_path)
+    said = []
+    monkeypatch.setattr(runner.Progress, "say", lambda self, text: said.append(text))
+    execute(values, tmp_path)
+    assert said == ["  going on from step 4 of 6"]
+
+
+def test_a_bad_change_leaves_a_finished_run_as_it_was(values, tmp_path):
+    execute(values, tmp_path)
+    before = (tmp_path / "recipe.yaml").read_text()
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    values["stages"][0]["data"] = str(empty)
+    with pytest.raises(DataError):
+        execute(values, tmp_path)
+    assert (tmp_path / "recipe.yaml").read_text() == before
+
+
+def test_sequences_longer_than_the_model_can_read_are_refused(values, tmp_path):
+    values["stages"][0]["max_length"] = 10_000
+    with pytest.raises(ConfigError, match="max_length: 10000 is above the 512 positions"):
+        execute(values, tmp_path)
+
+
+def test_the_base_alone_weighs_less_than_with_its_adapter(values, tmp_path):
+    values["stages"][1]["tasks"] = ["memory"]
+    summary = execute(values, tmp_path)
+    weights = {result.subject: result.metric("weights").value for result in summary[1].results}
+    assert weights["after"] - weights["before"] == summary[0].attached["bytes"]
+
+
+def test_validation_knows_what_needs_no_weights(values, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(f'{{"prompt": "p{n}", "completion": "c{n}"}}\n' for n in range(20)))
+    values["stages"][0]["data"] = str(rows)
+    with pytest.raises(ConfigError, match="perplexity needs text rows, but"):
+        runner.check(resolve(values, "test"))
+    values["stages"][0].update(report_to=["trackio"])
+    with pytest.raises(MissingDependencyError, match="trackio is not installed"):
+        runner.check(resolve(values, "test"))
+    with pytest.raises(ModelError, match="no such folder"):
+        runner.check(resolve({**values, "model": "./nothing"}, "test"))
+
+
 def test_another_recipe_in_the_folder_is_refused(values, tmp_path):
     execute(values, tmp_path)
     other = {**values, "stages": [{"use": "generate", "max_new_tokens": 2}]}
@@ -131,6 +220,21 @@ def test_a_bad_row_in_the_last_stage_stops_before_the_first(values, tmp_path):
     with pytest.raises(DataError, match=r"bad\.jsonl, line 2"):
         execute(values, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*01-lora"))
+
+
+def test_a_folder_that_cannot_be(values):
+    with pytest.raises(RunError, match="--out"):
+        execute(values, Path("/proc/nothing"))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos"), ValueError("x")]
+)
+def test_a_full_disk_as_torch_says_it(error, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 4096})
+    monkeypatch.setattr(runner.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError if "inline" in str(error) else ValueError), runner._writable(tmp_path):
+        raise error
 
 
 def test_a_folder_that_is_a_file(values, tmp_path):
@@ -168,12 +272,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_levers(values, tmp_path):
 
 def test_training_without_data_is_refused(values, tmp_path):
     del values["stages"][0]["data"]
-    with pytest.raises(ConfigError, match="data: missing"):
+    with pytest.raises(ConfigError, match="data is missing"):
         execute(values, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("task", "message"), [("question_answering", "needs question rows"), ("multiple_choice", "needs choice rows")]
+    ("task", "message"),
+    [("question_answering", "needs question rows, but"), ("multiple_choice", "needs choice rows, but")],
 )
 def test_a_task_for_other_rows_is_refused_before_a_model_is_opened(values, tmp_path, task, message):
     values["stages"] = [{"use": "evaluate", "tasks": [task], "data": values["stages"][0]["data"]}]

@@ -1,0 +1,65 @@
+"""What can be known of a stage before any weight is loaded; `validate` and `run` both ask it of every stage first."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from tenfold.config.base import Config
+from tenfold.config.evaluate import EvaluateConfig
+from tenfold.config.training import TrainingFields
+from tenfold.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
+
+TRAINED_ROWS = ("text", "completion", "chat")
+"""Kinds of rows that a causal model is trained on by its next token."""
+
+MEASURED_ROWS = {"perplexity": "text", "question_answering": "question", "multiple_choice": "choice"}
+"""Tasks of an evaluation that need rows, and of which kind."""
+
+
+def check_stage(config: Config, rows: Rows | None, where: str) -> None:
+    """Refuse a stage whose data does not fit it.
+
+    Args:
+        config: of the stage.
+        rows: its data, or None.
+        where: the stage, as the error calls it.
+
+    Raises:
+        ConfigError: no data, rows of another kind, or a logger that is not installed.
+        DataError: rows of which none would be trained on or held out.
+    """
+    if isinstance(config, TrainingFields):
+        _check_training(config, rows, where)
+    if isinstance(config, EvaluateConfig):
+        for task in config.tasks:
+            if task in MEASURED_ROWS:
+                _check_kind(rows, (MEASURED_ROWS[task],), f"{where}: tasks: {task}")
+        if rows is not None and config.split == "held-out":
+            rows.split(config.holdout)
+
+
+def _check_training(config: TrainingFields, rows: Rows | None, where: str) -> None:
+    _check_kind(rows, TRAINED_ROWS, f"{where}: training")
+    assert rows is not None
+    rows.split(config.holdout)
+    for name in config.report_to:
+        package = {"tensorboard": "tensorboard"}.get(name, name)
+        if find_spec(package) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
+            raise MissingDependencyError(f"{where}: report_to: {name} is not installed", f"pip install {package}")
+
+
+def _check_kind(rows: Rows | None, kinds: tuple[str, ...], what: str) -> None:
+    if rows is None:
+        raise ConfigError(
+            f"{what} needs {' or '.join(kinds)} rows, and data is missing",
+            remedy="name a file, a folder or a hub id under `data`, or python-reference for a first try",
+        )
+    if rows.kind not in kinds:
+        raise ConfigError(
+            f"{what} needs {' or '.join(kinds)} rows, but {rows.source} holds {rows.kind} rows",
+            remedy="choose other tasks or data, or say what the rows are with `rows` and `columns`",
+        )
