@@ -47,12 +47,18 @@ def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
     adapter = adalora.attach(opened.model, config, task=context.model.task)
     trained, results = fit(adapter.model, opened, encoded, config, context, numbers=adapter.controller.numbers)
     report = adapter.report()
+    touched = report["attached"]
+    # What a reader calls trainable is what is left at the end and leaves in the artefact.
+    base = touched["trainable parameters"] / touched["share of the model"]
+    kept = touched.pop("exported parameters")
+    touched |= {"trainable parameters": kept, "share of the model": kept / base, "bytes": touched.pop("exported bytes")}
+    warmup = adapter.controller.schedule.warmup if adapter.controller.schedule is not None else 0
     folder = adapter.export(context.folder / "adapter", base=base_of(context.model))
     opened.tokenizer.save_pretrained(folder)
     return StageOutput(
         results=results,
-        attached=report["attached"],
-        figures=[rank_map(report["ranks"]), budget_curve(report["budget"], adapter.plan.by)],
+        attached=touched,
+        figures=[rank_map(report["ranks"]), budget_curve(report["budget"], adapter.plan.by, warmup)],
         notes=[*encoded.notes, *report["notes"]],
         timings={"training": trained.seconds},
         artefact=folder.name,
@@ -81,8 +87,10 @@ def rank_map(ranks: dict[str, list[int | None]]) -> Figure:
     )
 
 
-def budget_curve(history: list[tuple[int, int, int]], unit: str) -> Figure:
-    """The budget and what was kept, over the steps."""
+def budget_curve(history: list[tuple[int, int, int]], unit: str, warmup: int) -> Figure:
+    """The budget and what was kept, over the steps; level until the warm-up ends."""
+    if warmup:
+        history = [history[0], (warmup, *history[0][1:]), *history[1:]]
     steps = tuple(float(step) for step, _, _ in history)
     budget = Series(
         name=f"budget ({'triplets' if unit == 'count' else unit})", x=steps, y=tuple(b for _, b, _ in history)

@@ -156,6 +156,7 @@ def render(run: RunPage) -> str:
         tiles=[_tile(item) for item in headlines(run.summaries) if item.outcome != "unchanged"][:MOST_TILES],
         seconds=sum(summary.timings.get("stage", 0.0) for summary in run.summaries),
         model=_model(run.recipe),
+        data=_data(run.summaries),
     )
 
 
@@ -216,6 +217,13 @@ def _templates() -> Environment:
 def _typeset(text: str) -> str:
     """Numbers with a true minus sign, as wide as the plus, and their per cent on the same line; words stay."""
     return re.sub(r"(?<!\w)-(?=[\d∞])", "−", text).replace(" %", f"{NBSP}%")
+
+
+def _data(summaries: Sequence[StageSummary]) -> list[str]:
+    """What the figures rest on: each source with the beginning of its hash; the whole of it stands further down."""
+    found = [summary.inputs.get("data") for summary in summaries]
+    named = [f"{item['source']} (sha256 {item['sha256'][:12]})" for item in found if isinstance(item, Mapping)]
+    return list(dict.fromkeys(named))
 
 
 def _model(recipe: str) -> str:
