@@ -222,7 +222,11 @@ def _typeset(text: str) -> str:
 def _data(summaries: Sequence[StageSummary]) -> list[str]:
     """What the figures rest on: each source with the beginning of its hash; the whole of it stands further down."""
     found = [summary.inputs.get("data") for summary in summaries]
-    named = [f"{item['source']} (sha256 {item['sha256'][:12]})" for item in found if isinstance(item, Mapping)]
+    named = [
+        f"{item.get('source')} (sha256 {str(item['sha256'])[:12]})"
+        for item in found
+        if isinstance(item, Mapping) and "sha256" in item
+    ]
     return list(dict.fromkeys(named))
 
 
