@@ -51,7 +51,7 @@ def measure_growth(device: torch.device | str = "cpu") -> Iterator[MemoryGrowth]
 
     >>> with measure_growth() as memory:
     ...     block = torch.ones(2**20, 16)
-    >>> memory.growth >= 2**26
+    >>> memory.growth > 0.9 * 2**26  # the process may free a little of its own meanwhile
     True
     """
     device = torch.device(device)
@@ -77,7 +77,7 @@ def measure_growth(device: torch.device | str = "cpu") -> Iterator[MemoryGrowth]
 def peak_growth(fn: Callable[[], object], device: torch.device | str = "cpu") -> MemoryGrowth:
     """``measure_growth`` around one call.
 
-    >>> peak_growth(lambda: torch.ones(2**20, 16).sum()).growth >= 2**26
+    >>> peak_growth(lambda: torch.ones(2**20, 16).sum()).growth > 0.9 * 2**26
     True
     """
     with measure_growth(device) as memory:
