@@ -42,7 +42,7 @@ from tenfold.models.open import open_model
 RESULTS = Path(__file__).parent / "results" / "adalora.jsonl"
 STEPS, BATCH, LENGTH = 60, 2, 128
 SEEDS = (0, 1, 2)
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RANKS = (1, 2, 4)
 GAMMA = 0.1
 SMALL = 57_600

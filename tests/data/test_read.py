@@ -202,15 +202,15 @@ def test_reading_imports_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_real_data_reads_with_its_own_splits(real_data):
-    rows = read_rows(str(real_data / "qa_nq_distractors.jsonl.gz"))
+def test_real_data_reads_with_its_own_splits(shared_data):
+    rows = read_rows(str(shared_data / "qa_nq_distractors.jsonl.gz"))
     train, dev = rows.split(0.1)
     assert (rows.kind, len(train), len(dev)) == ("question", 1154, 1000)
     assert all(len(row.context) == 10 and len(row.gold) == 1 for row in rows)
     assert all(any(answer.lower() in row.context[row.gold[0]].lower() for answer in row.answers) for row in dev[:50])
 
 
-def test_real_data_of_many_kinds_reads(real_data):
+def test_real_data_of_many_kinds_reads(shared_data):
     expected = {
         "lm_wikitext2": ("text", {}),
         "cls_rte": ("classification", {"text": "premise", "text_pair": "hypothesis"}),
@@ -219,6 +219,6 @@ def test_real_data_of_many_kinds_reads(real_data):
         "mcq_commonsenseqa": ("choice", {"prompt": "question", "options": "choices"}),
     }
     for name, (kind, columns) in expected.items():
-        rows = read_rows(str(real_data / f"{name}.jsonl.gz"), columns=columns)
+        rows = read_rows(str(shared_data / f"{name}.jsonl.gz"), columns=columns)
         assert rows.kind == kind
         assert len(rows) > 100
