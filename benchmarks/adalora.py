@@ -5,7 +5,7 @@
     python -m benchmarks.adalora table     # what docs/methods/adalora.md shows
 
 Quality: the embedded model, the language reference of CPython, 15,000 training tokens a run in 60 steps, 3 seeds, the
-same optimizer and schedule for all. The learning rate of each method is the best of four on a share of the training
+same optimizer and schedule for all. The learning rate of each method is the best of five on a share of the training
 rows (``sweep``), at rank 2. Scored on held-out topics, all methods on the same tokens.
 """
 
