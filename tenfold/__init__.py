@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "adalora": "tenfold.adapt.adalora",
     "lora": "tenfold.adapt.lora",
+    "pasta": "tenfold.attend.pasta",
+    "autopasta": "tenfold.attend.autopasta",
     "open_model": "tenfold.models.open:open_model",
     "layer_map": "tenfold.models.layer_map:layer_map",
     "read_rows": "tenfold.data.read:read_rows",

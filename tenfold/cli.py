@@ -21,6 +21,7 @@ from tenfold.errors import ConfigError, TenfoldError
 
 MODEL_VERBS = {
     "adapt": ("adalora", "fine-tune within a parameter budget"),
+    "steer": ("pasta", "emphasise marked text, or find the attention heads for it (tenfold steer profile MODEL)"),
     "generate": ("generate", "let the model write"),
     "evaluate": ("evaluate", "measure the model: perplexity, speed, memory, questions, standard tasks"),
     "export": ("export", "write a folder that transformers or PEFT opens without tenfold"),
@@ -38,7 +39,13 @@ EXAMPLES = {
     "env": "tenfold env",
     "adapt": "tenfold adapt demo --method adalora --data python-reference --budget 0.4% --tokens 24000\n"
     "tenfold adapt Qwen/Qwen3-0.6B --data my.jsonl --rank 8 --targets attention --out runs/mine",
+    "steer": "tenfold steer profile demo --out runs/heads\n"
+    'tenfold steer demo --prompts "Name a fruit that is not red. <mark>Answer in one word.</mark>"\n'
+    "tenfold steer demo --profile runs/heads/01-profile/profile/profile.json --tasks conflict evidence\n"
+    "tenfold steer autopasta demo --data questions.jsonl --modes direct autopasta",
     "generate": 'tenfold generate demo --prompts "What is a list comprehension?"\n'
+    'tenfold generate demo --prompts "Name a fruit. Answer in one word." --emphasise "Answer in one word."\n'
+    'tenfold generate demo --context notes.txt --question "When does the library open?" --find-evidence\n'
     'tenfold generate runs/quickstart/01-adalora/adapter --prompts "The with statement" --chat no',
     "evaluate": "tenfold evaluate demo --data python-reference --tasks perplexity speed memory\n"
     "tenfold evaluate runs/quickstart/01-adalora/adapter --tasks lm_eval:hellaswag --limit 100",
@@ -241,7 +248,10 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
     from tenfold.pipeline.stages import stage, stages
 
     methods = [name for name, found in stages().items() if found.verb == verb]
-    method, arguments = _take(arguments, "--method", MODEL_VERBS[verb][0])
+    default = MODEL_VERBS[verb][0]
+    if arguments and arguments[0] in methods and len(methods) > 1:  # `steer profile MODEL`: the method as a word
+        default, arguments = arguments[0], arguments[1:]
+    method, arguments = _take(arguments, "--method", default)
     if method not in methods:
         raise ConfigError(f"--method: {method!r} is no method of {verb}", remedy=f"methods: {', '.join(methods)}")
     source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tenfold.config.base import Config
+from tenfold.config.pasta import SteeringFields
 
 
-class GenerateConfig(Config):
-    """Let the model write, beside the one that the recipe started from."""
+class GenerateConfig(SteeringFields):
+    """Let the model write, beside the one that the recipe started from; or answer a question from a text."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("Explain in two sentences what a language model is.",)
     """One text is written for each."""
@@ -22,3 +23,26 @@ class GenerateConfig(Config):
     """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
     baseline: bool = True
     """Also let the model write that the recipe started from."""
+    emphasise: tuple[str, ...] = ()
+    """Parts of the prompts that are emphasised (PASTA); each prompt is continued plain and emphasised. A part is marked
+    in every prompt that has it, wherever it occurs."""
+    context: Path | None = None
+    """A text file to answer ``question`` from, instead of continuing ``prompts``."""
+    question: str | None = None
+    """What to answer from ``context``."""
+    find_evidence: bool = False
+    """Let the model name the sentence of ``context`` that answers, and emphasise it (AutoPASTA); the answer without is
+    shown beside."""
+
+    @model_validator(mode="after")
+    def _one_job(self) -> Self:
+        if (self.context is None) != (self.question is None):
+            raise ValueError("context and question belong together: give a text file and what to answer from it")
+        if self.find_evidence and self.context is None:
+            raise ValueError("find_evidence looks for the key sentence of a context: give context and question")
+        if self.context is not None and self.emphasise:
+            raise ValueError("emphasise marks parts of prompts; with context and question use find_evidence")
+        for part in self.emphasise:
+            if not any(part in prompt for prompt in self.prompts):
+                raise ValueError(f"emphasise: {part!r} is in none of the prompts")
+        return self

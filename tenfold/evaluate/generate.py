@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,15 +62,47 @@ def generate(
             )
             for prompt in prompts
         ]
-    config = _decoding(model, tokenizer, max_new_tokens, temperature)
+    config = decoding(model, tokenizer, max_new_tokens, temperature)
     device = input_device(model)
     texts: list[str] = []
     with evaluating(model), _seeded(seed if temperature else None, device):
         for start in range(0, len(prompts), batch_size):
             batch = _left_padded(tokenizer, prompts[start : start + batch_size], special=not chat, device=device)
-            ids = model.generate(**batch, generation_config=config)
-            new = ids[:, batch["input_ids"].shape[1] :]
-            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts += _continue(model, tokenizer, batch, config)
+    return texts
+
+
+def continue_inputs(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Any],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """Continue prompts that are tokens already, decoding as `generate` does.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        inputs: ``input_ids`` and ``attention_mask``, each ``[batch, tokens]``, filled on the left, and what else
+            ``model.generate`` takes, such as ``past_key_values``.
+        max_new_tokens: stop after this many tokens, or at the end of the turn.
+        temperature: 0 for greedy.
+        seed: of the sampling.
+
+    Returns:
+        The new text of each row, special tokens left out.
+    """
+    with evaluating(model), _seeded(seed if temperature else None, input_device(model)):
+        return _continue(model, tokenizer, inputs, decoding(model, tokenizer, max_new_tokens, temperature))
+
+
+def _continue(model: Any, tokenizer: Any, inputs: Mapping[str, Any], config: GenerationConfig) -> list[str]:
+    ids = model.generate(**inputs, generation_config=config)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts
 
 
@@ -89,7 +121,8 @@ def _left_padded(
     }
 
 
-def _decoding(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> GenerationConfig:
+def decoding(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float = 0.0) -> GenerationConfig:
+    """Plain decoding: greedy, or the model's own distribution; it ends at every end token that either names."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})

@@ -5,10 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from tenfold.config.autopasta import AutoPastaConfig
 from tenfold.config.base import Config
 from tenfold.config.evaluate import EvaluateConfig
+from tenfold.config.generate import GenerateConfig
+from tenfold.config.pasta import PastaConfig, ProfileConfig
 from tenfold.config.training import TrainingFields
-from tenfold.errors import ConfigError, MissingDependencyError
+from tenfold.errors import ConfigError, DataError, MissingDependencyError
 
 if TYPE_CHECKING:
     from tenfold.data.read import Rows
@@ -34,12 +37,30 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
     """
     if isinstance(config, TrainingFields):
         _check_training(config, rows, where)
+    if isinstance(config, PastaConfig | ProfileConfig) and rows is not None:
+        _check_tagged(config, rows, where)
+    if isinstance(config, AutoPastaConfig) and rows is not None:
+        _check_kind(rows, ("question",), where)
+    if isinstance(config, GenerateConfig) and config.context is not None and not config.context.is_file():
+        raise DataError(f"{where}: context: no file {config.context}", remedy="give a text file to answer from")
     if isinstance(config, EvaluateConfig):
         for task in config.tasks:
             if task in MEASURED_ROWS:
                 _check_kind(rows, (MEASURED_ROWS[task],), f"{where}: tasks: {task}")
         if rows is not None and config.split == "held-out":
             rows.split(config.holdout)
+
+
+def _check_tagged(config: PastaConfig | ProfileConfig, rows: Rows, where: str) -> None:
+    _check_kind(rows, ("preference",), f"{where}: steering")
+    for row in rows:
+        if config.tags[0] not in getattr(row, "prompt", ""):
+            raise DataError(
+                f"{where}: row {row.id!r} of {rows.source} has no {config.tags[0]} in its prompt",
+                remedy="put tags around what to emphasise, or name yours under `tags`",
+            )
+    if isinstance(config, ProfileConfig) or config.split == "held-out":
+        rows.split(config.holdout)
 
 
 def _check_training(config: TrainingFields, rows: Rows | None, where: str) -> None:

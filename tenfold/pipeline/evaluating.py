@@ -84,6 +84,11 @@ def _measure(
 
 def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
     """The stage ``generate``: one sample for each prompt."""
+    if config.context is not None:
+        from tenfold.pipeline.answering import answer_file, read_context
+
+        read_context(config.context)  # before the weights
+        return StageOutput(samples=answer_file(config, context, open_subjects(context, config.baseline)))
     subjects = open_subjects(context, config.baseline)
     written: dict[str, list[str]] = {}
     for index, name in enumerate(subjects.models):
@@ -98,6 +103,10 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
                 chat={"auto": None, "yes": True, "no": False}[config.chat],
                 seed=context.seed,
             )
+            if config.emphasise:
+                from tenfold.pipeline.steering import emphasised
+
+                written[f"{name}, emphasised"] = emphasised(model, subjects.tokenizer, config, context)
     samples = [
         Sample(prompt=prompt, outputs={name: texts[index] for name, texts in written.items()})
         for index, prompt in enumerate(config.prompts)

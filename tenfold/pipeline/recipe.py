@@ -11,6 +11,7 @@ import yaml
 
 from tenfold.config.base import Config
 from tenfold.config.data import DataFields
+from tenfold.config.pasta import ProfileConfig, SteeringFields
 from tenfold.config.recipe import Recipe
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
@@ -129,6 +130,7 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
     steps: list[Step] = []
     data: dict[str, Any] = {}
     trained: dict[str, dict[str, Any]] = {}
+    profiled: Step | None = None
     for index, entry in enumerate(recipe.stages, start=1):
         name = entry.get("use")
         if not isinstance(name, str):
@@ -149,11 +151,15 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
             earlier = trained.get(_same(keys.get("data")))
             if "split" in config_class.model_fields and earlier is not None:
                 keys = _held_out(keys, earlier, place)
+        if issubclass(config_class, SteeringFields) and keys.get("profile") is None and profiled is not None:
+            keys["profile"] = profiled.folder
         config = config_class.parse(keys, place)
         steps.append(Step(index, name, config))
+        if isinstance(config, ProfileConfig):
+            profiled = steps[-1]
         if isinstance(config, DataFields):
             data = {key: keys[key] for key in DataFields.model_fields if key in keys}
-            if isinstance(config, TrainingFields):
+            if isinstance(config, TrainingFields | ProfileConfig):
                 trained[_same(config.data)] = {key: getattr(config, key) for key in DataFields.model_fields}
     return Plan(recipe, tuple(steps))
 

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import tenfold
+from tenfold.config.base import Config
 from tenfold.config.data import DataFields
 from tenfold.errors import RunError, TenfoldError
 from tenfold.files import replace_folder, write_text
@@ -166,6 +167,7 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
         inputs: dict[str, Any] = {"model": identity}
         if rows is not None:
             inputs["data"] = {"source": rows.source, "sha256": rows.sha256, "rows": len(rows)}
+        inputs |= _files(step.config)
         basis = {
             "previous": previous,
             "stage": step.name,
@@ -177,6 +179,13 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
         fingerprint = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
         yield Job(step, rows, fingerprint, previous, inputs)
         previous = fingerprint
+
+
+def _files(config: Config) -> dict[str, str]:
+    """Hashes of the files that a configuration names beside its data."""
+    named = {key: getattr(config, key, None) for key in ("context", "profile")}
+    paths = {key: Path(value) for key, value in named.items() if value is not None and Path(value).is_file()}
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items()}
 
 
 def _finished(out: Path, job: Job) -> StageSummary | None:

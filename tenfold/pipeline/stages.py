@@ -67,6 +67,24 @@ BUILT_IN: Mapping[str, Stage] = {
         run="tenfold.pipeline.adapting:run_lora",
         attach="tenfold.adapt.lora:attach",
     ),
+    "profile": Stage(
+        verb="steer",
+        summary="find the attention heads whose steering the model obeys",
+        config="tenfold.config.pasta:ProfileConfig",
+        run="tenfold.pipeline.steering:run_profile",
+    ),
+    "pasta": Stage(
+        verb="steer",
+        summary="PASTA: emphasis of marked text that the model obeys",
+        config="tenfold.config.pasta:PastaConfig",
+        run="tenfold.pipeline.steering:run_pasta",
+    ),
+    "autopasta": Stage(
+        verb="steer",
+        summary="AutoPASTA: answers from a context whose key sentence the model finds itself",
+        config="tenfold.config.autopasta:AutoPastaConfig",
+        run="tenfold.pipeline.answering:run_autopasta",
+    ),
     "evaluate": Stage(
         verb="evaluate",
         summary="perplexity, speed, memory, questions, standard tasks; before and after",

@@ -85,3 +85,64 @@ def _adalora() -> Row:
 
 
 ROWS = {row.name: row for row in (_lora(), _adalora())}
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What the contract needs to know of a stage that changes no weight: see `test_steering.py`."""
+
+    name: str
+    """The registered stage."""
+    keys: dict[str, Any]
+    """Keys of its configuration for a run of seconds on a tiny model."""
+    models: tuple[str, ...]
+    """Tiny models that it must work on."""
+    attach: Callable[[Any, Any], Any]
+    """``(opened model, heads) -> context manager`` within which the prompt `MARKED` is read otherwise."""
+    impossible: tuple[dict[str, Any], ...]
+    """Keys with values that must be refused."""
+    page: str
+    """The method whose page, benchmark and oracles cover it."""
+
+
+MARKED = "The old mill was <mark>painted red</mark> last year, and the door of the mill is"
+
+
+def _steer(opened: Any, heads: Any) -> Any:
+    from tenfold.attend import pasta
+
+    return pasta.steer(opened.model, pasta.encode(opened.tokenizer, [pasta.from_tags(MARKED)]), heads=heads)
+
+
+_STEERING = ({"alpha": -1}, {"batch_size": 0}, {"samples": 1})
+_ALL = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2")
+
+STEERING = {
+    row.name: row
+    for row in (
+        Steering(
+            "profile",
+            {"tasks": ["conflict"], "samples": 4, "validation": 4, "sizes": [1, 2], "min_fluency": 0.0},
+            _ALL,
+            _steer,
+            (*_STEERING, {"shortlist": 0}, {"sizes": []}, {"tasks": ["nonsense"]}, {"tasks": []}, {"tags": ["a", "a"]}),
+            "pasta",
+        ),
+        Steering(
+            "pasta",
+            {"profile": "heads.json", "tasks": ["conflict"], "samples": 4, "prompts": [MARKED], "max_new_tokens": 4},
+            _ALL,
+            _steer,
+            (*_STEERING, {"prompts": ["no tag"]}, {"target_mass": 1.0}, {"generated": "x"}, {"tags": ["", "b"]}),
+            "pasta",
+        ),
+        Steering(
+            "autopasta",
+            {"profile": "heads.json", "samples": 3, "max_answer_tokens": 3, "max_quote_tokens": 3, "batch_size": 2},
+            _ALL,
+            _steer,
+            (*_STEERING, {"modes": []}, {"modes": ["nonsense"]}, {"min_similarity": 2}, {"max_spans": 0}),
+            "autopasta",
+        ),
+    )
+}

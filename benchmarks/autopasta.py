@@ -1,0 +1,177 @@
+"""AutoPASTA: what finding the evidence buys on questions over a context, and what it costs.
+
+    python -m benchmarks.autopasta cost    # time to an answer, with and without the shared prefix; an idle machine
+    python -m benchmarks.autopasta nq      # resumable, batch by batch; needs the real data (TENFOLD_DATA)
+    python -m benchmarks.autopasta bench   # the synthetic bench of the specification
+    python -m benchmarks.autopasta table   # what docs/methods/autopasta.md shows
+
+Questions: 200 of the dev split of NQ-Open with distractors, each with as many passages as fit into 384 tokens (passages
+without an answer are left out first; the gold passage stays where it was among the others). All modes answer the same
+prompts with the shipped profile `default`, which was found without any question of this kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.adalora import alternate, quotient, spread
+from benchmarks.pasta import DATA, interval
+from tenfold.attend.autopasta import MODES, AutoPasta
+from tenfold.attend.heads import batches_of, margins
+from tenfold.attend.marks import from_spans, from_substrings
+from tenfold.attend.profiles import load_profile
+from tenfold.attend.tasks import Item, colour_questions, evidence_items
+from tenfold.compat import quiet_upstream
+from tenfold.data.read import read_rows
+from tenfold.data.rows import Question
+from tenfold.models.open import open_model
+from tenfold.pipeline.answering import Asked, measure
+
+RESULTS = Path(__file__).parent / "results" / "autopasta.jsonl"
+QUESTIONS, BATCH, ROOM = 200, 4, 384
+
+
+def rows() -> list[dict[str, Any]]:
+    """What has been measured so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Append a row and say so."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    row = {**row, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
+
+
+def nq() -> None:
+    """Every mode on the same questions; one row a batch."""
+    opened = open_model("demo", device="cpu")
+    ask = AutoPasta(opened.model.eval(), opened.tokenizer, max_quote_tokens=48, max_answer_tokens=12)
+    found = [
+        row for row in read_rows(str(DATA / "qa_nq_distractors.jsonl.gz"), rows="question") if isinstance(row, Question)
+    ]
+    dev = {json.loads(line)["id"] for line in _lines() if json.loads(line)["split"] == "dev"}
+    asked = [Asked.of(row, ask, ROOM) for row in found if row.id in dev][:QUESTIONS]
+    done = {(row["mode"], row["start"]) for row in rows() if row["part"] == "nq"}
+    for start in range(0, len(asked), BATCH):
+        for mode in MODES:
+            if (mode, start) not in done:
+                keep({"part": "nq", "mode": mode, "start": start, **measure(ask, asked[start : start + BATCH], mode)})
+
+
+def _lines() -> list[str]:
+    import gzip
+
+    with gzip.open(DATA / "qa_nq_distractors.jsonl.gz", "rt", encoding="utf-8") as file:
+        return file.readlines()
+
+
+def bench(count: int = 48) -> None:
+    """The next token after "The ... of ... is", with the right sentence, a wrong one, or all of the context marked."""
+    opened = open_model("demo", device="cpu")
+    model, tokenizer, heads = opened.model.eval(), opened.tokenizer, load_profile("default").heads
+    items = evidence_items(count, seed=5)
+    marked: dict[str, tuple[list[Item], Any]] = {
+        "plain": (items, None),
+        "the sentence": (items, heads),
+        "another person's sentence": ([Item(_distractor(item), item.target, item.foils) for item in items], heads),
+        "the whole context": ([Item(_whole(item), item.target, item.foils) for item in items], heads),
+        "the sentence, all heads": (items, {layer: range(9) for layer in range(30)}),
+    }
+    for name, (chosen, steered) in marked.items():
+        found = margins(model, batches_of(model, tokenizer, chosen, 16), steered)
+        keep({"part": "bench", "marked": name, "right": (found > 0).float().tolist(),
+              "probability": found.sigmoid().tolist()})  # fmt: skip
+
+
+def _distractor(item: Item) -> Any:
+    text, (span,) = item.prompt.text, item.prompt.spans
+    other = next(
+        sentence
+        for sentence in text.split("\n")[0].split(". ")
+        if any(f" is{foil}" in sentence for foil in item.foils) and text.find(sentence) != span.start
+    )
+    return from_substrings(text, other)
+
+
+def _whole(item: Item) -> Any:
+    return from_spans(item.prompt.text, [(0, item.prompt.text.index("\n"))])
+
+
+def cost(repeats: int = 5) -> None:
+    """Seconds to one answer: direct, AutoPASTA with the shared prefix, and without."""
+    opened = open_model("demo", device="cpu")
+    options = {"max_quote_tokens": 24, "max_answer_tokens": 8}
+    model, tokenizer = opened.model.eval(), opened.tokenizer
+    shared = AutoPasta(model, tokenizer, **options)
+    alone = AutoPasta(model, tokenizer, reuse=False, **options)
+    for tokens in (512, 1024, 2048):
+        row = colour_questions(1, seed=7)[0]
+        filler = " The committee met in the afternoon and read the minutes of the last session."
+        context = row.context + filler * ((tokens - 150) // 14)
+        work: dict[str, Callable[[], object]] = {
+            "direct": partial(shared, row.question, context, mode="direct"),
+            "autopasta, shared prefix": partial(shared, row.question, context),
+            "autopasta, two passes": partial(alone, row.question, context),
+        }
+        answers = [shared(row.question, context), alone(row.question, context)]
+        for name, seconds in alternate(work, repeats).items():
+            keep({"part": "cost", "tokens": len(tokenizer(context)["input_ids"]), "way": name, "seconds": seconds,
+                  "reused": answers[0].reused, "same answer": answers[0].answer == answers[1].answer})  # fmt: skip
+
+
+def table() -> None:
+    """Markdown for the docs page."""
+    found = rows()
+    nq_rows: dict[str, dict[str, list[float]]] = {}
+    for row in (row for row in found if row["part"] == "nq"):
+        for name, values in row.items():
+            if isinstance(values, list):
+                nq_rows.setdefault(row["mode"], {}).setdefault(name, []).extend(values)
+    print("| mode | questions | p(gold), % | to direct, points [95 %] | evidence, % | EM, % | F1, % | fallback, % |")
+    print("|---|---|---|---|---|---|---|---|")
+    for mode, values in nq_rows.items():
+        against = ""
+        if mode != "direct":
+            pairs = zip(values["probability"], nq_rows["direct"]["probability"], strict=False)
+            against = interval([a - b for a, b in pairs])
+        cells = [_mean(values[name]) for name in ("probability", "evidence", "exact_match", "f1", "fallback")]
+        print(f"| {mode} | {len(values['f1'])} | {cells[0]} | {against} | {' | '.join(cells[1:])} |")
+    print("\n| marked | accuracy, % | p(gold against the best foil), % |\n|---|---|---|")
+    for row in (row for row in found if row["part"] == "bench"):
+        print(f"| {row['marked']} | {_mean(row['right'])} | {_mean(row['probability'])} |")
+    print("\n| context tokens | way | median [quartiles] | of direct |\n|---|---|---|---|")
+    direct = {row["tokens"]: row for row in found if row["part"] == "cost" and row["way"] == "direct"}
+    for row in (row for row in found if row["part"] == "cost"):
+        ratio = quotient(row["seconds"], direct[row["tokens"]]["seconds"])
+        print(f"| {row['tokens']} | {row['way']} | {spread(row['seconds'])} | {ratio} |")
+
+
+def _mean(values: Sequence[float]) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{100 * statistics.mean(values):.1f} ± {100 * error:.1f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the parts that are asked for; all of them by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["cost", "nq", "bench", "table"], default=[])
+    parts = parser.parse_args(argv).parts or ["cost", "nq", "bench", "table"]
+    quiet_upstream()
+    for part in parts:
+        {"cost": cost, "nq": nq, "bench": bench, "table": table}[part]()
+
+
+if __name__ == "__main__":
+    main()

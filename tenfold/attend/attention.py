@@ -1,0 +1,236 @@
+"""The one attention function: what spans, steering and compressed caches do to a layer, in front of the model's own.
+
+`installed` puts it in front of whatever implementation a model has: ``sdpa`` becomes ``tenfold_sdpa``, which is
+registered with transformers together with the mask function of ``sdpa``. So masks stay what they were (packed rows,
+sliding windows, static caches), a name with ``flash`` in it keeps it, and a layer that nothing touches runs the
+implementation of before on the very same inputs.
+
+What a layer is given arrives with the call, in the keyword arguments of its attention module:
+
+* ``key_bias``: a tuple of `tenfold.kernels.biased.KeyBias`, which add up;
+* ``probe``: something that looks on, such as the picture of the attention mass.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from tenfold.errors import ConfigError, ModelError
+from tenfold.kernels.biased import KeyBias, biased_mask, merge, split_heads, with_key_channel
+
+PREFIX = "tenfold_"
+
+Probe = Callable[[int, Tensor, Callable[[Tensor], Tensor]], None]
+
+
+def self_attentions(model: nn.Module) -> dict[int, Any]:
+    """The causal self-attention modules of a model by layer index: not its cross-attention, not its vision tower.
+
+    Raises:
+        ModelError: there is none that goes through transformers' attention interface (GPT-J, Falcon, Bloom, ...); a
+            model of encoder and decoder.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> sorted(self_attentions(tiny_model("llama").model))
+    [0, 1]
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__}: a model of encoder and decoder reads its prompt where no causal attention is",
+            remedy="take a decoder such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2",
+        )
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        causal = getattr(module, "is_causal", False) is True and not getattr(module, "is_cross_attention", False)
+        if isinstance(index, int) and causal and hasattr(module, "config") and _on_interface(module):
+            found.setdefault(index, module)
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__}: no causal self-attention that uses transformers' attention interface",
+            remedy="take a decoder such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2; GPT-J and Falcon are not on it",
+        )
+    return found
+
+
+def _on_interface(module: nn.Module) -> bool:
+    return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
+
+
+@contextmanager
+def installed(model: nn.Module) -> Iterator[None]:
+    """Put the function in front of the model's own implementation while the block runs.
+
+    Nested blocks share one installation. Leaving restores the implementation, also after an exception.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> model = tiny_model("llama").model
+    >>> with installed(model):
+    ...     model.config._attn_implementation
+    'tenfold_sdpa'
+    >>> model.config._attn_implementation
+    'sdpa'
+    """
+    configs = {id(module.config): module.config for module in self_attentions(model).values()}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, name in before:
+            if not name.startswith(PREFIX):
+                config._attn_implementation = _register(name)
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def base_implementation(config: Any) -> str:
+    """The implementation that a model has without ours.
+
+    >>> from types import SimpleNamespace
+    >>> base_implementation(SimpleNamespace(_attn_implementation="tenfold_sdpa"))
+    'sdpa'
+    """
+    return str(config._attn_implementation).removeprefix(PREFIX)
+
+
+def _register(base: str) -> str:
+    name = PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, partial(attention, base=base))
+        masks = ALL_MASK_ATTENTION_FUNCTIONS
+        if base in masks:  # without an entry of its own a name gets no mask at all, and padding is read
+            AttentionMaskInterface.register(name, eager_mask if base == "eager" else masks[base])
+    return name
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    base: str,
+    key_bias: tuple[KeyBias, ...] = (),
+    probe: Probe | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        module: the attention module.
+        query: ``[batch, heads, queries, head_dim]``.
+        key: ``[batch, kv_heads, keys, head_dim]``.
+        value: as ``key``.
+        attention_mask: as the mask function of ``base`` makes it, or as the caller gave it.
+        base: the implementation that the model had before.
+        key_bias: biases per (batch, head, key), added after scale and rotary positions; none leaves everything to
+            ``base``.
+        probe: looks on: it is given the layer's index, ``value``, and a function from other values to the output they
+            would give; see `tenfold.attend.mass`.
+        **arguments: what else transformers passes; ``base`` gets it.
+
+    Returns:
+        Output ``[batch, queries, heads, head_dim]``, and the weights where ``base`` gives them.
+    """
+    plain = partial(_function(module, base), module)
+    if probe is not None:
+
+        def read(values: Tensor) -> Tensor:
+            return attention(module, query, key, values, attention_mask, base=base, key_bias=key_bias, **arguments)[0]
+
+        layer: Any = module.layer_idx
+        probe(layer, value, read)
+    if not key_bias:
+        return plain(query, key, value, attention_mask, **arguments)
+    _refuse(module, base, key_bias, arguments)
+    scale = arguments.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if base == "sdpa" or key_bias[0].target is not None:
+        return _biased_sdpa(plain, query, key, value, attention_mask, scale, key_bias, arguments), None
+    if "flash" in base:
+        value_size = value.shape[-1]
+        for bias in key_bias:
+            query, key, value = with_key_channel(query, key, value, scale, bias)
+        output, weights = plain(query, key, value, attention_mask, **{**arguments, "scaling": scale})
+        return output[..., :value_size].contiguous(), weights
+    dense = sum_biases(key_bias, query)
+    if base == "flex_attention":
+        dense = dense.expand(-1, -1, query.shape[2], -1)
+        return plain(query, key, value, attention_mask, position_bias=dense, **arguments)
+    keys = key.shape[2]
+    mask = None if attention_mask is None else attention_mask[..., :keys]
+    return plain(query, key, value, biased_mask(mask, dense, query.shape[2], keys), **arguments)
+
+
+def _refuse(module: nn.Module, base: str, key_bias: tuple[KeyBias, ...], arguments: dict[str, Any]) -> None:
+    """Raise where the result would be another one than was asked for."""
+    name = type(module).__name__
+    softcap, sinks = arguments.get("softcap") is not None, arguments.get("s_aux") is not None
+    if arguments.get("position_bias") is not None:
+        raise ModelError(f"{name} has a bias of positions and takes no other", remedy="steer another model")
+    if softcap and (base == "sdpa" or "flash" in base):  # sdpa knows no cap, and flash would cap the bias as well
+        raise ModelError(f"{name} caps its scores and cannot be biased on {base}", remedy="open it with 'eager'")
+    if any(bias.target is not None for bias in key_bias):
+        if len(key_bias) > 1:
+            raise ConfigError("target_mass within another steer block", remedy="give that block alone, or use alpha")
+        if softcap or sinks:
+            raise ModelError(f"target_mass: {name} caps its scores or has sinks", remedy="use alpha")
+
+
+def _biased_sdpa(
+    plain: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    key_bias: tuple[KeyBias, ...],
+    arguments: dict[str, Any],
+) -> Tensor:
+    """The fastest exact way: see `tenfold.kernels.biased`."""
+    queries = query.shape[2]
+    if mask is None and 1 < queries < key.shape[2]:  # the first prefill of a static cache: the rest is not written yet
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        key_bias = tuple(bias.first_keys(queries) for bias in key_bias)
+    bias = key_bias[0]
+    simple = len(key_bias) == 1 and bias.weights is None and not arguments.get("dropout")
+    simple = simple and not torch.compiler.is_compiling()
+    if bias.target is not None or (simple and queries > 1 and bias.raised is not None and _fused(query, key, value)):
+        return merge(query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
+    if simple and queries > 1 and len(bias.heads) < query.shape[1]:
+        output = plain(query, key, value, mask, **arguments)[0].transpose(1, 2)
+        return split_heads(output, query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
+    dense = biased_mask(mask, sum_biases(key_bias, query), queries, key.shape[2])
+    result: Tensor = plain(query, key, value, dense.contiguous(), **arguments)[0]
+    return result
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel that returns the normaliser is at hand: elsewhere `merge` would be slower than a mask."""
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    return query.device.type == "cpu" and query.dtype != torch.float64 and not learns
+
+
+def sum_biases(key_bias: tuple[KeyBias, ...], query: Tensor) -> Tensor:
+    """All biases of a layer together: ``[batch, heads, 1, keys]`` in the dtype of ``query``."""
+    parts = [bias.dense(query.shape[1], query.dtype) for bias in key_bias]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def _function(module: nn.Module, base: str) -> Callable[..., Any]:
+    if base == "eager":  # each model file has its own, with its own softcap and sinks
+        own: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        return own
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[base]
+    return function

@@ -1,0 +1,477 @@
+"""Marks: which parts of a prompt are emphasised, from the user's text to the model's tokens (PASTA, section 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.data.encode import pad_id, require_chat_template
+from tenfold.errors import ConfigError, DataError
+
+_PRIVATE = range(0xE000, 0xF900)
+"""Characters without a meaning of their own: sentinels on the way through a chat template."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters ``[start, end)`` of a text and how much they weigh.
+
+    Args:
+        start: first character.
+        end: one past the last.
+        strength: factor of the attention to them, above 0: 1 is full weight, less de-emphasises, more exceeds the
+            other marks.
+
+    >>> Span(4, 9)
+    Span(start=4, end=9, strength=1.0)
+    """
+
+    start: int
+    end: int
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A prompt and its marks; `from_tags`, `from_spans`, `from_substrings`, `from_messages` and `in_chat` make them.
+
+    Args:
+        text: the prompt.
+        spans: marked parts of it; where they overlap, the later one decides the strength.
+        special: whether the tokenizer adds its special tokens; False for what a chat template has rendered.
+    """
+
+    text: str
+    spans: tuple[Span, ...] = ()
+    special: bool = True
+
+
+@dataclass(frozen=True)
+class MessageSpan:
+    """Characters ``[start, end)`` of the content of a chat message; ``strength`` as in `Span`."""
+
+    message: int
+    start: int
+    end: int
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Marks:
+    """A batch of prompts as tokens, filled on the left, and which tokens are marked.
+
+    Args:
+        input_ids: ``[batch, tokens]``, int64.
+        attention_mask: ``[batch, tokens]``, int64, 0 for padding.
+        marked: ``[batch, tokens]``, bool.
+        strength: ``[batch, tokens]``, float32, above 0; 1 where nothing is marked.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    marked: Tensor
+    strength: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model and ``generate`` take."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is marked."""
+        return not bool(self.marked.any())
+
+    def tokens(self, row: int) -> list[tuple[int, int]]:
+        """Runs ``[start, end)`` of marked tokens of a row, in order, counted with its padding."""
+        runs: list[tuple[int, int]] = []
+        for index in self.marked[row].nonzero()[:, 0].tolist():
+            if runs and runs[-1][1] == index:
+                runs[-1] = (runs[-1][0], index + 1)
+            else:
+                runs.append((index, index + 1))
+        return runs
+
+    def to(self, device: torch.device | str) -> Marks:
+        """The same on another device."""
+        return Marks(*(part.to(device) for part in (self.input_ids, self.attention_mask, self.marked, self.strength)))
+
+
+def from_spans(text: str, spans: Iterable[Span | tuple[int, int] | tuple[int, int, float]]) -> Marked:
+    """Mark character spans.
+
+    Args:
+        text: the prompt.
+        spans: ``(start, end)``, ``(start, end, strength)`` or `Span`.
+
+    Raises:
+        DataError: an empty span, one outside the text, a strength that is not above 0.
+
+    >>> from_spans("Be brief.", [(3, 8)]).spans
+    (Span(start=3, end=8, strength=1.0),)
+    """
+    found = tuple(span if isinstance(span, Span) else Span(*span) for span in spans)
+    for span in found:
+        _check_span(span.start, span.end, len(text), "text")
+        _check_strength(span.strength)
+    return Marked(text, found)
+
+
+def from_tags(
+    text: str,
+    tags: tuple[str, str] | Mapping[tuple[str, str], float] = ("<mark>", "</mark>"),
+    strength: float = 1.0,
+) -> Marked:
+    """Mark what stands between tags of the user's choice, and take the tags away.
+
+    Args:
+        text: the prompt with tags.
+        tags: what opens and closes a mark; several pairs, each with its strength, as a mapping.
+        strength: of the marks, where there is one pair.
+
+    Raises:
+        DataError: a tag that does not close or was not opened, tags within tags, nothing between them.
+
+    >>> from_tags("Why? <mark>Be brief.</mark>")
+    Marked(text='Why? Be brief.', spans=(Span(start=5, end=14, strength=1.0),), special=True)
+    >>> from_tags("[[A]] and ((B))", {("[[", "]]"): 1.0, ("((", "))"): 0.2}).spans[1]
+    Span(start=6, end=7, strength=0.2)
+    """
+    pairs = dict(tags) if isinstance(tags, Mapping) else {tags: strength}
+    known = [tag for pair in pairs for tag in pair]
+    if not all(known) or len(set(known)) < len(known):
+        raise ConfigError(f"tags: {known} are not all different", remedy="give tags such as <mark> and </mark>")
+    plain, spans, place = "", [], 0
+    opened: tuple[tuple[str, str], int, int] | None = None
+    while True:
+        # At one place the longer tag counts: "<m>" may begin with "<".
+        found = [(at, -len(tag), tag) for tag in known if (at := text.find(tag, place)) >= 0]
+        if not found:
+            break
+        at, _, tag = min(found)
+        plain += text[place:at]
+        place = at + len(tag)
+        if opened is None:
+            pair = next((pair for pair in pairs if pair[0] == tag), None)
+            if pair is None:
+                raise DataError(f"tag {tag!r} at character {at} closes nothing", remedy="open it, or remove it")
+            opened = (pair, len(plain), at)
+        else:
+            pair, start, where = opened
+            if tag != pair[1]:
+                raise DataError(
+                    f"tag {tag!r} at character {at} stands inside {pair[0]!r} at {where}", remedy="close one first"
+                )
+            if start == len(plain):
+                raise DataError(f"tag {pair[0]!r} at character {where} marks nothing", remedy="put text between tags")
+            spans.append(Span(start, len(plain), pairs[pair]))
+            opened = None
+    if opened is not None:
+        raise DataError(
+            f"tag {opened[0][0]!r} at character {opened[2]} is not closed", f"write {opened[0][1]} after it"
+        )
+    return from_spans(plain + text[place:], spans)
+
+
+def from_substrings(
+    text: str,
+    substrings: str | Sequence[str] | Mapping[str, float],
+    occurrence: int | str | Sequence[int | str] = 0,
+    strength: float = 1.0,
+) -> Marked:
+    """Mark parts of the prompt by what they say.
+
+    Args:
+        text: the prompt.
+        substrings: one or several; a mapping gives each its strength.
+        occurrence: which one, counted from 0, or from the end if negative, or ``"all"``; a list has one for each.
+        strength: of the marks, where ``substrings`` is no mapping.
+
+    Raises:
+        DataError: a part that is not there so often.
+
+    >>> from_substrings("no, no and no", "no", occurrence=-1).spans
+    (Span(start=11, end=13, strength=1.0),)
+    """
+    parts = [substrings] if isinstance(substrings, str) else list(substrings)
+    strengths = dict(substrings) if isinstance(substrings, Mapping) else dict.fromkeys(parts, strength)
+    which = [occurrence] * len(parts) if isinstance(occurrence, int | str) else list(occurrence)
+    if len(which) != len(parts):
+        raise ConfigError(f"occurrence: {len(which)} for {len(parts)} substrings", remedy="give one for each, or one")
+    spans = []
+    for part, wanted in zip(parts, which, strict=True):
+        found = _occurrences(text, part)
+        if wanted == "all" and found:
+            chosen = found
+        elif isinstance(wanted, int) and -len(found) <= wanted < len(found):
+            chosen = [found[wanted]]
+        else:
+            raise DataError(
+                f"substring {part!r}, occurrence {wanted!r}: the text has it {len(found)} times",
+                remedy="copy it exactly as it stands in the text; occurrences count from 0",
+            )
+        spans += [Span(at, at + len(part), strengths[part]) for at in chosen]
+    return from_spans(text, spans)
+
+
+def _occurrences(text: str, part: str) -> list[int]:
+    found, at = [], text.find(part) if part else -1
+    while at >= 0:
+        found.append(at)
+        at = text.find(part, at + len(part))
+    return found
+
+
+def from_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template: Any) -> Marked:
+    """Render chat messages of which some carry an ``emphasis``.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: as chat templates take them; ``emphasis`` (a strength above 0) on a message marks its whole content,
+            on a text part (``{"type": "text", "text": ..., "emphasis": 1.0}``) that part. Text parts are joined.
+        **template: as in `in_chat`.
+
+    Raises:
+        DataError: content that is no text, an emphasis that is no number above 0; as `in_chat`.
+
+    >>> from tenfold.models.tiny import tiny_tokenizer
+    >>> messages = [{"role": "user", "content": [{"type": "text", "text": "Why? "},
+    ...                                          {"type": "text", "text": "Be brief.", "emphasis": 1.0}]}]
+    >>> marked = from_messages(tiny_tokenizer(), messages)
+    >>> marked.text[marked.spans[0].start : marked.spans[0].end]
+    'Be brief.'
+    """
+    plain, spans = [], []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        parts = content if isinstance(content, Sequence) and not isinstance(content, str) else [content]
+        text = ""
+        for part in parts:
+            piece = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+            if not isinstance(piece, str):
+                raise DataError(f"message {number}: a part of its content is no text", remedy="give text parts only")
+            if isinstance(part, Mapping) and part.get("emphasis") is not None:
+                spans.append(MessageSpan(number, len(text), len(text) + len(piece), part["emphasis"]))
+            text += piece
+        if message.get("emphasis") is not None:
+            # In front: what a part says of itself decides.
+            spans.insert(0, MessageSpan(number, 0, len(text), message["emphasis"]))
+        plain.append({**{key: value for key, value in message.items() if key != "emphasis"}, "content": text})
+    return in_chat(tokenizer, plain, spans, **template)
+
+
+def in_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    spans: Iterable[MessageSpan],
+    *,
+    add_generation_prompt: bool = True,
+    **template: Any,
+) -> Marked:
+    """Render chat messages with the tokenizer's template and follow the marks through it.
+
+    Sentinels are put around what is marked, and the render without them must be the render of the plain messages: a
+    template that drops, escapes or rewrites the marked text is refused instead of marking something else.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: with text as ``content``.
+        spans: what to mark. White space at the ends of a message, which many templates trim, is left out.
+        add_generation_prompt: end with the beginning of the model's turn.
+        **template: further arguments of the template.
+
+    Raises:
+        ModelError: no chat template.
+        DataError: a message that is not there, a span outside its content or of white space alone, a template that
+            loses or changes what is marked.
+
+    >>> from tenfold.models.tiny import tiny_tokenizer
+    >>> marked = in_chat(tiny_tokenizer(), [{"role": "user", "content": "Be brief."}], [MessageSpan(0, 3, 8)])
+    >>> marked.text[marked.spans[0].start : marked.spans[0].end], marked.special
+    ('brief', False)
+    """
+    require_chat_template(tokenizer)
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **template}
+    plain: str = tokenizer.apply_chat_template([dict(message) for message in messages], **options)
+    free = [chr(code) for code in _PRIVATE if chr(code) not in plain]
+    inserts: dict[int, list[tuple[int, str]]] = {}
+    pairs: list[tuple[MessageSpan, str, str]] = []
+    for span in spans:
+        start, end = _inside(messages, span)
+        if len(free) < 2:
+            raise DataError("too many marks in one conversation", remedy="mark longer spans")
+        opening, closing = free.pop(), free.pop()
+        inserts.setdefault(span.message, []).extend([(start, opening), (end, closing)])
+        pairs.append((span, opening, closing))
+    if not pairs:
+        return Marked(plain, (), special=False)
+    marked = [dict(message) for message in messages]
+    for number, places in inserts.items():
+        text = marked[number]["content"]
+        for at, sentinel in sorted(places, reverse=True):
+            text = text[:at] + sentinel + text[at:]
+        marked[number]["content"] = text
+    rendered: str = tokenizer.apply_chat_template(marked, **options)
+    sentinels = {character for _, *both in pairs for character in both}
+    offsets: dict[str, int] = {}
+    clean: list[str] = []
+    for character in rendered:
+        if character in sentinels:
+            offsets.setdefault(character, len(clean))
+        else:
+            clean.append(character)
+    lost = next((span for span, *both in pairs if any(rendered.count(character) != 1 for character in both)), None)
+    if lost is not None or "".join(clean) != plain:
+        number = pairs[0][0].message if lost is None else lost.message
+        raise DataError(
+            f"message {number}: the chat template drops, repeats or rewrites its marked text",
+            remedy="mark another message, or render the prompt yourself and mark it with from_spans",
+        )
+    found = [Span(offsets[opening], offsets[closing], span.strength) for span, opening, closing in pairs]
+    return replace(from_spans(plain, found), special=False)
+
+
+def _inside(messages: Sequence[Mapping[str, Any]], span: MessageSpan) -> tuple[int, int]:
+    """The span within its message, without white space at the ends of the message."""
+    if not 0 <= span.message < len(messages):
+        raise DataError(f"message {span.message}: there are {len(messages)}", remedy="messages count from 0")
+    text = messages[span.message].get("content")
+    if not isinstance(text, str):
+        raise DataError(f"message {span.message}: its content is no text", remedy="use from_messages for content parts")
+    _check_span(span.start, span.end, len(text), f"message {span.message}")
+    _check_strength(span.strength)
+    start = max(span.start, len(text) - len(text.lstrip()))
+    end = min(span.end, len(text.rstrip()))
+    if start >= end:
+        raise DataError(f"message {span.message}: only white space is marked", remedy="mark some text")
+    return start, end
+
+
+def encode(
+    tokenizer: Any,
+    prompts: Sequence[Marked | str],
+    *,
+    max_length: int | None = None,
+    device: torch.device | str | None = None,
+) -> Marks:
+    """Prompts as one left-padded batch of tokens; a token is marked if a marked character is in it.
+
+    Args:
+        tokenizer: a fast one; its settings are left alone.
+        prompts: marked ones, and texts of which nothing is marked.
+        max_length: keep the first so many tokens of each prompt.
+        device: where the tensors go.
+
+    Raises:
+        DataError: an empty prompt, a mark without a token or beyond ``max_length``.
+        ConfigError: a tokenizer that cannot say where its tokens stand.
+
+    Source: section 2.5 of the specification; the published code also takes the token in front of a span.
+
+    >>> from tenfold.models.tiny import tiny_tokenizer
+    >>> marks = encode(tiny_tokenizer(), [from_tags("a<mark>bc</mark>d"), "x"])
+    >>> marks.marked.int().tolist(), marks.attention_mask.tolist()
+    ([[0, 1, 1, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 1]])
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"{type(tokenizer).__name__} does not say where its tokens stand in the text",
+            remedy="open the model with its fast tokenizer",
+        )
+    rows = [_row(tokenizer, prompt, number, max_length) for number, prompt in enumerate(prompts)]
+    if not rows:
+        raise DataError("no prompts", remedy="give at least one")
+    length = max(len(ids) for ids, _ in rows)
+    fill = pad_id(tokenizer)
+    left = [length - len(ids) for ids, _ in rows]
+    return Marks(
+        torch.tensor([[fill] * gap + ids for gap, (ids, _) in zip(left, rows, strict=True)], device=device),
+        torch.tensor([[0] * gap + [1] * (length - gap) for gap in left], device=device),
+        torch.tensor(
+            [
+                [False] * gap + [strength is not None for strength in marks]
+                for gap, (_, marks) in zip(left, rows, strict=True)
+            ],
+            device=device,
+        ),
+        torch.tensor(
+            [
+                [1.0] * gap + [1.0 if strength is None else strength for strength in marks]
+                for gap, (_, marks) in zip(left, rows, strict=True)
+            ],
+            device=device,
+        ),
+    )
+
+
+def _row(
+    tokenizer: Any, prompt: Marked | str, number: int, max_length: int | None
+) -> tuple[list[int], list[float | None]]:
+    """Token ids of one prompt, and the strength of each that is marked."""
+    prompt = Marked(prompt) if isinstance(prompt, str) else prompt
+    found = tokenizer(
+        prompt.text, add_special_tokens=prompt.special, return_offsets_mapping=True, truncation=False, verbose=False
+    )
+    ids, offsets = found["input_ids"], found["offset_mapping"]
+    if not ids:
+        raise DataError(f"prompt {number} is empty", remedy="give at least one word")
+    strengths: list[float | None] = [None] * len(ids)
+    limit = len(ids) if max_length is None else max_length
+    for span in prompt.spans:
+        _check_strength(span.strength)
+        _check_span(span.start, span.end, len(prompt.text), f"prompt {number}")
+        chosen = _overlapping(offsets, span.start, span.end)
+        if not chosen:
+            raise DataError(
+                f"prompt {number}: characters {span.start} to {span.end} have no token", remedy="mark some text"
+            )
+        if chosen[-1] >= limit:
+            raise DataError(
+                f"prompt {number}: the mark at characters {span.start} to {span.end} reaches token {chosen[-1] + 1}, "
+                f"and only {limit} are kept",
+                remedy="raise max_length, shorten the prompt, or mark an earlier part",
+            )
+        for token in chosen:
+            strengths[token] = span.strength
+    return ids[:limit], strengths[:limit]
+
+
+def tokens_of(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Tokens that share a character with ``[start, end)``; those without a character, as special ones, never do.
+
+    Args:
+        offsets: ``[start, end)`` of each token in the text.
+        start: first character.
+        end: one past the last.
+
+    Raises:
+        DataError: an empty span, or one outside the text that the tokens cover.
+
+    >>> tokens_of([(0, 0), (0, 4), (4, 7)], 3, 5)
+    [1, 2]
+    """
+    _check_span(start, end, max((b for _, b in offsets), default=0), "text")
+    return _overlapping(offsets, start, end)
+
+
+def _overlapping(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    return [index for index, (a, b) in enumerate(offsets) if b > a and b > start and a < end]
+
+
+def _check_span(start: int, end: int, length: int, what: str) -> None:
+    if not 0 <= start < end <= length:
+        raise DataError(
+            f"{what}: the span [{start}, {end}) is empty or outside its {length} characters",
+            remedy="give [start, end) in characters, counted from 0",
+        )
+
+
+def _check_strength(strength: Any) -> None:
+    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not number or not 0 < strength < math.inf:
+        raise DataError(f"strength {strength!r} is no number above 0", remedy="1 is full weight, 0.2 a fifth of it")

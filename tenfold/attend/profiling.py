@@ -1,0 +1,189 @@
+"""A profile from tasks: rank the heads of each task, intersect, and choose how many by what they do on other items."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tenfold.attend.heads import Batch, Head, Tell, batches_of, candidates, effects, gradients, margins, rank, steerable
+from tenfold.attend.marks import encode
+from tenfold.attend.pasta import steer
+from tenfold.attend.profiles import Profile, by_layer, describe_model
+from tenfold.attend.tasks import Item
+from tenfold.errors import ConfigError
+from tenfold.evaluate.formats import fluency
+from tenfold.evaluate.generate import continue_inputs
+from tenfold.evaluate.inference import input_device
+from tenfold.files import write_text
+
+SIZES = (4, 8, 16, 24, 32, 48, 64)
+"""Numbers of heads that are tried."""
+FLUENCY_PROMPTS = 8
+FLUENCY_TOKENS = 32
+
+
+def find_profile(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, tuple[Sequence[Item], Sequence[Item]]],
+    *,
+    alpha: float = 0.01,
+    shortlist: float = 0.2,
+    sizes: Sequence[int] = SIZES,
+    min_fluency: float = 0.9,
+    batch_size: int = 16,
+    provenance: Mapping[str, Any] | None = None,
+    memory: Path | None = None,
+    tell: Tell | None = None,
+) -> Profile:
+    """Find the heads of a model (PASTA, section 3.2, by the shorter way of `tenfold.attend.heads`).
+
+    For each task the heads are ranked by what steering one alone does to the margin. For each size the best heads of
+    all tasks are intersected, and the set is scored on the second half of the items: the probability of the target
+    against its strongest foil, mean over tasks. The best size wins whose texts stay fluent; ties go to fewer heads.
+
+    Args:
+        model: a causal language model on sdpa or eager.
+        tokenizer: its tokenizer.
+        tasks: name -> (items to rank heads on, other items to choose their number on).
+        alpha: factor of the attention to unmarked tokens.
+        shortlist: share of all heads that are measured exactly, the best by gradient; 1 is the exhaustive search.
+        sizes: numbers of heads to try.
+        min_fluency: least n-gram entropy of steered texts, as a share of that of plain ones.
+        batch_size: prompts of one forward pass.
+        provenance: what else the profile should say about where it comes from.
+        memory: folder in which finished parts are kept, so that an interrupted search goes on.
+        tell: called with the work done, all work, and a text.
+
+    Returns:
+        The profile, with one entry of ``curve`` for each size.
+
+    Raises:
+        ConfigError: no task, or no size that is reached.
+
+    >>> from tenfold.attend.tasks import conflict_items
+    >>> from tenfold.models.tiny import tiny_model
+    >>> opened = tiny_model("llama")
+    >>> tasks = {"conflict": (conflict_items(4), conflict_items(4, seed=1))}
+    >>> found = find_profile(opened.model, opened.tokenizer, tasks, sizes=[2, 4], shortlist=0.5, min_fluency=0)
+    >>> found.size in (2, 4), [point["heads"] for point in found.curve]
+    (True, [0, 2, 4])
+    """
+    if not tasks:
+        raise ConfigError("tasks: none", remedy="give at least one")
+    began = time.perf_counter()
+    prepared = {name: batches_of(model, tokenizer, train, batch_size) for name, (train, _) in tasks.items()}
+    rankings = {}
+    for name, batches in prepared.items():
+        found = _recall(memory, f"rank {name}", partial(_rank, model, batches, alpha, shortlist, name, tell))
+        rankings[name] = [(int(layer), int(head)) for layer, head in found]
+    checks = {name: batches_of(model, tokenizer, other, batch_size) for name, (_, other) in tasks.items()}
+    prompts = [item.prompt for _, other in tasks.values() for item in other[:FLUENCY_PROMPTS]]
+    marks = encode(tokenizer, prompts, device=input_device(model))
+    sets = {0: (), **candidates(rankings, sizes)}
+    if len(sets) == 1:
+        raise ConfigError(f"sizes: none of {list(sizes)} can be reached", remedy="give smaller sizes")
+    curve = []
+    for number, (k, heads) in enumerate(sets.items()):
+        if tell is not None:
+            tell(number, len(sets), f"{len(heads)} heads")
+
+        curve.append(_recall(memory, f"size {k}", partial(_point, model, tokenizer, checks, marks, k, heads, alpha)))
+    best = choose(curve, min_fluency)
+    seconds = round(time.perf_counter() - began, 1)
+    return Profile(
+        heads=by_layer(sets[best["k"]]),
+        model=describe_model(model),
+        tasks=tuple(tasks),
+        curve=tuple(curve),
+        provenance={
+            "method": "gradient shortlist, exact verification, intersection over tasks",
+            "metric": "mean probability of the target against its strongest foil, next token",
+            "alpha": alpha,
+            "shortlist": shortlist,
+            "items": {name: [len(train), len(other)] for name, (train, other) in tasks.items()},
+            "k": best["k"],
+            "seconds": seconds,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            **(provenance or {}),
+        },
+    )
+
+
+def choose(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[str, Any]:
+    """The point with the best score among those fluent enough; ties go to fewer heads. The plain model is no choice.
+
+    Raises:
+        ConfigError: every size ruins the texts.
+
+    >>> points = [{"heads": 0, "score": 0.5, "fluency": 4.0}, {"heads": 4, "score": 0.9, "fluency": 3.9},
+    ...           {"heads": 8, "score": 0.9, "fluency": 3.9}, {"heads": 16, "score": 1.0, "fluency": 1.0}]
+    >>> choose(points, 0.9)["heads"]
+    4
+    """
+    least = min_fluency * curve[0]["fluency"]
+    fluent = [point for point in curve[1:] if point["fluency"] >= least]
+    if not fluent:
+        raise ConfigError(
+            f"min_fluency: steered texts have less than {min_fluency:.0%} of the plain model's entropy at every size",
+            remedy="raise alpha, try smaller sizes, or lower min_fluency",
+        )
+    return max(fluent, key=lambda point: (point["score"], -point["heads"]))
+
+
+def _rank(
+    model: Any, batches: Sequence[Batch], alpha: float, shortlist: float, name: str, tell: Tell | None
+) -> list[Head]:
+    slopes = gradients(model, batches, alpha=alpha)
+    count = max(1, round(shortlist * sum(steerable(model, batches).values())))
+    best = rank({}, slopes)[:count]
+
+    def show(done: int, total: int, what: str) -> None:
+        if tell is not None:
+            tell(done, total, f"{name}, {what}")
+
+    return rank(effects(model, batches, best, alpha=alpha, tell=show), slopes)
+
+
+def _point(
+    model: Any,
+    tokenizer: Any,
+    checks: Mapping[str, Sequence[Batch]],
+    marks: Any,
+    k: int,
+    heads: tuple[Head, ...],
+    alpha: float,
+) -> dict[str, Any]:
+    """What one set of heads does on the items that were kept for it."""
+    chosen = by_layer(heads)
+    found = {name: margins(model, batches, chosen, alpha=alpha) for name, batches in checks.items()}
+    with steer(model, marks, heads=chosen, alpha=alpha):
+        texts = continue_inputs(model, tokenizer, marks.inputs, max_new_tokens=FLUENCY_TOKENS)
+    scores = {name: round(float(values.sigmoid().mean()), 4) for name, values in found.items()}
+    return {
+        "heads": len(heads),
+        "k": k,
+        "score": round(sum(scores.values()) / len(scores), 4),
+        "fluency": round(fluency(texts), 3),
+        "scores": scores,
+        "accuracy": {name: round(float((values > 0).float().mean()), 4) for name, values in found.items()},
+        "margin": {name: round(float(values.mean()), 3) for name, values in found.items()},
+    }
+
+
+def _recall(folder: Path | None, name: str, compute: Callable[[], Any]) -> Any:
+    """A finished part: read back, or computed and kept."""
+    if folder is None:
+        return compute()
+    path = folder / f"{name}.json"
+    if not path.exists():
+        write_text(path, json.dumps(compute()))
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,41 @@
+"""AutoPASTA: questions over a context whose key sentence the model names itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tenfold.config.data import DataFields
+from tenfold.config.pasta import SteeringFields
+
+Mode = Literal["direct", "iterative", "autopasta", "gold", "whole"]
+
+
+class AutoPastaConfig(SteeringFields, DataFields):
+    """Answer questions over a context, several ways side by side (Zhang et al. 2024, arXiv 2409.10790).
+
+    ``data`` has rows with ``question``, ``context``, ``answers`` and, for the mode ``gold``, ``gold``. Without ``data``
+    questions are made by code: who owns the thing of which colour.
+    """
+
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("direct", "iterative", "autopasta")
+    """``direct`` prompts as usual; ``iterative`` lets the model quote first and puts the quote into the prompt;
+    ``autopasta`` emphasises the sentence that the quote means; ``gold`` emphasises the sentences that hold an answer;
+    ``whole`` emphasises all of the context."""
+    samples: Annotated[int, Field(ge=2)] = 32
+    """Questions that are made where no ``data`` is given."""
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.3
+    """Least cosine between quote and sentence; below it the answer is not steered."""
+    max_spans: Annotated[int, Field(ge=1)] = 1
+    """Most sentences that are emphasised; the paper marks one."""
+    embedder: Literal["words", "model"] = "words"
+    """What finds a quote that is no copy: counts of words, or the model's own last hidden states."""
+    max_quote_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest quote, in tokens."""
+    max_answer_tokens: Annotated[int, Field(ge=1)] = 16
+    """Longest answer, in tokens."""
+    max_prompt_tokens: Annotated[int, Field(ge=64)] | None = None
+    """Passages are left out, those without an answer first, until the prompt fits. Default: what the model can read."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Questions of one forward pass."""

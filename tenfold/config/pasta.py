@@ -1,0 +1,102 @@
+"""PASTA: which heads to steer, how strongly, and what to try it on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tenfold.config.base import Config
+from tenfold.config.data import DataFields
+
+Task = Literal["conflict", "evidence", "instruction"]
+
+
+class SteeringFields(Config):
+    """How marked text is emphasised."""
+
+    profile: str | None = None
+    """Which heads: the name of a profile in the package, or a JSON file (also the paper's released ones). Default:
+    what an earlier stage ``profile`` found, else ``default``, the embedded model's."""
+    alpha: Annotated[float, Field(ge=0)] = 0.01
+    """Factor of the attention to unmarked prompt tokens: below 1 emphasises the marks. Sensible: 0.001 to 0.3."""
+
+
+class PastaConfig(SteeringFields, DataFields):
+    """Steer the model towards marked text (Zhang et al. 2023, arXiv 2311.02262) and see what it does.
+
+    ``data`` has rows with a tagged ``prompt``, the continuation to prefer (``chosen``) and one to avoid (``rejected``).
+    """
+
+    prompts: tuple[str, ...] = ()
+    """Prompts with tags around what to emphasise; each is continued plain and steered."""
+    tags: tuple[str, str] = ("<mark>", "</mark>")
+    """What begins and ends a marked span."""
+    tasks: tuple[Task, ...] = ()
+    """Built-in tasks to score plain, with marks in the text (``*like this*``), and steered."""
+    samples: Annotated[int, Field(ge=2)] = 64
+    """Items of each built-in task; never those that heads were found on."""
+    split: Literal["all", "held-out"] = "all"
+    """Which rows of ``data`` are scored; ``held-out`` by default where an earlier stage read the same data."""
+    generated: Literal["keep", "scale"] = "keep"
+    """``keep`` gives the tokens that the model writes full weight, as the paper does; ``scale`` treats them as
+    unmarked, so that the emphasis does not fade in long texts."""
+    keep_sink: bool = False
+    """Keep the first token, where idle attention goes, at full weight (not in the paper)."""
+    target_mass: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper)."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 48
+    """Longest text written for a prompt, in tokens."""
+    chat: Literal["auto", "yes", "no"] = "auto"
+    """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Prompts of one forward pass."""
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        _check_tags(self.tags)
+        if not self.prompts and not self.tasks and self.data is None:
+            raise ValueError("prompts, tasks and data are all empty: give at least one prompt with a marked part")
+        for number, prompt in enumerate(self.prompts):
+            if self.tags[0] not in prompt:
+                raise ValueError(f"prompts[{number}] has no {self.tags[0]}: tag what to emphasise")
+        return self
+
+
+class ProfileConfig(DataFields):
+    """Find the heads whose steering the model obeys (PASTA, section 3.2).
+
+    ``data`` adds a task of one's own: rows with a tagged ``prompt``, the continuation to prefer (``chosen``) and one to
+    avoid (``rejected``); its held-out share chooses the number of heads.
+    """
+
+    tasks: tuple[Task, ...] = ("conflict", "evidence", "instruction")
+    """Built-in tasks; their best heads are intersected, with those of ``data``."""
+    tags: tuple[str, str] = ("<mark>", "</mark>")
+    """What begins and ends a marked span in the rows of ``data``."""
+    samples: Annotated[int, Field(ge=2)] = 32
+    """Items of each built-in task on which heads are ranked."""
+    validation: Annotated[int, Field(ge=2)] = 48
+    """Other items of each built-in task on which the number of heads is chosen."""
+    alpha: Annotated[float, Field(ge=0)] = 0.01
+    """Factor of the attention to unmarked prompt tokens."""
+    shortlist: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of all heads, the best by gradient, that are measured exactly; 1 is the paper's exhaustive search."""
+    sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (4, 8, 16, 24, 32, 48, 64)
+    """Numbers of heads that are tried."""
+    min_fluency: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Least n-gram entropy of steered texts, as a share of that of plain ones."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Prompts of one forward pass."""
+
+    @model_validator(mode="after")
+    def _some_task(self) -> Self:
+        _check_tags(self.tags)
+        if not self.tasks and self.data is None:
+            raise ValueError("tasks and data are both empty: heads are found by what steering them does to a task")
+        return self
+
+
+def _check_tags(tags: tuple[str, str]) -> None:
+    if not all(tags) or tags[0] == tags[1]:
+        raise ValueError(f"tags {tags!r}: give two different ones, such as <mark> and </mark>")

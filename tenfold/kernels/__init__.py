@@ -1,0 +1,1 @@
+"""What must be fast: one interface each, the fastest implementation that runs."""

@@ -1,0 +1,265 @@
+"""Questions over a context: the stage ``autopasta`` for many, and the answer of ``tenfold generate`` to one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tenfold.attend.autopasta import Answer, AutoPasta
+from tenfold.attend.embed import hidden_states
+from tenfold.attend.evidence import bag_of_words
+from tenfold.attend.sentences import sentences
+from tenfold.attend.tasks import colour_questions
+from tenfold.config.autopasta import AutoPastaConfig
+from tenfold.config.generate import GenerateConfig
+from tenfold.data.rows import Question
+from tenfold.errors import DataError
+from tenfold.evaluate.choice import share
+from tenfold.evaluate.inference import max_positions
+from tenfold.evaluate.qa import exact_match, normalise, token_f1
+from tenfold.evaluate.results import Metric, Result
+from tenfold.files import write_text
+from tenfold.pipeline.context import Context, StageOutput
+from tenfold.pipeline.evaluating import Subjects
+from tenfold.pipeline.steering import paired_metric, profile_of
+from tenfold.report.record import Sample, Table
+
+SUBJECTS = {"direct": "before", "autopasta": "after"}
+"""The mode that the report compares with, and the one that it compares."""
+NAMED = ("probability", "exact_match", "f1", "evidence")
+
+
+def run_autopasta(config: AutoPastaConfig, context: Context) -> StageOutput:
+    """The stage ``autopasta``: each mode once, remembered when the run is killed between two."""
+    profile = profile_of(config, context)
+    opened = context.model.open()
+    ask = AutoPasta(
+        opened.model,
+        opened.tokenizer,
+        profile=profile,
+        alpha=config.alpha,
+        embed=hidden_states(opened.model, opened.tokenizer) if config.embedder == "model" else bag_of_words,
+        min_similarity=config.min_similarity,
+        max_spans=config.max_spans,
+        max_quote_tokens=config.max_quote_tokens,
+        max_answer_tokens=config.max_answer_tokens,
+    )
+    rows = _questions(config, context)
+    room = config.max_prompt_tokens or (max_positions(opened.model) or 1024) - 2 * config.max_quote_tokens
+    asked = [Asked.of(row, ask, room) for row in rows]
+    found: dict[str, dict[str, list[float]]] = {}
+    results = []
+    for number, mode in enumerate(config.modes):
+        context.progress("autopasta", number, len(config.modes), mode)
+        found[mode] = _mode(ask, asked, mode, config, context)
+        results.append(_result(found[mode], SUBJECTS.get(mode, mode), config))
+    if {"direct", "autopasta"} <= set(found):
+        results.append(_difference(found["direct"], found["autopasta"]))
+    dropped = sum(item.dropped for item in asked)
+    return StageOutput(
+        results=results,
+        tables=[_table(found)],
+        attached={"heads": profile.size, "layers": len(profile.heads)},
+        notes=[
+            "before: mode direct; after: mode autopasta. Nothing of the model is changed.",
+            *([f"{dropped} passages were left out so that prompts fit into {room} tokens"] if dropped else []),
+        ],
+    )
+
+
+class Asked:
+    """A question with its context as one text, and where in it an answer stands.
+
+    Args:
+        question: the question.
+        context: one text.
+        answers: all that count as right.
+        gold: ``[start, end)`` of the sentences that hold an answer, within the gold passages where they are known.
+        dropped: passages that were left out.
+    """
+
+    def __init__(
+        self, question: str, context: str, answers: Sequence[str], gold: Sequence[tuple[int, int]], dropped: int
+    ) -> None:
+        self.question, self.context, self.answers, self.gold, self.dropped = question, context, answers, gold, dropped
+
+    @classmethod
+    def of(cls, row: Question, ask: AutoPasta, room: int) -> Asked:
+        """A row, with as many passages as fit; those without an answer go first, the last ones before others.
+
+        Raises:
+            DataError: the passages with an answer alone do not fit.
+        """
+        passages = [row.context] if isinstance(row.context, str) else list(row.context)
+        gold = set(row.gold) or {index for index, text in enumerate(passages) if _holds(text, row.answers)}
+        kept = list(range(len(passages)))
+        while len(ask.tokenizer(ask.identifying(row.question, _join(passages, kept)).text)["input_ids"]) > room:
+            spare = [index for index in kept if index not in gold]
+            if not spare:
+                raise DataError(f"row {row.id!r}: its context is longer than {room} tokens", "raise max_prompt_tokens")
+            kept.remove(spare[-1])
+        context = _join(passages, kept)
+        spans, begin = [], 0
+        for index in kept:
+            if index in gold:
+                inside = sentences(passages[index])
+                spans += [(begin + lo, begin + hi) for lo, hi in inside if _holds(passages[index][lo:hi], row.answers)]
+            begin += len(passages[index]) + len(_GAP)
+        return cls(row.question, context, row.answers, spans, len(passages) - len(kept))
+
+
+_GAP = "\n\n"
+
+
+def _join(passages: Sequence[str], kept: Sequence[int]) -> str:
+    return _GAP.join(passages[index] for index in kept)
+
+
+def _holds(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in the text as whole words."""
+    words = f" {normalise(text)} "
+    return any(f" {normalise(answer)} " in words for answer in answers)
+
+
+def _questions(config: AutoPastaConfig, context: Context) -> list[Question]:
+    if context.rows is None:
+        return colour_questions(config.samples, context.seed)
+    return [row for row in context.rows if isinstance(row, Question)]
+
+
+def _mode(
+    ask: AutoPasta, asked: Sequence[Asked], mode: Any, config: AutoPastaConfig, context: Context
+) -> dict[str, list[float]]:
+    """One value for each question and figure; kept in a file, batch by batch, so that a killed run goes on."""
+    folder = context.folder / "checkpoint-parts"
+    folder.mkdir(exist_ok=True)
+    found: dict[str, list[float]] = {}
+    for start in range(0, len(asked), config.batch_size):
+        path = folder / f"{mode} {start}.json"
+        if not path.exists():
+            write_text(path, json.dumps(measure(ask, asked[start : start + config.batch_size], mode)))
+        for name, values in json.loads(path.read_text(encoding="utf-8")).items():
+            found.setdefault(name, []).extend(values)
+        context.progress(f"autopasta, {mode}", min(start + config.batch_size, len(asked)), len(asked))
+    return found
+
+
+def measure(ask: AutoPasta, asked: Sequence[Asked], mode: Any) -> dict[str, list[float]]:
+    """What a mode does on some questions: one value for each question and figure."""
+    questions, contexts = [item.question for item in asked], [item.context for item in asked]
+    options: dict[str, Any] = {"mode": mode, "gold": [item.gold for item in asked], "batch_size": len(asked)}
+    answers = ask.batch(questions, contexts, **options)
+    space = "" if ask.chat is not None else " "
+    right = [space + item.answers[0] for item in asked]
+    scores = ask.log_probabilities(questions, contexts, right, given=answers, **options)
+    texts = [answer.answer.split("\n")[0] for answer in answers]
+    return {
+        "probability": scores.first.exp().tolist(),
+        "log_probability": scores.total.tolist(),
+        "exact_match": _best(exact_match, texts, asked),
+        "f1": _best(token_f1, texts, asked),
+        "evidence": [float(_found(answer, item)) for answer, item in zip(answers, asked, strict=True)],
+        "fallback": [float(answer.fallback) for answer in answers],
+        "seconds": [sum(answer.timings.values()) for answer in answers],
+    }
+
+
+def _best(metric: Any, texts: Sequence[str], asked: Sequence[Asked]) -> list[float]:
+    return [max(metric(text, right) for right in item.answers) for text, item in zip(texts, asked, strict=True)]
+
+
+def _found(answer: Answer, item: Asked) -> bool:
+    """Whether what was emphasised, or quoted, holds an answer."""
+    parts = [item.context[lo:hi] for lo, hi in answer.spans] or [answer.quote or ""]
+    return any(_holds(part, item.answers) for part in parts)
+
+
+def _result(values: Mapping[str, Sequence[float]], subject: str, config: AutoPastaConfig) -> Result:
+    metrics = [share(name, values[name]) for name in (*NAMED, "fallback")]
+    metrics[-1] = metrics[-1].model_copy(update={"better": "neither"})
+    seconds = torch.tensor(values["seconds"])
+    metrics.append(
+        Metric(
+            name="time",
+            value=float(seconds.mean()),
+            unit="s",
+            count=len(seconds),
+            better="lower",
+            kind="timing",
+        )
+    )
+    settings = {"questions": len(seconds), "alpha": config.alpha, "probability": "of the first token of an answer"}
+    return Result(task="question answering", subject=subject, metrics=tuple(metrics), settings=settings)
+
+
+def _difference(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]) -> Result:
+    changes = {
+        name: torch.tensor(second[name]) - torch.tensor(first[name]) for name in ("probability", "exact_match", "f1")
+    }
+    metrics = tuple(paired_metric(f"{name}_difference", change.double()) for name, change in changes.items())
+    return Result(task="question answering", subject="after - before", metrics=metrics)
+
+
+def _table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
+    names = (*NAMED, "fallback", "seconds")
+    rows = tuple((mode, *(sum(values[name]) / len(values[name]) for name in names)) for mode, values in found.items())
+    return Table(title="Ways to answer", columns=("mode", *(name.replace("_", " ") for name in names)), rows=rows)
+
+
+def answer_file(config: GenerateConfig, context: Context, subjects: Subjects) -> list[Sample]:
+    """``tenfold generate --context FILE --question ...``: the answer, and with ``find_evidence`` where it comes from.
+
+    Raises:
+        DataError: a context that is no text file.
+    """
+    assert config.context is not None
+    assert config.question is not None
+    text = read_context(config.context)
+    outputs: dict[str, str] = {}
+    for number, name in enumerate(subjects.models):
+        with subjects.use(name) as model:
+            heads = None if config.find_evidence else {0: (0,)}  # nothing is steered without evidence
+            ask = AutoPasta(
+                model,
+                subjects.tokenizer,
+                profile=profile_of(config, context) if config.find_evidence else "default",
+                heads=heads,
+                alpha=config.alpha,
+                max_answer_tokens=config.max_new_tokens,
+                chat={"auto": None, "yes": True, "no": False}[config.chat],
+            )
+            context.progress("generate", number, len(subjects.models), name)
+            outputs[name] = ask(config.question, text, mode="direct").answer
+            if config.find_evidence:
+                found = ask(config.question, text)
+                outputs[f"{name}, evidence found"] = found.answer
+                outputs[f"{name}, evidence"] = _evidence(found, text)
+    return [Sample(prompt=config.question, outputs=outputs)]
+
+
+def read_context(path: Path) -> str:
+    """The text of a file to answer from.
+
+    Raises:
+        DataError: not there, not UTF-8, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise DataError(f"context: {path}: {reason}", remedy="give a text file") from None
+    if not text.strip():
+        raise DataError(f"context: {path} is empty", remedy="give a text file with something to answer from")
+    return text
+
+
+def _evidence(found: Answer, text: str) -> str:
+    if not found.spans:
+        return "none: the model named no sentence of the text, so nothing was emphasised"
+    return " ... ".join(
+        f"{text[lo:hi]} [characters {lo} to {hi}, {found.stage}, {found.score:.2f}]" for lo, hi in found.spans
+    )

@@ -1,0 +1,342 @@
+"""Stages that steer attention: ``profile`` finds heads, ``pasta`` steers marked prompts, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.attend.heads import batches_of, margins
+from tenfold.attend.marks import Marked, MessageSpan, encode, from_substrings, from_tags, in_chat
+from tenfold.attend.mass import attention_mass
+from tenfold.attend.pasta import Steered, steer
+from tenfold.attend.profiles import Profile, load_profile, save_profile
+from tenfold.attend.profiling import find_profile
+from tenfold.attend.tasks import Item, items_of, task_items
+from tenfold.config.generate import GenerateConfig
+from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields
+from tenfold.data.rows import Preference
+from tenfold.evaluate.choice import share
+from tenfold.evaluate.compare import t_quantile
+from tenfold.evaluate.generate import continue_inputs
+from tenfold.evaluate.inference import input_device
+from tenfold.evaluate.results import Metric, Result
+from tenfold.pipeline.context import Context, StageOutput
+from tenfold.report.record import Figure, Sample, Series, Table
+
+TEST_SEED, VALIDATION_SEED = 2, 1
+"""Built-in items: heads are ranked on seed 0, their number is chosen on seed 1, and results come from seed 2."""
+
+
+def run_profile(config: ProfileConfig, context: Context) -> StageOutput:
+    """The stage ``profile``; its artefact is a JSON file of heads."""
+    opened = context.model.open()
+    tasks: dict[str, tuple[Sequence[Item], Sequence[Item]]] = {
+        name: (
+            task_items(name, config.samples, tokenizer=opened.tokenizer),
+            task_items(name, config.validation, VALIDATION_SEED, tokenizer=opened.tokenizer),
+        )
+        for name in config.tasks
+    }
+    if context.rows is not None:
+        train, other = context.rows.split(config.holdout)
+        tasks["data"] = (_items(train, config.tags), _items(other, config.tags))
+    parts = context.folder / "checkpoint-parts"
+    parts.mkdir(exist_ok=True)
+    found = find_profile(
+        opened.model,
+        opened.tokenizer,
+        tasks,
+        alpha=config.alpha,
+        shortlist=config.shortlist,
+        sizes=config.sizes,
+        min_fluency=config.min_fluency,
+        batch_size=config.batch_size,
+        provenance={"source": opened.identity["source"], "seed": context.seed, **_data(context)},
+        memory=parts,
+        tell=lambda done, total, what: context.progress("profile", done, total, what),
+    )
+    folder = context.folder / "profile"
+    folder.mkdir(exist_ok=True)
+    save_profile(found, folder / "profile.json")
+    plain, best = found.curve[0], next(point for point in found.curve if point["heads"] == found.size)
+    results = [
+        Result(task="profiling", subject=subject, metrics=_curve_metrics(point))
+        for subject, point in (("before", plain), ("after", best))
+    ]
+    return StageOutput(
+        results=results,
+        figures=[_curve_figure(found), head_map(found)],
+        tables=[_curve_table(found)],
+        attached={"heads": found.size, "layers": len(found.heads), "tasks": list(found.tasks)},
+        artefact=folder.name,
+    )
+
+
+def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
+    """The stage ``pasta``."""
+    # What can be wrong with profile and prompts shows before the weights are read.
+    profile, prompts = profile_of(config, context), [from_tags(prompt, config.tags) for prompt in config.prompts]
+    opened = context.model.open()
+    model, tokenizer = opened.model, opened.tokenizer
+    profile.check_model(model)
+    steering = partial(
+        steer,
+        heads=profile.heads,
+        alpha=config.alpha,
+        generated=config.generated,
+        keep_sink=config.keep_sink,
+        target_mass=config.target_mass,
+    )
+    tasks: dict[str, list[Item]] = {
+        name: task_items(name, config.samples, TEST_SEED, tokenizer=tokenizer) for name in config.tasks
+    }
+    if context.rows is not None:
+        rows = context.rows if config.split == "all" else context.rows.split(config.holdout)[1]
+        tasks["data"] = _items(rows, config.tags)
+    results: list[Result] = []
+    for number, (name, items) in enumerate(tasks.items()):
+        context.progress("steering", number, len(tasks), name)
+        results += context.remember(name, partial(_measured, model, tokenizer, name, items, steering, config))
+    samples, figures, touched = _prompts(model, tokenizer, prompts, config, steering, context)
+    return StageOutput(
+        results=results,
+        figures=figures,
+        tables=[_effect_table(results)] if results else [],
+        samples=samples,
+        attached=touched or {"heads": profile.size, "layers": len(profile.heads)},
+        notes=["before: the plain model; after: the same model, steered. Nothing of the model is changed."],
+    )
+
+
+def profile_of(config: SteeringFields, context: Context) -> Profile:
+    """The heads to steer: those an earlier stage found, or a profile by name or file."""
+    if config.profile is None:
+        return load_profile("default")
+    earlier = context.folder.parent / config.profile / "profile" / "profile.json"
+    return load_profile(earlier if earlier.exists() else config.profile)
+
+
+def chat_prompt(tokenizer: Any, prompt: Marked, chat: str) -> Marked:
+    """A marked prompt as the model sees it: what a user says, where there is a chat template and it is wanted."""
+    if chat == "no" or (chat == "auto" and tokenizer.chat_template is None):
+        return prompt
+    spans = [MessageSpan(0, span.start, span.end, span.strength) for span in prompt.spans]
+    return in_chat(tokenizer, [{"role": "user", "content": prompt.text}], spans)
+
+
+def emphasised(model: Any, tokenizer: Any, config: GenerateConfig, context: Context) -> list[str]:
+    """``tenfold generate --emphasise ...``: the prompts continued while these parts of them are emphasised."""
+    texts = []
+    for prompt in config.prompts:
+        parts = [part for part in config.emphasise if part in prompt]
+        marked = chat_prompt(tokenizer, from_substrings(prompt, parts, "all"), config.chat)
+        marks = encode(tokenizer, [marked], device=input_device(model))
+        with steer(model, marks, heads=profile_of(config, context).heads, alpha=config.alpha):
+            texts += continue_inputs(
+                model,
+                tokenizer,
+                marks.inputs,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                seed=context.seed,
+            )
+    return texts
+
+
+def _items(rows: Any, tags: tuple[str, str]) -> list[Item]:
+    return items_of([row for row in rows if isinstance(row, Preference)], tags)
+
+
+def _data(context: Context) -> dict[str, Any]:
+    return {} if context.rows is None else {"data": context.rows.source, "data sha256": context.rows.sha256}
+
+
+def _measured(
+    model: Any, tokenizer: Any, name: str, items: Sequence[Item], steering: Callable[..., Any], config: PastaConfig
+) -> list[Result]:
+    """One task: plain, with marks in the text, steered, and the paired difference of the last to the first."""
+    prepared = batches_of(model, tokenizer, items, config.batch_size)
+    plain = margins(model, prepared)
+    written = margins(model, batches_of(model, tokenizer, [starred(item) for item in items], config.batch_size))
+    steered = torch.cat([_steered(model, batch, steering) for batch in prepared])
+    settings = {"items": len(items), "alpha": config.alpha, "marks in the text": "*like this*"}
+    results = [
+        Result(task=name, subject=subject, metrics=_margin_metrics(values), settings=settings)
+        for subject, values in (("before", plain), ("marks in the text", written), ("after", steered))
+    ]
+    pairs = (
+        ("accuracy", (steered > 0).double() - (plain > 0).double(), ""),
+        ("probability", steered.sigmoid().double() - plain.sigmoid().double(), ""),
+        ("margin", (steered - plain).double(), "nats"),
+    )
+    metrics = tuple(paired_metric(f"{metric}_difference", change, unit) for metric, change, unit in pairs)
+    return [*results, Result(task=name, subject="after - before", metrics=metrics, settings=settings)]
+
+
+def _steered(model: Any, batch: Any, steering: Callable[..., Any]) -> Tensor:
+    with steering(model, batch.marks):
+        return margins(model, [batch])
+
+
+def starred(item: Item) -> Item:
+    """The item with its marks written into the text, as people do without steering: ``*like this*``.
+
+    >>> from tenfold.attend.marks import from_spans
+    >>> starred(Item(from_spans("Say yes now.", [(4, 7)]), " a", (" b",))).prompt.text
+    'Say *yes* now.'
+    """
+    text = item.prompt.text
+    for span in sorted(item.prompt.spans, key=lambda span: -span.start):
+        text = f"{text[: span.start]}*{text[span.start : span.end]}*{text[span.end :]}"
+    return Item(Marked(text, (), item.prompt.special), item.target, item.foils)
+
+
+def paired_metric(name: str, change: Tensor, unit: str = "") -> Metric:
+    """Mean of paired differences with the 95 % interval of Student's t.
+
+    >>> paired_metric("accuracy_difference", torch.tensor([1.0, 0.0, 1.0, 1.0])).value
+    0.75
+    """
+    count = len(change)
+    mean, error = float(change.mean()), float(change.std()) / count**0.5
+    half = t_quantile(count - 1) * error
+    interval = (mean - half, mean + half)
+    return Metric(name=name, value=mean, unit=unit, count=count, stderr=error, interval=interval, better="higher")
+
+
+def _margin_metrics(margin: Tensor) -> tuple[Metric, ...]:
+    error = float(margin.std()) / len(margin) ** 0.5
+    return (
+        share("accuracy", (margin > 0).tolist()),
+        share("probability", margin.sigmoid().tolist()),
+        Metric(
+            name="margin", value=float(margin.mean()), unit="nats", count=len(margin), stderr=error, better="higher"
+        ),
+    )
+
+
+def _prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Marked],
+    config: PastaConfig,
+    steering: Callable[..., Any],
+    context: Context,
+) -> tuple[list[Sample], list[Figure], dict[str, Any]]:
+    """The user's own prompts: texts before and after, and where the attention went."""
+    if not prompts:
+        return [], [], {}
+    context.progress("steering", 0, 1, "prompts")
+    marked = [chat_prompt(tokenizer, prompt, config.chat) for prompt in prompts]
+    texts: dict[str, list[str]] = {"before": [], "after": []}
+    touched: dict[str, Any] = {}
+    figures = []
+    for start in range(0, len(marked), config.batch_size):
+        marks = encode(tokenizer, marked[start : start + config.batch_size], device=input_device(model))
+        for subject in texts:
+            with ExitStack() as stack:
+                if subject == "after":
+                    found: Steered = stack.enter_context(steering(model, marks))
+                    touched = found.report()
+                if start == 0:
+                    figures.append(mass_map(attention_mass(model, marks), subject))
+                texts[subject] += continue_inputs(model, tokenizer, marks.inputs, max_new_tokens=config.max_new_tokens)
+    samples = [
+        Sample(prompt=prompt, outputs={subject: written[index] for subject, written in texts.items()})
+        for index, prompt in enumerate(config.prompts)
+    ]
+    return samples, figures, touched
+
+
+def mass_map(mass: Tensor, subject: str) -> Figure:
+    """The picture of `attention_mass`: layers down, heads across."""
+    heads = tuple(map(str, range(mass.shape[1])))
+    series = tuple(
+        Series(name=str(layer), x=heads, y=tuple(None if value != value else round(value, 4) for value in row))
+        for layer, row in enumerate(mass.tolist())
+    )
+    state = {"before": "before steering", "after": "while steered"}[subject]
+    return Figure(
+        kind="heatmap",
+        title=f"Attention on the marks, {state}",
+        x_label="head",
+        y_label="layer",
+        series=series,
+        caption="Share of the attention of each head that the last token of the prompt gives to the marked text.",
+    )
+
+
+def head_map(profile: Profile) -> Figure:
+    """Which heads a profile steers."""
+    layers, heads = profile.model["layers"], profile.model["heads"]
+    series = tuple(
+        Series(
+            name=str(layer),
+            x=tuple(map(str, range(heads))),
+            y=tuple(float(head in profile.heads.get(layer, ())) for head in range(heads)),
+        )
+        for layer in range(layers)
+    )
+    return Figure(
+        kind="heatmap",
+        title="Heads of the profile",
+        x_label="head",
+        y_label="layer",
+        series=series,
+        caption="1: steered. The best heads of every task, intersected.",
+    )
+
+
+def _curve_figure(profile: Profile) -> Figure:
+    sizes = tuple(float(point["heads"]) for point in profile.curve)
+    plain = profile.curve[0]["fluency"] or 1.0
+    return Figure(
+        kind="line",
+        title="How many heads",
+        x_label="heads",
+        y_label="share",
+        series=(
+            Series(name="score", x=sizes, y=tuple(point["score"] for point in profile.curve)),
+            Series(name="fluency / plain", x=sizes, y=tuple(point["fluency"] / plain for point in profile.curve)),
+        ),
+        caption="Score: probability of what the mark asks for, on items that no head was chosen on. 0 heads: plain.",
+    )
+
+
+def _curve_table(profile: Profile) -> Table:
+    names = [f"accuracy, {name}" for name in profile.tasks]
+    rows = tuple(
+        (point["heads"], point["k"], point["score"], point["fluency"], *point["accuracy"].values())
+        for point in profile.curve
+    )
+    return Table(title="Sizes that were tried", columns=("heads", "k", "score", "fluency", *names), rows=rows)
+
+
+def _curve_metrics(point: dict[str, Any]) -> tuple[Metric, ...]:
+    return (
+        Metric(name="score", value=point["score"], better="higher"),
+        Metric(name="fluency", value=point["fluency"], unit="bits"),
+    )
+
+
+def _effect_table(results: Sequence[Result]) -> Table:
+    names = {"before": "plain", "after": "steered"}
+    rows = tuple(
+        (
+            result.task,
+            names.get(result.subject, result.subject),
+            *(result.metric(name).value for name in ("accuracy", "probability", "margin")),
+        )
+        for result in results
+        if result.subject != "after - before"
+    )
+    return Table(
+        title="Obedience to the marks",
+        columns=("task", "model", "accuracy", "probability", "margin"),
+        rows=rows,
+    )
