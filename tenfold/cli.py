@@ -298,6 +298,7 @@ def _read(recipe: Path, changes: Sequence[str]) -> Any:
 
 def _execute(plan: Any, out: Path) -> int:
     from rich.console import Console
+    from rich.text import Text
 
     from tenfold.pipeline.run import headline
     from tenfold.pipeline.run import run as execute
@@ -306,7 +307,7 @@ def _execute(plan: Any, out: Path) -> int:
     summaries = execute(plan, out, console)
     for summary in summaries:
         for sample in summary.samples:
-            console.rule(sample.prompt, align="left")
+            console.rule(Text(sample.prompt), align="left")
             for subject, text in sample.outputs.items():
                 console.print(f"[{subject}] {text}", markup=False, highlight=False)
         if summary.artefact:

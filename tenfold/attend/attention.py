@@ -154,6 +154,12 @@ def attention(
     if not key_bias:
         return plain(query, key, value, attention_mask, **arguments)
     _refuse(module, base, key_bias, arguments)
+    if any(bias.values.shape[1] != key.shape[2] for bias in key_bias):
+        raise ModelError(
+            f"layer {module.layer_idx}: {key.shape[2]} keys and log-strengths for {key_bias[0].values.shape[1]}: this "
+            "model hands its cache to attention in a way of its own",
+            remedy="generate with use_cache=False, or take another model",
+        )
     scale = arguments.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if base == "sdpa" or key_bias[0].target is not None:

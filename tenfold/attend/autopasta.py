@@ -367,7 +367,7 @@ class AutoPasta:
         self._check_room(marks, tokens)
         length, groups = marks.input_ids.shape[1], {}  # type: ignore[var-annotated]
         for row in range(len(prompts)):
-            last = max((end for _, end in marks.tokens(row)), default=length)
+            last = min((end for _, end in marks.tokens(row)), default=length)
             layers = tuple(layer for layer in self.heads if last > length - (self._reach[layer] or length))
             groups.setdefault(layers, []).append(row)
         found = []

@@ -215,15 +215,13 @@ def _parts(heads: Sequence[Head], size: int, rows: int) -> Iterator[tuple[int, t
             yield layer, indices[start : start + step]
 
 
-def rank(shortlist: Mapping[Head, float], rest: Mapping[Head, float]) -> list[Head]:
-    """Heads from best to worst: those measured exactly, then the others by gradient; ties by layer and head.
+def rank(values: Mapping[Head, float]) -> list[Head]:
+    """Heads from best to worst; ties by layer and head.
 
-    >>> rank({(1, 0): 0.5, (0, 1): 0.5}, {(1, 0): 3.0, (2, 0): 9.0, (0, 0): 1.0})
-    [(0, 1), (1, 0), (2, 0), (0, 0)]
+    >>> rank({(1, 0): 0.5, (0, 1): 0.5, (2, 0): 9.0})
+    [(2, 0), (0, 1), (1, 0)]
     """
-    exact = sorted(shortlist, key=lambda head: (-shortlist[head], head))
-    others = sorted((head for head in rest if head not in shortlist), key=lambda head: (-rest[head], head))
-    return [*exact, *others]
+    return sorted(values, key=lambda head: (-values[head], head))
 
 
 def intersect(rankings: Mapping[str, Sequence[Head]], k: int) -> tuple[Head, ...]:
@@ -303,7 +301,10 @@ def _weighted(model: Any, values: Tensor, weights: Mapping[int, Tensor]) -> Iter
 
 
 def _hand(bias: KeyBias, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "key_bias": (*kwargs.get("key_bias", ()), bias)}
+    device = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).device
+    weights = None if bias.weights is None else bias.weights.to(device)
+    here = replace(bias, heads=bias.heads.to(device), values=bias.values.to(device), weights=weights)
+    return args, {**kwargs, "key_bias": (*kwargs.get("key_bias", ()), here)}
 
 
 def _layers(model: Any) -> list[nn.Module]:

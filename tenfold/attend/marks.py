@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -249,6 +248,10 @@ def from_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templ
     plain, spans = [], []
     for number, message in enumerate(messages):
         content = message.get("content")
+        fields = {key: value for key, value in message.items() if key != "emphasis"}
+        if content is None and message.get("emphasis") is None:
+            plain.append(fields)  # the model's call of a tool says nothing
+            continue
         parts = content if isinstance(content, Sequence) and not isinstance(content, str) else [content]
         text = ""
         for part in parts:
@@ -261,7 +264,7 @@ def from_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templ
         if message.get("emphasis") is not None:
             # In front: what a part says of itself decides.
             spans.insert(0, MessageSpan(number, 0, len(text), message["emphasis"]))
-        plain.append({**{key: value for key, value in message.items() if key != "emphasis"}, "content": text})
+        plain.append({**fields, "content": text})
     return in_chat(tokenizer, plain, spans, **template)
 
 
@@ -276,7 +279,8 @@ def in_chat(
     """Render chat messages with the tokenizer's template and follow the marks through it.
 
     Sentinels are put around what is marked, and the render without them must be the render of the plain messages: a
-    template that drops, escapes or rewrites the marked text is refused instead of marking something else.
+    template that drops, repeats or rewrites the marked text is refused instead of marking something else. Where it
+    escapes text, the escaped text is marked.
 
     Args:
         tokenizer: with a chat template.
@@ -369,7 +373,7 @@ def encode(
 
     Raises:
         DataError: an empty prompt, a mark without a token or beyond ``max_length``.
-        ConfigError: a tokenizer that cannot say where its tokens stand.
+        ConfigError: a tokenizer that cannot say where its tokens stand, a ``max_length`` below 1.
 
     Source: section 2.5 of the specification; the published code also takes the token in front of a span.
 
@@ -378,6 +382,8 @@ def encode(
     >>> marks.marked.int().tolist(), marks.attention_mask.tolist()
     ([[0, 1, 1, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 1]])
     """
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length: {max_length} keeps no token", remedy="give 1 or more, or leave it out")
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(
             f"{type(tokenizer).__name__} does not say where its tokens stand in the text",
@@ -388,22 +394,14 @@ def encode(
         raise DataError("no prompts", remedy="give at least one")
     length = max(len(ids) for ids, _ in rows)
     fill = pad_id(tokenizer)
-    left = [length - len(ids) for ids, _ in rows]
+    strengths = [[*([None] * (length - len(ids))), *marks] for ids, marks in rows]
     return Marks(
-        torch.tensor([[fill] * gap + ids for gap, (ids, _) in zip(left, rows, strict=True)], device=device),
-        torch.tensor([[0] * gap + [1] * (length - gap) for gap in left], device=device),
+        torch.tensor([[fill] * (length - len(ids)) + ids for ids, _ in rows], device=device),
+        torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device),
+        torch.tensor([[value is not None for value in row] for row in strengths], device=device),
         torch.tensor(
-            [
-                [False] * gap + [strength is not None for strength in marks]
-                for gap, (_, marks) in zip(left, rows, strict=True)
-            ],
-            device=device,
-        ),
-        torch.tensor(
-            [
-                [1.0] * gap + [1.0 if strength is None else strength for strength in marks]
-                for gap, (_, marks) in zip(left, rows, strict=True)
-            ],
+            [[1.0 if value is None else value for value in row] for row in strengths],
+            dtype=torch.float32,
             device=device,
         ),
     )
@@ -418,7 +416,7 @@ def _row(
         prompt.text, add_special_tokens=prompt.special, return_offsets_mapping=True, truncation=False, verbose=False
     )
     ids, offsets = found["input_ids"], found["offset_mapping"]
-    if not ids:
+    if not ids or not prompt.text:  # special tokens alone are no prompt
         raise DataError(f"prompt {number} is empty", remedy="give at least one word")
     strengths: list[float | None] = [None] * len(ids)
     limit = len(ids) if max_length is None else max_length
@@ -473,5 +471,5 @@ def _check_span(start: int, end: int, length: int, what: str) -> None:
 
 def _check_strength(strength: Any) -> None:
     number = isinstance(strength, int | float) and not isinstance(strength, bool)
-    if not number or not 0 < strength < math.inf:
+    if not number or not 1e-37 < strength < 1e37:  # what float32 holds
         raise DataError(f"strength {strength!r} is no number above 0", remedy="1 is full weight, 0.2 a fifth of it")

@@ -277,7 +277,7 @@ class _LayerHook:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if kwargs.get("cache") is not None:
             raise ModelError("continuous batching cannot be steered", remedy="use generate without a paged cache")
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # as GPT-NeoX calls it
         batch, queries = hidden.shape[:2]
         keys, offset, seen = queries, 0, 0
         if cache is not None:
@@ -335,11 +335,11 @@ def _check_reach(attentions: Mapping[int, Any], chosen: Mapping[int, Sequence[in
         if window is None:
             continue
         for row in range(len(marks.marked)):
-            last = max((end for _, end in marks.tokens(row)), default=None)
-            if last is not None and last <= length - window:
+            first = min((end for _, end in marks.tokens(row)), default=None)
+            if first is not None and first <= length - window:
                 raise ConfigError(
-                    f"row {row}: layer {layer} looks back {window} tokens and cannot see the marks, which end "
-                    f"{length - last} tokens before the prompt does",
+                    f"row {row}: layer {layer} looks back {window} tokens and cannot see a mark that ends "
+                    f"{length - first} tokens before the prompt does",
                     remedy="steer layers with full attention only, or move the marked text towards the end",
                 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.attend.attention import self_attentions
+from tenfold.config.pasta import profile_path
 from tenfold.errors import ConfigError
 from tenfold.files import write_text
 
 FORMAT = "tenfold-heads-1"
-SHIPPED = Path(__file__).parent / "shipped"
-"""Profiles that come with the package: ``default`` is the embedded model's."""
 
 
 @dataclass(frozen=True)
@@ -128,25 +128,21 @@ def load_profile(source: str | Path) -> Profile:
     >>> load_profile("default").tasks != ()
     True
     """
-    path = Path(source)
-    if not path.suffix:
-        names = sorted(item.stem for item in SHIPPED.glob("*.json"))
-        if str(source) not in names:
-            raise ConfigError(
-                f"profile: no {str(source)!r} in the package", f"give a file, or one of {', '.join(names)}"
-            )
-        path = SHIPPED / f"{source}.json"
+    path = profile_path(source)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"profile: no file {path}", remedy="make one with `tenfold steer profile MODEL`") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"profile: {path} cannot be read: {error}", remedy="give a JSON file") from error
     ours = isinstance(values, dict) and values.get("format") == FORMAT
     try:
         heads = parse_heads(values["heads"] if ours else values)
+        if not any(heads.values()):
+            raise ValueError("it names no head")
         if not ours:
             return Profile(heads)
+        missing = {"model_type", "layers", "heads", "weights"} - set(values["model"])
+        if values["model"] and missing:
+            raise ValueError(f"its model lacks {', '.join(sorted(missing))}")
         curve = tuple(dict(point) for point in values["curve"])
         return Profile(heads, dict(values["model"]), tuple(values["tasks"]), curve, dict(values["provenance"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -163,7 +159,7 @@ def parse_heads(values: Mapping[str, Sequence[int]]) -> dict[int, tuple[int, ...
     {2: (0,), 10: (1, 3)}
     """
     return {
-        layer: tuple(sorted({int(head) for head in heads}))
+        layer: tuple(sorted({operator.index(head) for head in heads}))
         for layer, heads in sorted((int(layer), heads) for layer, heads in values.items())
     }
 

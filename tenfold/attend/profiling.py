@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from tenfold.attend.heads import Batch, Head, Tell, batches_of, candidates, effects, gradients, margins, rank, steerable
+from tenfold.attend.heads import Batch, Head, Tell, batches_of, candidates, effects, gradients, margins, rank
 from tenfold.attend.marks import encode
 from tenfold.attend.pasta import steer
 from tenfold.attend.profiles import Profile, by_layer, describe_model
@@ -35,7 +36,7 @@ def find_profile(
     tasks: Mapping[str, tuple[Sequence[Item], Sequence[Item]]],
     *,
     alpha: float = 0.01,
-    shortlist: float = 0.2,
+    shortlist: float = 0.25,
     sizes: Sequence[int] = SIZES,
     min_fluency: float = 0.9,
     batch_size: int = 16,
@@ -45,16 +46,17 @@ def find_profile(
 ) -> Profile:
     """Find the heads of a model (PASTA, section 3.2, by the shorter way of `tenfold.attend.heads`).
 
-    For each task the heads are ranked by what steering one alone does to the margin. For each size the best heads of
-    all tasks are intersected, and the set is scored on the second half of the items: the probability of the target
-    against its strongest foil, mean over tasks. The best size wins whose texts stay fluent; ties go to fewer heads.
+    One backward pass for each task ranks all heads, and the best of all tasks are shortlisted. Each of those is then
+    steered alone, and every task ranks them by what that does to the margin. For each size the best heads of all tasks
+    are intersected, and the set is scored on the second half of the items: the probability of the target against its
+    strongest foil, mean over tasks. The best size wins whose texts stay fluent; ties go to fewer heads.
 
     Args:
         model: a causal language model on sdpa or eager.
         tokenizer: its tokenizer.
         tasks: name -> (items to rank heads on, other items to choose their number on).
         alpha: factor of the attention to unmarked tokens.
-        shortlist: share of all heads that are measured exactly, the best by gradient; 1 is the exhaustive search.
+        shortlist: share of all heads that are measured exactly, at least; 1 is the exhaustive search.
         sizes: numbers of heads to try.
         min_fluency: least n-gram entropy of steered texts, as a share of that of plain ones.
         batch_size: prompts of one forward pass.
@@ -79,11 +81,25 @@ def find_profile(
     if not tasks:
         raise ConfigError("tasks: none", remedy="give at least one")
     began = time.perf_counter()
+    given = [
+        alpha,
+        shortlist,
+        batch_size,
+        describe_model(model),
+        {name: list(map(list, parts)) for name, parts in tasks.items()},
+    ]
+    keep = partial(_recall, memory, hashlib.sha256(repr(given).encode()).hexdigest()[:12])
     prepared = {name: batches_of(model, tokenizer, train, batch_size) for name, (train, _) in tasks.items()}
-    rankings = {}
-    for name, batches in prepared.items():
-        found = _recall(memory, f"rank {name}", partial(_rank, model, batches, alpha, shortlist, name, tell))
-        rankings[name] = [(int(layer), int(head)) for layer, head in found]
+    slopes = {
+        name: _heads(keep(f"gradient {name}", partial(_slopes, model, batches, alpha)))
+        for name, batches in prepared.items()
+    }
+    count = max(1, round(shortlist * len(next(iter(slopes.values())))))
+    (short,) = candidates({name: rank(values) for name, values in slopes.items()}, [count]).values()
+    rankings = {
+        name: rank(_heads(keep(f"exact {name}", partial(_exact, model, batches, short, alpha, name, tell))))
+        for name, batches in prepared.items()
+    }
     checks = {name: batches_of(model, tokenizer, other, batch_size) for name, (_, other) in tasks.items()}
     prompts = [item.prompt for _, other in tasks.values() for item in other[:FLUENCY_PROMPTS]]
     marks = encode(tokenizer, prompts, device=input_device(model))
@@ -95,7 +111,7 @@ def find_profile(
         if tell is not None:
             tell(number, len(sets), f"{len(heads)} heads")
 
-        curve.append(_recall(memory, f"size {k}", partial(_point, model, tokenizer, checks, marks, k, heads, alpha)))
+        curve.append(keep(f"size {k}", partial(_point, model, tokenizer, checks, marks, k, heads, alpha)))
     best = choose(curve, min_fluency)
     seconds = round(time.perf_counter() - began, 1)
     return Profile(
@@ -104,12 +120,13 @@ def find_profile(
         tasks=tuple(tasks),
         curve=tuple(curve),
         provenance={
-            "method": "gradient shortlist, exact verification, intersection over tasks",
+            "method": "shortlist by gradient, then each head exactly, then the intersection over tasks",
             "metric": "mean probability of the target against its strongest foil, next token",
             "alpha": alpha,
             "shortlist": shortlist,
             "items": {name: [len(train), len(other)] for name, (train, other) in tasks.items()},
             "k": best["k"],
+            "heads measured exactly": len(short),
             "seconds": seconds,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -139,18 +156,27 @@ def choose(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[st
     return max(fluent, key=lambda point: (point["score"], -point["heads"]))
 
 
-def _rank(
-    model: Any, batches: Sequence[Batch], alpha: float, shortlist: float, name: str, tell: Tell | None
-) -> list[Head]:
-    slopes = gradients(model, batches, alpha=alpha)
-    count = max(1, round(shortlist * sum(steerable(model, batches).values())))
-    best = rank({}, slopes)[:count]
+def _slopes(model: Any, batches: Sequence[Batch], alpha: float) -> list[tuple[int, int, float]]:
+    return _listed(gradients(model, batches, alpha=alpha))
 
+
+def _exact(
+    model: Any, batches: Sequence[Batch], heads: Sequence[Head], alpha: float, name: str, tell: Tell | None
+) -> list[tuple[int, int, float]]:
     def show(done: int, total: int, what: str) -> None:
         if tell is not None:
             tell(done, total, f"{name}, {what}")
 
-    return rank(effects(model, batches, best, alpha=alpha, tell=show), slopes)
+    return _listed(effects(model, batches, heads, alpha=alpha, tell=show))
+
+
+def _listed(values: Mapping[Head, float]) -> list[tuple[int, int, float]]:
+    """As JSON can hold it."""
+    return [(*head, value) for head, value in values.items()]
+
+
+def _heads(listed: Sequence[tuple[int, int, float]]) -> dict[Head, float]:
+    return {(int(layer), int(head)): float(value) for layer, head, value in listed}
 
 
 def _point(
@@ -179,11 +205,11 @@ def _point(
     }
 
 
-def _recall(folder: Path | None, name: str, compute: Callable[[], Any]) -> Any:
-    """A finished part: read back, or computed and kept."""
+def _recall(folder: Path | None, given: str, name: str, compute: Callable[[], Any]) -> Any:
+    """A finished part of the search that was given this: read back, or computed and kept."""
     if folder is None:
         return compute()
-    path = folder / f"{name}.json"
+    path = folder / f"{given} {name}.json"
     if not path.exists():
         write_text(path, json.dumps(compute()))
     return json.loads(path.read_text(encoding="utf-8"))

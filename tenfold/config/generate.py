@@ -42,7 +42,13 @@ class GenerateConfig(SteeringFields):
             raise ValueError("find_evidence looks for the key sentence of a context: give context and question")
         if self.context is not None and self.emphasise:
             raise ValueError("emphasise marks parts of prompts; with context and question use find_evidence")
+        if self.question is not None and not self.question.strip():
+            raise ValueError("question is blank: ask something")
+        if self.context is not None and self.temperature:
+            raise ValueError("temperature: answers from a context are greedy")
         for part in self.emphasise:
+            if not part:
+                raise ValueError("emphasise holds an empty text: copy a part of a prompt")
             if not any(part in prompt for prompt in self.prompts):
                 raise ValueError(f"emphasise: {part!r} is in none of the prompts")
         return self

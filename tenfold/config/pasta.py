@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.base import Config
 from tenfold.config.data import DataFields
+from tenfold.errors import ConfigError
 
 Task = Literal["conflict", "evidence", "instruction"]
+
+SHIPPED = Path(__file__).parents[1] / "attend" / "shipped"
+"""Profiles that come with the package: ``default`` is the embedded model's."""
+
+
+def profile_path(source: str | Path) -> Path:
+    """The file of a profile: a name in the package, or a file.
+
+    Raises:
+        ConfigError: neither.
+
+    >>> profile_path("default").name
+    'default.json'
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.suffix or len(path.parts) > 1:
+        raise ConfigError(f"profile: no file {path}", remedy="make one with `tenfold steer profile MODEL`")
+    shipped = SHIPPED / f"{source}.json"
+    if not shipped.is_file():
+        names = ", ".join(sorted(item.stem for item in SHIPPED.glob("*.json")))
+        raise ConfigError(f"profile: no {str(source)!r} in the package", remedy=f"give a file, or one of {names}")
+    return shipped
 
 
 class SteeringFields(Config):
@@ -20,6 +47,16 @@ class SteeringFields(Config):
     what an earlier stage ``profile`` found, else ``default``, the embedded model's."""
     alpha: Annotated[float, Field(ge=0)] = 0.01
     """Factor of the attention to unmarked prompt tokens: below 1 emphasises the marks. Sensible: 0.001 to 0.3."""
+
+    def profile_file(self) -> Path | None:
+        """The file that ``profile`` names; None where an earlier stage of the recipe will make it.
+
+        Raises:
+            ConfigError: no such profile.
+        """
+        if self.profile is not None and re.fullmatch(r"\d{2,}-profile", self.profile):
+            return None
+        return profile_path(self.profile or "default")
 
 
 class PastaConfig(SteeringFields, DataFields):
@@ -58,8 +95,11 @@ class PastaConfig(SteeringFields, DataFields):
         if not self.prompts and not self.tasks and self.data is None:
             raise ValueError("prompts, tasks and data are all empty: give at least one prompt with a marked part")
         for number, prompt in enumerate(self.prompts):
-            if self.tags[0] not in prompt:
-                raise ValueError(f"prompts[{number}] has no {self.tags[0]}: tag what to emphasise")
+            problem = untagged(prompt, self.tags)
+            if problem:
+                raise ValueError(f"prompts[{number}] {problem}")
+        if self.target_mass is not None and (self.keep_sink or self.generated == "scale"):
+            raise ValueError("target_mass replaces alpha, so keep_sink and generated: scale have nothing to weaken")
         return self
 
 
@@ -80,8 +120,9 @@ class ProfileConfig(DataFields):
     """Other items of each built-in task on which the number of heads is chosen."""
     alpha: Annotated[float, Field(ge=0)] = 0.01
     """Factor of the attention to unmarked prompt tokens."""
-    shortlist: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of all heads, the best by gradient, that are measured exactly; 1 is the paper's exhaustive search."""
+    shortlist: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Least share of all heads that are measured exactly: the best of all tasks by gradient; 1 is the paper's
+    exhaustive search."""
     sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (4, 8, 16, 24, 32, 48, 64)
     """Numbers of heads that are tried."""
     min_fluency: Annotated[float, Field(ge=0, le=1)] = 0.9
@@ -95,6 +136,18 @@ class ProfileConfig(DataFields):
         if not self.tasks and self.data is None:
             raise ValueError("tasks and data are both empty: heads are found by what steering them does to a task")
         return self
+
+
+def untagged(prompt: str, tags: tuple[str, str]) -> str | None:
+    """What is wrong with the tags of a prompt, or None.
+
+    >>> untagged("a <m>b", ("<m>", "</m>"))
+    'has 1 <m> and 0 </m>: a mark is not closed'
+    """
+    opened, closed = (prompt.count(tag) for tag in tags)
+    if not opened:
+        return f"has no {tags[0]}: tag what to emphasise"
+    return None if opened == closed else f"has {opened} {tags[0]} and {closed} {tags[1]}: a mark is not closed"
 
 
 def _check_tags(tags: tuple[str, str]) -> None:

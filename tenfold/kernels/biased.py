@@ -156,7 +156,7 @@ def merge(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     # [batch, n, m, head_dim]: the raised keys of the heads that are biased
     picked = index[:, None, :, None].expand(-1, len(bias.heads), -1, key.shape[3])
     few_keys = key[:, bias.heads // groups].gather(2, picked)
-    few_values = value[:, bias.heads // groups].gather(2, picked)
+    few_values = value[:, bias.heads // groups].gather(2, picked[..., :1].expand(-1, -1, -1, value.shape[3]))
     exact = torch.promote_types(query.dtype, torch.float32)
     added = floor = bias.values.new_zeros(1, 1)
     if bias.target is None:

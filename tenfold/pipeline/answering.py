@@ -30,6 +30,10 @@ from tenfold.report.record import Sample, Table
 
 SUBJECTS = {"direct": "before", "autopasta": "after"}
 """The mode that the report compares with, and the one that it compares."""
+MIN_SIMILARITY = {"words": 0.3, "model": 0.87}
+"""Least cosine by embedder: a model's hidden states lie close together."""
+SPARE = 64
+"""Tokens that a quote in the prompt, or a right answer that is scored, may take beside."""
 NAMED = ("probability", "exact_match", "f1", "evidence")
 
 
@@ -43,13 +47,14 @@ def run_autopasta(config: AutoPastaConfig, context: Context) -> StageOutput:
         profile=profile,
         alpha=config.alpha,
         embed=hidden_states(opened.model, opened.tokenizer) if config.embedder == "model" else bag_of_words,
-        min_similarity=config.min_similarity,
+        min_similarity=MIN_SIMILARITY[config.embedder] if config.min_similarity is None else config.min_similarity,
         max_spans=config.max_spans,
         max_quote_tokens=config.max_quote_tokens,
         max_answer_tokens=config.max_answer_tokens,
     )
     rows = _questions(config, context)
-    room = config.max_prompt_tokens or (max_positions(opened.model) or 1024) - 2 * config.max_quote_tokens
+    room = (max_positions(opened.model) or 2**20) - max(config.max_quote_tokens, config.max_answer_tokens) - SPARE
+    room = min(room, config.max_prompt_tokens or room)
     asked = [Asked.of(row, ask, room) for row in rows]
     found: dict[str, dict[str, list[float]]] = {}
     results = []
@@ -122,7 +127,7 @@ def _join(passages: Sequence[str], kept: Sequence[int]) -> str:
 def _holds(text: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers stands in the text as whole words."""
     words = f" {normalise(text)} "
-    return any(f" {normalise(answer)} " in words for answer in answers)
+    return any(f" {normalise(answer)} " in words for answer in answers if normalise(answer))
 
 
 def _questions(config: AutoPastaConfig, context: Context) -> list[Question]:
@@ -162,7 +167,7 @@ def measure(ask: AutoPasta, asked: Sequence[Asked], mode: Any) -> dict[str, list
         "log_probability": scores.total.tolist(),
         "exact_match": _best(exact_match, texts, asked),
         "f1": _best(token_f1, texts, asked),
-        "evidence": [float(_found(answer, item)) for answer, item in zip(answers, asked, strict=True)],
+        **({} if mode == "direct" else {"evidence": _evidence_found(answers, asked, mode)}),
         "fallback": [float(answer.fallback) for answer in answers],
         "seconds": [sum(answer.timings.values()) for answer in answers],
     }
@@ -172,14 +177,18 @@ def _best(metric: Any, texts: Sequence[str], asked: Sequence[Asked]) -> list[flo
     return [max(metric(text, right) for right in item.answers) for text, item in zip(texts, asked, strict=True)]
 
 
-def _found(answer: Answer, item: Asked) -> bool:
-    """Whether what was emphasised, or quoted, holds an answer."""
-    parts = [item.context[lo:hi] for lo, hi in answer.spans] or [answer.quote or ""]
-    return any(_holds(part, item.answers) for part in parts)
+def _evidence_found(answers: Sequence[Answer], asked: Sequence[Asked], mode: str) -> list[float]:
+    """Whether what was emphasised, or in iterative prompting quoted, holds an answer."""
+    found = []
+    for answer, item in zip(answers, asked, strict=True):
+        quoted = [answer.quote or ""] if mode == "iterative" else []
+        parts = [*(item.context[lo:hi] for lo, hi in answer.spans), *quoted]
+        found.append(float(any(_holds(part, item.answers) for part in parts)))
+    return found
 
 
 def _result(values: Mapping[str, Sequence[float]], subject: str, config: AutoPastaConfig) -> Result:
-    metrics = [share(name, values[name]) for name in (*NAMED, "fallback")]
+    metrics = [share(name, values[name]) for name in (*NAMED, "fallback") if name in values]
     metrics[-1] = metrics[-1].model_copy(update={"better": "neither"})
     seconds = torch.tensor(values["seconds"])
     metrics.append(
@@ -204,9 +213,13 @@ def _difference(first: Mapping[str, Sequence[float]], second: Mapping[str, Seque
     return Result(task="question answering", subject="after - before", metrics=metrics)
 
 
+def _mean(values: Sequence[float] | None) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
 def _table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
     names = (*NAMED, "fallback", "seconds")
-    rows = tuple((mode, *(sum(values[name]) / len(values[name]) for name in names)) for mode, values in found.items())
+    rows = tuple((mode, *(_mean(values.get(name)) for name in names)) for mode, values in found.items())
     return Table(title="Ways to answer", columns=("mode", *(name.replace("_", " ") for name in names)), rows=rows)
 
 
@@ -222,7 +235,7 @@ def answer_file(config: GenerateConfig, context: Context, subjects: Subjects) ->
     outputs: dict[str, str] = {}
     for number, name in enumerate(subjects.models):
         with subjects.use(name) as model:
-            heads = None if config.find_evidence else {0: (0,)}  # nothing is steered without evidence
+            heads: dict[int, tuple[int, ...]] | None = None if config.find_evidence else {}
             ask = AutoPasta(
                 model,
                 subjects.tokenizer,
@@ -236,7 +249,7 @@ def answer_file(config: GenerateConfig, context: Context, subjects: Subjects) ->
             outputs[name] = ask(config.question, text, mode="direct").answer
             if config.find_evidence:
                 found = ask(config.question, text)
-                outputs[f"{name}, evidence found"] = found.answer
+                outputs[f"{name}, with evidence"] = found.answer
                 outputs[f"{name}, evidence"] = _evidence(found, text)
     return [Sample(prompt=config.question, outputs=outputs)]
 
@@ -248,7 +261,8 @@ def read_context(path: Path) -> str:
         DataError: not there, not UTF-8, or empty.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as file:  # offsets are those of the file
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
         raise DataError(f"context: {path}: {reason}", remedy="give a text file") from None
@@ -259,7 +273,7 @@ def read_context(path: Path) -> str:
 
 def _evidence(found: Answer, text: str) -> str:
     if not found.spans:
-        return "none: the model named no sentence of the text, so nothing was emphasised"
+        return "none: nothing was emphasised"
     return " ... ".join(
         f"{text[lo:hi]} [characters {lo} to {hi}, {found.stage}, {found.score:.2f}]" for lo, hi in found.spans
     )

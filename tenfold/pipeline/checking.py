@@ -9,7 +9,7 @@ from tenfold.config.autopasta import AutoPastaConfig
 from tenfold.config.base import Config
 from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.generate import GenerateConfig
-from tenfold.config.pasta import PastaConfig, ProfileConfig
+from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields, untagged
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError, DataError, MissingDependencyError
 
@@ -37,6 +37,8 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
     """
     if isinstance(config, TrainingFields):
         _check_training(config, rows, where)
+    if isinstance(config, SteeringFields):
+        config.profile_file()
     if isinstance(config, PastaConfig | ProfileConfig) and rows is not None:
         _check_tagged(config, rows, where)
     if isinstance(config, AutoPastaConfig) and rows is not None:
@@ -54,9 +56,10 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
 def _check_tagged(config: PastaConfig | ProfileConfig, rows: Rows, where: str) -> None:
     _check_kind(rows, ("preference",), f"{where}: steering")
     for row in rows:
-        if config.tags[0] not in getattr(row, "prompt", ""):
+        problem = untagged(getattr(row, "prompt", ""), config.tags)
+        if problem:
             raise DataError(
-                f"{where}: row {row.id!r} of {rows.source} has no {config.tags[0]} in its prompt",
+                f"{where}: the prompt of row {row.id!r} of {rows.source} {problem}",
                 remedy="put tags around what to emphasise, or name yours under `tags`",
             )
     if isinstance(config, ProfileConfig) or config.split == "held-out":

@@ -9,13 +9,16 @@ from typing import Any
 
 import yaml
 
+from tenfold.config.autopasta import AutoPastaConfig
 from tenfold.config.base import Config
 from tenfold.config.data import DataFields
-from tenfold.config.pasta import ProfileConfig, SteeringFields
+from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields
 from tenfold.config.recipe import Recipe
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
 from tenfold.pipeline.stages import stage
+
+STEERING = (ProfileConfig, PastaConfig, AutoPastaConfig)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
     recipe = Recipe.parse(values, where)
     steps: list[Step] = []
     data: dict[str, Any] = {}
+    tagged: dict[str, Any] = {}
     trained: dict[str, dict[str, Any]] = {}
     profiled: Step | None = None
     for index, entry in enumerate(recipe.stages, start=1):
@@ -144,9 +148,10 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
             )
         config_class = stage(name, place).config_class()
         if issubclass(config_class, DataFields):
-            # A stage without data reads what the stage before it read.
+            # A stage without data reads what the stage before it read; steering has rows of its own kind.
             if keys.get("data") is None:
-                keys = {**data, **{key: value for key, value in keys.items() if value is not None}}
+                before = tagged if config_class is PastaConfig else {} if issubclass(config_class, STEERING) else data
+                keys = {**before, **{key: value for key, value in keys.items() if value is not None}}
             # What an earlier stage trained on is only measured on the share that it held out.
             earlier = trained.get(_same(keys.get("data")))
             if "split" in config_class.model_fields and earlier is not None:
@@ -158,8 +163,12 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
         if isinstance(config, ProfileConfig):
             profiled = steps[-1]
         if isinstance(config, DataFields):
-            data = {key: keys[key] for key in DataFields.model_fields if key in keys}
-            if isinstance(config, TrainingFields | ProfileConfig):
+            read = {key: keys[key] for key in DataFields.model_fields if key in keys}
+            if not isinstance(config, STEERING):
+                data = read
+            elif isinstance(config, ProfileConfig):
+                tagged = read if config.data is not None else {}
+            if isinstance(config, TrainingFields | ProfileConfig) and config.data is not None:
                 trained[_same(config.data)] = {key: getattr(config, key) for key in DataFields.model_fields}
     return Plan(recipe, tuple(steps))
 

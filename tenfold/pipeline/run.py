@@ -28,6 +28,7 @@ from rich.console import Console
 import tenfold
 from tenfold.config.base import Config
 from tenfold.config.data import DataFields
+from tenfold.config.pasta import SteeringFields
 from tenfold.errors import RunError, TenfoldError
 from tenfold.files import replace_folder, write_text
 from tenfold.models.embedded import DEMO_HUB_ID
@@ -182,10 +183,10 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
 
 
 def _files(config: Config) -> dict[str, str]:
-    """Hashes of the files that a configuration names beside its data."""
-    named = {key: getattr(config, key, None) for key in ("context", "profile")}
-    paths = {key: Path(value) for key, value in named.items() if value is not None and Path(value).is_file()}
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items()}
+    """Hashes of the files that a configuration names beside its data; an earlier stage has a fingerprint of its own."""
+    context = getattr(config, "context", None)
+    paths = {"context": context, "profile": config.profile_file() if isinstance(config, SteeringFields) else None}
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path is not None}
 
 
 def _finished(out: Path, job: Job) -> StageSummary | None:

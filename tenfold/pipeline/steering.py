@@ -32,6 +32,12 @@ TEST_SEED, VALIDATION_SEED = 2, 1
 """Built-in items: heads are ranked on seed 0, their number is chosen on seed 1, and results come from seed 2."""
 
 
+BATCH = 8
+"""Prompts that ``generate`` continues at once."""
+SIZED = 3
+"""Of the rows of ``data`` that are not held out, each of this number chooses how many heads; the others rank them."""
+
+
 def run_profile(config: ProfileConfig, context: Context) -> StageOutput:
     """The stage ``profile``; its artefact is a JSON file of heads."""
     opened = context.model.open()
@@ -43,8 +49,9 @@ def run_profile(config: ProfileConfig, context: Context) -> StageOutput:
         for name in config.tasks
     }
     if context.rows is not None:
-        train, other = context.rows.split(config.holdout)
-        tasks["data"] = (_items(train, config.tags), _items(other, config.tags))
+        # What is held out is for whoever tests the profile; its size is chosen on a part of the rest.
+        items = _items(context.rows.split(config.holdout)[0], config.tags)
+        tasks["data"] = ([item for index, item in enumerate(items) if index % SIZED], items[::SIZED])
     parts = context.folder / "checkpoint-parts"
     parts.mkdir(exist_ok=True)
     found = find_profile(
@@ -84,6 +91,8 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
     opened = context.model.open()
     model, tokenizer = opened.model, opened.tokenizer
     profile.check_model(model)
+    with steer(model, encode(tokenizer, ["."], device=input_device(model)), heads=profile.heads, alpha=config.alpha):
+        pass  # nothing is marked: this only refuses heads and models that it would refuse later
     steering = partial(
         steer,
         heads=profile.heads,
@@ -115,10 +124,8 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
 
 def profile_of(config: SteeringFields, context: Context) -> Profile:
     """The heads to steer: those an earlier stage found, or a profile by name or file."""
-    if config.profile is None:
-        return load_profile("default")
-    earlier = context.folder.parent / config.profile / "profile" / "profile.json"
-    return load_profile(earlier if earlier.exists() else config.profile)
+    path = config.profile_file()
+    return load_profile(path or context.folder.parent / str(config.profile) / "profile" / "profile.json")
 
 
 def chat_prompt(tokenizer: Any, prompt: Marked, chat: str) -> Marked:
@@ -132,11 +139,14 @@ def chat_prompt(tokenizer: Any, prompt: Marked, chat: str) -> Marked:
 def emphasised(model: Any, tokenizer: Any, config: GenerateConfig, context: Context) -> list[str]:
     """``tenfold generate --emphasise ...``: the prompts continued while these parts of them are emphasised."""
     texts = []
-    for prompt in config.prompts:
-        parts = [part for part in config.emphasise if part in prompt]
-        marked = chat_prompt(tokenizer, from_substrings(prompt, parts, "all"), config.chat)
-        marks = encode(tokenizer, [marked], device=input_device(model))
-        with steer(model, marks, heads=profile_of(config, context).heads, alpha=config.alpha):
+    profile = profile_of(config, context)
+    for start in range(0, len(config.prompts), BATCH):
+        prompts = []
+        for prompt in config.prompts[start : start + BATCH]:
+            parts = [part for part in config.emphasise if part in prompt]
+            prompts.append(chat_prompt(tokenizer, from_substrings(prompt, parts, "all"), config.chat))
+        marks = encode(tokenizer, prompts, device=input_device(model))
+        with steer(model, marks, profile=profile, alpha=config.alpha):
             texts += continue_inputs(
                 model,
                 tokenizer,
@@ -203,6 +213,8 @@ def paired_metric(name: str, change: Tensor, unit: str = "") -> Metric:
     0.75
     """
     count = len(change)
+    if count == 1:
+        return Metric(name=name, value=float(change), unit=unit, count=1, better="higher")
     mean, error = float(change.mean()), float(change.std()) / count**0.5
     half = t_quantile(count - 1) * error
     interval = (mean - half, mean + half)
@@ -210,7 +222,7 @@ def paired_metric(name: str, change: Tensor, unit: str = "") -> Metric:
 
 
 def _margin_metrics(margin: Tensor) -> tuple[Metric, ...]:
-    error = float(margin.std()) / len(margin) ** 0.5
+    error = float(margin.std()) / len(margin) ** 0.5 if len(margin) > 1 else None
     return (
         share("accuracy", (margin > 0).tolist()),
         share("probability", margin.sigmoid().tolist()),
@@ -242,7 +254,8 @@ def _prompts(
             with ExitStack() as stack:
                 if subject == "after":
                     found: Steered = stack.enter_context(steering(model, marks))
-                    touched = found.report()
+                    counts = found.report()
+                    touched = counts | {key: counts[key] + touched.get(key, 0) for key in counts if "tokens" in key}
                 if start == 0:
                     figures.append(mass_map(attention_mass(model, marks), subject))
                 texts[subject] += continue_inputs(model, tokenizer, marks.inputs, max_new_tokens=config.max_new_tokens)
@@ -267,7 +280,8 @@ def mass_map(mass: Tensor, subject: str) -> Figure:
         x_label="head",
         y_label="layer",
         series=series,
-        caption="Share of the attention of each head that the last token of the prompt gives to the marked text.",
+        caption="Share of each head's attention that the last token of a prompt gives to the marks; mean over the "
+        "prompts of the first batch.",
     )
 
 

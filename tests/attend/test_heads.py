@@ -137,7 +137,7 @@ def test_intersections_grow_with_k_and_end_with_all():
 
 
 def test_rank_breaks_ties_by_layer_and_head():
-    assert rank({}, {(1, 1): 0.0, (0, 2): 0.0, (1, 0): 0.0}) == [(0, 2), (1, 0), (1, 1)]
+    assert rank({(1, 1): 0.0, (0, 2): 0.0, (1, 0): 0.0, (3, 0): 1.0}) == [(3, 0), (0, 2), (1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("make", [conflict_items, evidence_items, instruction_items])

@@ -3,8 +3,10 @@
 import importlib.util
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from tenfold.attend.marks import (
     Marked,
@@ -249,3 +251,83 @@ def test_the_embedded_tokenizer_marks_no_newline_before_a_span():
     assert marked_text(marks, 0, by) == ["Answer in JSON format."]
     assert marked_text(marks, 1, by) == [" JSON"]
     assert marked_text(marks, 2, by) == ["Mary"]
+
+
+@pytest.mark.parametrize("max_length", [0, -1])
+def test_a_cut_that_keeps_nothing_is_refused(max_length):
+    with pytest.raises(ConfigError, match="max_length"):
+        encode(tokenizer(), ["abcd", "x"], max_length=max_length)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "deberta-v2"])
+def test_special_tokens_alone_are_no_prompt(kind):
+    with pytest.raises(DataError, match="prompt 1 is empty"):
+        encode(tokenizer(kind=kind), ["a", ""])
+
+
+def test_strengths_are_float32_and_finite():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        marks = encode(tokenizer(), [from_spans("ab", [(0, 1, 0.5)])])
+    finally:
+        torch.set_default_dtype(before)
+    kinds = [part.dtype for part in (marks.input_ids, marks.attention_mask, marks.marked, marks.strength)]
+    assert kinds == [torch.int64, torch.int64, torch.bool, torch.float32]
+    for strength in (1e-46, 1e39, 10**400):  # 0 or infinite in float32
+        with pytest.raises(DataError, match="strength"):
+            from_spans("ab", [(0, 1, strength)])
+
+
+def test_a_message_without_content_is_left_alone():
+    by = tokenizer("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] or 'CALL' }}{% endfor %}")
+    messages = [{"role": "user", "content": "Go.", "emphasis": 2}, {"role": "assistant", "content": None}]
+    found = from_messages(by, messages)
+    assert found.text == "[user]Go.[assistant]CALL"
+    assert parts(found) == ["Go."]
+    with pytest.raises(DataError, match="no text"):
+        from_messages(by, [{"role": "assistant", "content": None, "emphasis": 2}])
+
+
+def test_the_same_sentence_elsewhere_is_not_marked():
+    by = tokenizer()
+    messages = [{"role": "user", "content": "Be brief."}, {"role": "user", "content": "Be brief."}]
+    found = in_chat(by, messages, [MessageSpan(1, 0, 9)])
+    assert found.spans[0].start == found.text.rindex("Be brief.")
+    assert marked_text(encode(by, [found]), 0, by) == ["Be brief."]
+
+
+def test_tokens_without_a_character_are_not_marked():
+    assert tokens_of([(0, 2), (1, 1), (2, 4)], 0, 4) == [0, 2]
+    by = tokenizer()
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    by.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # drops white space
+    assert encode(by, [from_spans("a b", [(0, 2)])]).tokens(0) == [(0, 1)]
+    with pytest.raises(DataError, match="no token"):
+        encode(by, [from_spans("a b", [(1, 2)])])
+
+
+def test_templates_that_write_another_text_around_sentinels_are_refused():
+    by = tokenizer("{% for m in messages %}{{ m['content'] | capitalize }}{% endfor %}")
+    messages = [{"role": "user", "content": "be brief."}]
+    with pytest.raises(DataError, match="template"):
+        in_chat(by, messages, [MessageSpan(0, 0, 2)])
+    assert parts(in_chat(by, messages, [MessageSpan(0, 3, 8)])) == ["brief"]
+
+
+def test_rendered_text_gets_no_special_tokens_and_keeps_private_characters():
+    by = tokenizer(kind="deberta-v2")
+    messages = [{"role": "user", "content": "\uf8ff and \uf8fe"}]
+    found = in_chat(by, messages, [MessageSpan(0, 0, 1)], add_generation_prompt=False)
+    assert parts(found) == ["\uf8ff"]
+    assert found.text == by.apply_chat_template(messages, tokenize=False)
+    ids = encode(by, [found]).input_ids[0].tolist()
+    assert ids == by(found.text, add_special_tokens=False)["input_ids"]
+
+
+def test_what_a_part_says_of_itself_decides():
+    content = [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd", "emphasis": 5.0}]
+    found = from_messages(tokenizer(), [{"role": "user", "content": content, "emphasis": 2.0}])
+    marks = encode(tokenizer(), [found])
+    assert marked_text(marks, 0, tokenizer()) == ["abcd"]
+    assert marks.strength[marks.marked].tolist() == [2, 2, 5, 5]

@@ -60,7 +60,7 @@ def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             found(memory=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(profiling, "_rank", lambda *_: pytest.fail("ranked again"))
+        patch.setattr(profiling, "effects", lambda *_, **__: pytest.fail("measured again"))
         again, _ = found(memory=tmp_path)
     assert (again.heads, again.curve) == (whole.heads, whole.curve)
 
@@ -73,6 +73,30 @@ def test_the_choice_is_the_best_score_among_fluent_sets():
     assert choose(points, 0.0)["heads"] == 16
     with pytest.raises(ConfigError, match="min_fluency"):
         choose([points[0], points[3]], 0.9)
+
+
+def test_what_was_kept_for_another_search_is_not_used(tmp_path):
+    first, _ = found(memory=tmp_path)
+    other, _ = found(memory=tmp_path, alpha=0.5)
+    fresh, _ = found(alpha=0.5)
+    assert other.curve == fresh.curve != first.curve
+
+
+def test_heads_that_were_not_measured_exactly_are_never_chosen(monkeypatch):
+    measured = []
+    real = profiling.effects
+
+    def watch(model, batches, heads, **options):
+        measured.append(set(heads))
+        return {head: -float(head[1]) for head in real(model, batches, heads, **options)}
+
+    monkeypatch.setattr(profiling, "effects", watch)
+    profile, _ = found(shortlist=0.5, sizes=[2])
+    assert measured[0] == measured[1]
+    assert len(measured[0]) >= 6
+    chosen = {(layer, head) for layer, heads in profile.heads.items() for head in heads}
+    assert chosen <= measured[0]
+    assert max(head for _, head in chosen) <= sorted(head for _, head in measured[0])[len(chosen) - 1]
 
 
 def test_impossible_searches_are_refused():

@@ -130,7 +130,13 @@ STEERING = {
         ),
         Steering(
             "pasta",
-            {"profile": "heads.json", "tasks": ["conflict"], "samples": 4, "prompts": [MARKED], "max_new_tokens": 4},
+            {
+                "profile": "heads.json",
+                "tasks": ["conflict", "evidence"],
+                "samples": 4,
+                "prompts": [MARKED],
+                "max_new_tokens": 4,
+            },
             _ALL,
             _steer,
             (*_STEERING, {"prompts": ["no tag"]}, {"target_mass": 1.0}, {"generated": "x"}, {"tags": ["", "b"]}),

@@ -116,10 +116,9 @@ def test_interrupted_halfway_it_ends_as_if_it_never_was(row, recipe, tmp_path, m
                 raise KeyboardInterrupt
 
         patch.setattr(progress.Progress, "__call__", stop)
-        try:
+        with pytest.raises(KeyboardInterrupt):
             execute(recipe, tmp_path / "cut")
-        except KeyboardInterrupt:
-            assert not (tmp_path / "cut" / f"01-{row.name}").exists()
+    assert not (tmp_path / "cut" / f"01-{row.name}").exists()
     again = execute(recipe, tmp_path / "cut")
     assert figures(whole) == figures(again)
     assert figures(whole)

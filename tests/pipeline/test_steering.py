@@ -147,7 +147,7 @@ def test_the_answer_from_a_file_shows_its_evidence(tmp_path, monkeypatch):
     (sample,) = summary.samples
     start = TEXT.index(quote)
     assert f"{quote} [characters {start} to {start + len(quote)}, exact, 1.00]" in sample.outputs["model, evidence"]
-    assert set(sample.outputs) == {"model", "model, evidence found", "model, evidence"}
+    assert set(sample.outputs) == {"model", "model, with evidence", "model, evidence"}
     first = summary.fingerprint
     (tmp_path / "notes.txt").write_text(TEXT.replace("nine", "ten"))
     assert execute(stage)[0].fingerprint != first
