@@ -199,9 +199,9 @@ def counterfact(split: str, count: int, kind: str = "prompt") -> list[Item]:
 
 
 def bios(train: bool) -> list[dict[str, Any]]:
-    """Every third biography is for finding heads; texts are cut after 60 words."""
+    """Every third biography is for finding heads; texts are cut after 40 words."""
     rows = [row for index, row in enumerate(read("pasta_wiki_bios")) if (index % 3 == 0) == train]
-    return [{**row, "text": " ".join(row["text"].split()[:60])} for row in rows]
+    return [{**row, "text": " ".join(row["text"].split()[:40])} for row in rows]
 
 
 ASK = {
@@ -259,13 +259,11 @@ def own_profile(model: Any, tokenizer: Any) -> Profile:
     """Heads found on the train split of the three tasks."""
     if not OWN.exists():
         tasks = {
-            "counterfact": (counterfact("train", 32), counterfact("train", 96)[32:]),
-            "json": (json_items(tokenizer, 24), json_items(tokenizer, 64)[24:]),
-            "pronouns": (pronoun_items(tokenizer, 24), pronoun_items(tokenizer, 64)[24:]),
+            "counterfact": (counterfact("train", 24), counterfact("train", 72)[24:]),
+            "json": (json_items(tokenizer, 8), json_items(tokenizer, 32)[8:]),
+            "pronouns": (pronoun_items(tokenizer, 8), pronoun_items(tokenizer, 32)[8:]),
         }
-        found = find_profile(
-            model, tokenizer, tasks, tell=lambda done, total, what: print(done, total, what, flush=True)
-        )
+        found = find_profile(model, tokenizer, tasks, shortlist=0.1, sizes=(8, 16, 24))
         save_profile(found, OWN)
     return load_profile(OWN)
 
@@ -312,7 +310,7 @@ def effect() -> None:
                         found += margins(model, [batch]).tolist()
                 keep({"part": "effect", "task": kind, "setting": name, "right": [float(m > 0) for m in found],
                       "margin": statistics.mean(found), "margins": found})  # fmt: skip
-        for task in ("json", "pronouns"):
+        for task in ("json", "pronouns") if name != "all heads" else ():
             if (task, name) not in done:
                 keep({"part": "effect", "task": task, "setting": name, **written(model, tokenizer, task, name, keys)})
 
@@ -326,7 +324,7 @@ def written(model: Any, tokenizer: Any, task: str, name: str, keys: dict[str, An
     for start in range(0, len(prompts), 40):
         marks = encode(tokenizer, prompts[start : start + 40])
         with steer(model, marks, **keys) if keys and not marks.empty else ExitStack():
-            texts += continue_inputs(model, tokenizer, marks.inputs, max_new_tokens=40 if task == "json" else 64)
+            texts += continue_inputs(model, tokenizer, marks.inputs, max_new_tokens=40 if task == "json" else 48)
     if task == "json":
         first = [float(json_valid(text)) for text in texts]
         second = [float(json_contains(text, row["occupation"])) for text, row in zip(texts, people, strict=True)]

@@ -49,7 +49,8 @@ def find_profile(
     One backward pass for each task ranks all heads, and the best of all tasks are shortlisted. Each of those is then
     steered alone, and every task ranks them by what that does to the margin. For each size the best heads of all tasks
     are intersected, and the set is scored on the second half of the items: the probability of the target against its
-    strongest foil, mean over tasks. The best size wins whose texts stay fluent; ties go to fewer heads.
+    strongest foil, mean over tasks. Of the sets whose texts stay fluent the smallest within one
+    standard error of the best score is taken: every further head disturbs something else.
 
     Args:
         model: a causal language model on sdpa or eager.
@@ -136,15 +137,15 @@ def find_profile(
 
 
 def choose(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[str, Any]:
-    """The point with the best score among those fluent enough; ties go to fewer heads. The plain model is no choice.
+    """The smallest set within one standard error of the best score, among those fluent enough; the plain model is none.
 
     Raises:
         ConfigError: every size ruins the texts.
 
-    >>> points = [{"heads": 0, "score": 0.5, "fluency": 4.0}, {"heads": 4, "score": 0.9, "fluency": 3.9},
-    ...           {"heads": 8, "score": 0.9, "fluency": 3.9}, {"heads": 16, "score": 1.0, "fluency": 1.0}]
+    >>> points = [{"heads": n, "score": score, "stderr": 0.03, "fluency": fluency}
+    ...           for n, score, fluency in [(0, 0.5, 4.0), (4, 0.7, 3.9), (8, 0.88, 3.9), (16, 0.9, 3.9), (32, 1, 1)]]
     >>> choose(points, 0.9)["heads"]
-    4
+    8
     """
     least = min_fluency * curve[0]["fluency"]
     fluent = [point for point in curve[1:] if point["fluency"] >= least]
@@ -153,7 +154,9 @@ def choose(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[st
             f"min_fluency: steered texts have less than {min_fluency:.0%} of the plain model's entropy at every size",
             remedy="raise alpha, try smaller sizes, or lower min_fluency",
         )
-    return max(fluent, key=lambda point: (point["score"], -point["heads"]))
+    best = max(fluent, key=lambda point: point["score"])
+    near = [point for point in fluent if point["score"] >= best["score"] - best["stderr"]]
+    return min(near, key=lambda point: point["heads"])
 
 
 def _slopes(model: Any, batches: Sequence[Batch], alpha: float) -> list[tuple[int, int, float]]:
@@ -194,10 +197,12 @@ def _point(
     with steer(model, marks, heads=chosen, alpha=alpha):
         texts = continue_inputs(model, tokenizer, marks.inputs, max_new_tokens=FLUENCY_TOKENS)
     scores = {name: round(float(values.sigmoid().mean()), 4) for name, values in found.items()}
+    errors = [float(values.sigmoid().var() / len(values)) for values in found.values()]
     return {
         "heads": len(heads),
         "k": k,
         "score": round(sum(scores.values()) / len(scores), 4),
+        "stderr": round(sum(errors) ** 0.5 / len(errors), 4),
         "fluency": round(fluency(texts), 3),
         "scores": scores,
         "accuracy": {name: round(float((values > 0).float().mean()), 4) for name, values in found.items()},

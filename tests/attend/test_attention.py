@@ -263,3 +263,27 @@ def test_a_probe_sees_the_biased_attention(module):
     for (layer, share), key_bias in zip(seen, ((), biases()), strict=True):
         assert layer == 0
         assert (share - definition(query, key, indicator, mask, key_bias)[..., 0]).abs().max() < 3e-6
+
+
+def test_a_cache_under_another_name_is_seen():
+    """GPT-NeoX hands its cache to attention as ``layer_past``: decoding with it is decoding without it."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from tenfold.attend.marks import encode, from_tags
+    from tenfold.attend.pasta import steer
+    from tenfold.models.tiny import tiny_tokenizer
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=262, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model, tokenizer = GPTNeoXForCausalLM(config).eval(), tiny_tokenizer()
+    marks = encode(tokenizer, [from_tags("It was <mark>red</mark>, she said."), from_tags("A <mark>b</mark> c.")])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+    with steer(model, marks, heads={0: [1], 1: [0, 2]}):
+        cached = model.generate(**marks.inputs, **options, return_dict_in_generate=True)
+        alone = model.generate(**marks.inputs, **options, return_dict_in_generate=True, use_cache=False)
+    plain = model.generate(**marks.inputs, **options, return_dict_in_generate=True)
+    for first, second in zip(cached.logits, alone.logits, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+    assert not torch.allclose(plain.logits[-1], cached.logits[-1], atol=1e-4)

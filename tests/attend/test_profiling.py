@@ -67,9 +67,11 @@ def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):
 
 def test_the_choice_is_the_best_score_among_fluent_sets():
     points = [
-        {"heads": n, "score": s, "fluency": f} for n, s, f in [(0, 0.9, 4), (4, 0.5, 4), (8, 0.7, 3.7), (16, 1, 1)]
+        {"heads": n, "score": s, "stderr": 0.0, "fluency": f}
+        for n, s, f in [(0, 0.9, 4), (4, 0.5, 4), (8, 0.7, 3.7), (16, 1, 1)]
     ]
     assert choose(points, 0.9)["heads"] == 8
+    assert choose([{**point, "stderr": 0.3} for point in points], 0.9)["heads"] == 4
     assert choose(points, 0.0)["heads"] == 16
     with pytest.raises(ConfigError, match="min_fluency"):
         choose([points[0], points[3]], 0.9)
