@@ -145,7 +145,9 @@ def table() -> None:
     """Markdown for the docs page."""
     found = rows()
     nq_rows: dict[str, dict[str, list[float]]] = {}
-    for row in (row for row in found if row["part"] == "nq" and row["profile"] == shipped()):
+    asked = [row for row in found if row["part"] == "nq" and row["profile"] == shipped()]
+    whole = set.intersection(*({row["start"] for row in asked if row["mode"] == mode} for mode in WAYS))
+    for row in (row for row in asked if row["start"] in whole):
         for name, values in row.items():
             if isinstance(values, list):
                 nq_rows.setdefault(row["mode"], {}).setdefault(name, []).extend(values)

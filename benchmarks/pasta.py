@@ -1,6 +1,6 @@
 """PASTA: what steering costs beside plain, dense-mask and eager attention; what it does; how fast heads are found.
 
-    python -m benchmarks.pasta cost        # one process, the ways taking turns; run it on an idle machine
+    python -m benchmarks.pasta cost decode # one process, the ways taking turns; run them on an idle machine
     python -m benchmarks.pasta effect      # resumable; needs the real data (TENFOLD_DATA)
     python -m benchmarks.pasta profiling   # the shortlist against the exhaustive search
     python -m benchmarks.pasta table       # what docs/methods/pasta.md shows
@@ -131,7 +131,7 @@ def ways(model: Any, marks: Any) -> dict[str, Callable[[], Any]]:
 
 
 def cost(repeats: int = 5) -> None:
-    """Prefill and decode, the ways taking turns; then the peak growth of a prefill.
+    """Prefill, the ways taking turns, and its peak growth.
 
     At 4,096 tokens only plain and steered: an eager pass takes most of a minute there.
     """
@@ -156,23 +156,29 @@ def cost(repeats: int = 5) -> None:
             growth = [peak_growth(work[name]).growth for _ in range(3)]
             keep({"part": "prefill", "batch": batch, "tokens": tokens, "way": name, "seconds": values,
                   "growth": growth, "difference": max(same, default=None)})  # fmt: skip
+
+
+def decode() -> None:
+    """One token after a cached prompt, the ways taking turns."""
+    opened = open_model("demo", device="cpu")
+    model = opened.model.eval()
     for batch, tokens in DECODE:
         marks = marked_batch(opened.tokenizer, batch, tokens)
-        work = {}
+        work: dict[str, Callable[[], object]] = {}
         with evaluating(model):
             for name, enter in ways(model, marks).items():
                 cache = DynamicCache(config=model.config)
                 with enter():
                     model(**marks.inputs, past_key_values=cache, logits_to_keep=1)
 
-                def decode(enter: Any = enter, cache: Any = cache, marks: Any = marks) -> None:
+                def step(enter: Any = enter, cache: Any = cache, marks: Any = marks) -> None:
                     with evaluating(model), enter():
                         for _ in range(8):
                             model(input_ids=marks.input_ids[:, -1:], past_key_values=cache)
                         cache.crop(-8)
 
-                work[name] = decode
-        for name, values in alternate(work, 3 * repeats).items():
+                work[name] = step
+        for name, values in alternate(work, 15).items():
             keep({"part": "decode", "batch": batch, "tokens": tokens, "way": name, "seconds": [v / 8 for v in values]})
 
 
@@ -268,15 +274,15 @@ def own_profile(model: Any, tokenizer: Any) -> Profile:
     return load_profile(OWN)
 
 
-def settings(model: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """Name -> arguments of `steer`, or {} for none."""
-    default, own = load_profile("default").heads, own_profile(model, tokenizer).heads
+def settings() -> dict[str, dict[str, Any]]:
+    """Name -> arguments of `steer`, {} for none; `own`, whose heads must be found first, comes last and beside."""
+    default = load_profile("default").heads
     return {
         "plain": {},
+        "default": {"heads": default, "alpha": ALPHA},
         "marks in the text": {},
         "few-shot": {},
-        "default": {"heads": default, "alpha": ALPHA},
-        "own": {"heads": own, "alpha": ALPHA},
+        "default, alpha 0.1": {"heads": default, "alpha": 0.1},
         "default, dose 0.3": {"heads": default, "target_mass": 0.3},
         "all heads": {"heads": "all", "alpha": ALPHA},
     }
@@ -297,22 +303,28 @@ def effect() -> None:
     opened = open_model("demo", device="cpu")
     model, tokenizer = opened.model.eval(), opened.tokenizer
     done = {(row["task"], row["setting"]) for row in rows() if row["part"] == "effect" and row["profile"] == shipped()}
-    for name, keys in settings(model, tokenizer).items():
-        for kind in ("prompt", "paraphrase", "neighborhood"):
-            if (kind, name) not in done:
-                items = counterfact("dev", EFFECT_ROWS, kind)
-                if name in ("marks in the text", "few-shot"):
-                    examples = counterfact("train", 2, kind) if name == "few-shot" else ()
-                    items = [starred(item, examples, star=name != "few-shot") for item in items]
-                found = []
-                for batch in batches_of(model, tokenizer, items, 16):
-                    with steer(model, batch.marks, **keys) if keys else ExitStack():
-                        found += margins(model, [batch]).tolist()
-                keep({"part": "effect", "task": kind, "setting": name, "right": [float(m > 0) for m in found],
-                      "margin": statistics.mean(found), "margins": found})  # fmt: skip
-        for task in ("json", "pronouns") if name != "all heads" else ():
-            if (task, name) not in done:
-                keep({"part": "effect", "task": task, "setting": name, **written(model, tokenizer, task, name, keys)})
+    ways = settings()
+    facts, texts = ("prompt", "paraphrase", "neighborhood"), ("json", "pronouns")
+    todo = [(task, name) for name in ways for task in facts] + [(task, name) for name in ways for task in texts]
+    todo += [(task, "own") for task in (*facts, *texts)]
+    for task, name in todo:
+        if (task, name) not in done and (task, name) not in [(text, "all heads") for text in texts]:
+            keys = {"heads": own_profile(model, tokenizer).heads, "alpha": ALPHA} if name == "own" else ways[name]
+            score = preferred if task in facts else written
+            keep({"part": "effect", "task": task, "setting": name, **score(model, tokenizer, task, name, keys)})
+
+
+def preferred(model: Any, tokenizer: Any, kind: str, name: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """Which continuation of each test fact is the more probable."""
+    items = counterfact("dev", EFFECT_ROWS, kind)
+    if name in ("marks in the text", "few-shot"):
+        examples = counterfact("train", 2, kind) if name == "few-shot" else ()
+        items = [starred(item, examples, star=name != "few-shot") for item in items]
+    found = []
+    for batch in batches_of(model, tokenizer, items, 16):
+        with steer(model, batch.marks, **keys) if keys else ExitStack():
+            found += margins(model, [batch]).tolist()
+    return {"right": [float(m > 0) for m in found], "margin": statistics.mean(found)}
 
 
 def written(model: Any, tokenizer: Any, task: str, name: str, keys: dict[str, Any]) -> dict[str, Any]:
@@ -422,11 +434,11 @@ def table() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["cost", "effect", "profiling", "table"], default=[])
-    parts = parser.parse_args(argv).parts or ["cost", "effect", "profiling", "table"]
+    parser.add_argument("parts", nargs="*", choices=["cost", "decode", "effect", "profiling", "table"], default=[])
+    parts = parser.parse_args(argv).parts or ["cost", "decode", "effect", "profiling", "table"]
     quiet_upstream()
     for part in parts:
-        {"cost": cost, "effect": effect, "profiling": profiling, "table": table}[part]()
+        {"cost": cost, "decode": decode, "effect": effect, "profiling": profiling, "table": table}[part]()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -267,43 +268,29 @@ def _prompts(
 
 
 def mass_map(mass: Tensor, subject: str) -> Figure:
-    """The picture of `attention_mass`: layers down, heads across."""
-    heads = tuple(map(str, range(mass.shape[1])))
-    series = tuple(
-        Series(name=str(layer), x=heads, y=tuple(None if value != value else round(value, 4) for value in row))
-        for layer, row in enumerate(mass.tolist())
-    )
+    """The picture of `attention_mass`: layers across, heads down."""
+    values = [[None if math.isnan(value) else round(value, 4) for value in row] for row in mass.T.tolist()]
+    seen = [value for row in values for value in row if value is not None]
     state = {"before": "before steering", "after": "while steered"}[subject]
-    return Figure(
-        kind="heatmap",
-        title=f"Attention on the marks, {state}",
-        x_label="head",
-        y_label="layer",
-        series=series,
-        caption="Share of each head's attention that the last token of a prompt gives to the marks; mean over the "
-        "prompts of the first batch.",
+    return _layers_and_heads(
+        f"Attention on the marks, {state}",
+        values,
+        "Share of each head's attention that the last token of a prompt gives to the marks; mean over the prompts of "
+        f"the first batch. Mean over the heads {sum(seen) / len(seen):.3f}, largest {max(seen):.2f}.",
     )
 
 
 def head_map(profile: Profile) -> Figure:
-    """Which heads a profile steers."""
+    """Which heads a profile steers: layers across, heads down."""
     layers, heads = profile.model["layers"], profile.model["heads"]
-    series = tuple(
-        Series(
-            name=str(layer),
-            x=tuple(map(str, range(heads))),
-            y=tuple(float(head in profile.heads.get(layer, ())) for head in range(heads)),
-        )
-        for layer in range(layers)
-    )
-    return Figure(
-        kind="heatmap",
-        title="Heads of the profile",
-        x_label="head",
-        y_label="layer",
-        series=series,
-        caption="1: steered. The best heads of every task, intersected.",
-    )
+    values = [[float(head in profile.heads.get(layer, ())) for layer in range(layers)] for head in range(heads)]
+    return _layers_and_heads("Heads of the profile", values, "1: steered. The best heads of every task, intersected.")
+
+
+def _layers_and_heads(title: str, values: Sequence[Sequence[float | None]], caption: str) -> Figure:
+    layers = tuple(map(str, range(len(values[0]))))
+    series = tuple(Series(name=str(head), x=layers, y=tuple(row)) for head, row in enumerate(values))
+    return Figure(kind="heatmap", title=title, x_label="layer", y_label="head", series=series, caption=caption)
 
 
 def _curve_figure(profile: Profile) -> Figure:
