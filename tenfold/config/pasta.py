@@ -90,10 +90,8 @@ class PastaConfig(SteeringFields, DataFields):
     """Prompts of one forward pass."""
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> Self:
+    def _prompts_are_tagged(self) -> Self:
         _check_tags(self.tags)
-        if not self.prompts and not self.tasks and self.data is None:
-            raise ValueError("prompts, tasks and data are all empty: give at least one prompt with a marked part")
         for number, prompt in enumerate(self.prompts):
             problem = untagged(prompt, self.tags)
             if problem:

@@ -39,6 +39,10 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
         _check_training(config, rows, where)
     if isinstance(config, SteeringFields):
         config.profile_file()
+    if isinstance(config, PastaConfig) and not config.prompts and not config.tasks and rows is None:
+        raise ConfigError(
+            f"{where}: prompts, tasks and data are all empty", remedy="give at least one prompt with a marked part"
+        )
     if isinstance(config, PastaConfig | ProfileConfig) and rows is not None:
         _check_tagged(config, rows, where)
     if isinstance(config, AutoPastaConfig) and rows is not None:
