@@ -340,7 +340,7 @@ def bench(count):
 
 @pytest.mark.slow
 def test_13_direction():
-    opened, items = open_model("demo", device="cpu"), bench(12)
+    opened, items = open_model("demo", device="cpu"), bench(48)
     rows = [(context, question, colour) for context, question, colours, *_ in items for colour in colours]
     contexts, questions, colours = map(list, zip(*rows, strict=True))
     prompt = "{context}\nQuestion: {question}"
