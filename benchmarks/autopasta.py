@@ -24,10 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.adalora import alternate, quotient, spread
-from benchmarks.pasta import DATA, interval, shipped
+from benchmarks.pasta import DATA, interval, keep_in, rows_in, shipped
 from tenfold.attend.autopasta import AutoPasta
 from tenfold.attend.heads import batches_of, margins
 from tenfold.attend.marks import from_spans, from_substrings
@@ -45,18 +43,8 @@ QUESTIONS, BATCH, ROOM = 200, 4, 384
 WAYS = ("direct", "iterative", "autopasta", "gold")
 
 
-def rows() -> list[dict[str, Any]]:
-    """What has been measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def keep(row: dict[str, Any]) -> None:
-    """Append a row and say so."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    row = {**row, "profile": shipped(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
+rows = partial(rows_in, RESULTS)
+keep = partial(keep_in, RESULTS)
 
 
 def nq() -> None:

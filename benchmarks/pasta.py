@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ EFFECT_ROWS = 200
 ALPHA = 0.01
 
 
-def rows() -> list[dict[str, Any]]:
+def rows_in(results: Path) -> list[dict[str, Any]]:
     """What has been measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def shipped() -> str:
@@ -66,13 +67,17 @@ def shipped() -> str:
     return hashlib.sha256(profile_path("default").read_bytes()).hexdigest()[:12]
 
 
-def keep(row: dict[str, Any]) -> None:
+def keep_in(results: Path, row: dict[str, Any]) -> None:
     """Append a row and say so."""
-    RESULTS.parent.mkdir(exist_ok=True)
+    results.parent.mkdir(exist_ok=True)
     row = {**row, "profile": shipped(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    with RESULTS.open("a") as file:
+    with results.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
+
+
+rows = partial(rows_in, RESULTS)
+keep = partial(keep_in, RESULTS)
 
 
 # ---- cost -----------------------------------------------------------------------------------------------------------

@@ -129,9 +129,8 @@ def test_runs_in_bfloat16(row, recipe, tmp_path):
     assert summary.results
 
 
-def test_a_profile_is_plain_json_that_the_next_stage_takes(recipe, tmp_path, row):
-    if row.name != "profile":
-        pytest.skip("the row makes no profile")
+@pytest.mark.parametrize("row", ["profile"], indirect=True)
+def test_a_profile_is_plain_json_that_the_next_stage_takes(recipe, tmp_path):
     stages = [*recipe["stages"], {"use": "pasta", "prompts": [MARKED], "max_new_tokens": 3}]
     plan = resolve({**recipe, "stages": stages}, "contract")
     assert plan.steps[1].config.profile == "01-profile"
