@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tenfold.attend.marks import encode, from_tags
 
+from tenfold.attend.marks import encode, from_tags
 from tenfold.attend.mass import attention_mass
 from tenfold.attend.pasta import steer
 from tenfold.errors import ConfigError
