@@ -19,6 +19,7 @@ _EXPORTS = {
     "lora": "tenfold.adapt.lora",
     "pasta": "tenfold.attend.pasta",
     "autopasta": "tenfold.attend.autopasta",
+    "gear": "tenfold.cache.gear",
     "open_model": "tenfold.models.open:open_model",
     "layer_map": "tenfold.models.layer_map:layer_map",
     "read_rows": "tenfold.data.read:read_rows",

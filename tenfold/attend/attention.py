@@ -9,10 +9,13 @@ What a layer is given arrives with the call, in the keyword arguments of its att
 
 * ``key_bias``: a tuple of `tenfold.kernels.biased.KeyBias`, which add up;
 * ``probe``: something that looks on, such as the picture of the attention mass.
+
+A compressed cache hands over a `tenfold.kernels.view.View` in the place of keys and values; it is read part by part.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +23,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tenfold.errors import ConfigError, ModelError
-from tenfold.kernels.biased import KeyBias, biased_mask, merge, split_heads, with_key_channel
+from tenfold.kernels.biased import KeyBias, biased_mask, has_fused, lift, merge, split_heads, with_key_channel
+from tenfold.kernels.view import View, attend
 
 PREFIX = "tenfold_"
+FLASH_CHANNELS = 256
+"""Most channels of a head that flash kernels take."""
 
 Probe = Callable[[int, Tensor, Callable[[Tensor], Tensor]], None]
 
@@ -130,7 +137,7 @@ def attention(
     Args:
         module: the attention module.
         query: ``[batch, heads, queries, head_dim]``.
-        key: ``[batch, kv_heads, keys, head_dim]``.
+        key: ``[batch, kv_heads, keys, head_dim]``, or the view of a compressed cache.
         value: as ``key``.
         attention_mask: as the mask function of ``base`` makes it, or as the caller gave it.
         base: the implementation that the model had before.
@@ -143,6 +150,8 @@ def attention(
     Returns:
         Output ``[batch, queries, heads, head_dim]``, and the weights where ``base`` gives them.
     """
+    if isinstance(key, View):
+        return _on_view(module, query, key, attention_mask, base, key_bias, probe, arguments)
     plain = partial(_function(module, base), module)
     if probe is not None:
 
@@ -168,15 +177,70 @@ def attention(
         value_size = value.shape[-1]
         for bias in key_bias:
             query, key, value = with_key_channel(query, key, value, scale, bias)
+        _check_channels(module, base, query.shape[-1])
         output, weights = plain(query, key, value, attention_mask, **{**arguments, "scaling": scale})
         return output[..., :value_size].contiguous(), weights
     dense = sum_biases(key_bias, query)
     if base == "flex_attention":
+        _check_takes_bias(plain)
         dense = dense.expand(-1, -1, query.shape[2], -1)
         return plain(query, key, value, attention_mask, position_bias=dense, **arguments)
     keys = key.shape[2]
     mask = None if attention_mask is None else attention_mask[..., :keys]
     return plain(query, key, value, biased_mask(mask, dense, query.shape[2], keys), **arguments)
+
+
+def _on_view(
+    module: nn.Module,
+    query: Tensor,
+    view: View,
+    attention_mask: Any,
+    base: str,
+    key_bias: tuple[KeyBias, ...],
+    probe: Probe | None,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention on a compressed cache; as long as nothing of it is packed, it is that on its exact tensors."""
+    mask = _dense_mask(attention_mask, query.shape[2], view.tokens)
+    if not view.packed or probe is not None:  # a picture is drawn from whole tensors: it is no part of generating
+        tensors = view.tensors()
+        given = {"base": base, "key_bias": key_bias, "probe": probe, **arguments}
+        output, weights = attention(module, query, *tensors, attention_mask, **given)
+    else:
+        weights = None
+        if key_bias:
+            _refuse(module, "eager", key_bias, arguments)
+        scale = arguments.get("scaling")
+        output = attend(
+            query,
+            view,
+            mask,
+            query.shape[-1] ** -0.5 if scale is None else scale,
+            bias=sum_biases(key_bias, query.to(torch.promote_types(query.dtype, torch.float32))) if key_bias else None,
+            lift=partial(lift, key_bias[0], query.shape[1]) if key_bias and key_bias[0].target is not None else None,
+            softcap=arguments.get("softcap"),
+            sinks=arguments.get("s_aux"),
+        ).transpose(1, 2)
+    view.finish(None if mask is None else _seen_keys(mask))
+    return output, weights
+
+
+def _dense_mask(mask: Any, queries: int, keys: int) -> Tensor | None:
+    """A mask ``[batch or 1, heads or 1, queries, keys]``, also where the implementation takes one of padding."""
+    if mask is None:
+        return None
+    if mask.ndim == 4:
+        return mask[..., :keys]
+    seen = mask[:, None, None, :keys].bool()
+    if queries == 1:
+        return seen
+    return seen & seen.new_ones(queries, keys).tril(keys - queries)
+
+
+def _seen_keys(mask: Tensor) -> Tensor:
+    """Keys that the last query sees in some head: ``[batch, keys]``; what is padding is not among them."""
+    last = mask[:, :, -1]
+    return (last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2).any(1)
 
 
 def _refuse(module: nn.Module, base: str, key_bias: tuple[KeyBias, ...], arguments: dict[str, Any]) -> None:
@@ -192,6 +256,25 @@ def _refuse(module: nn.Module, base: str, key_bias: tuple[KeyBias, ...], argumen
             raise ConfigError("target_mass within another steer block", remedy="give that block alone, or use alpha")
         if softcap or sinks:
             raise ModelError(f"target_mass: {name} caps its scores or has sinks", remedy="use alpha")
+
+
+def _check_channels(module: nn.Module, base: str, channels: int) -> None:
+    """Raise where the heads of a layer and the channels of the bias are more than a flash kernel takes."""
+    if channels > FLASH_CHANNELS:
+        raise ModelError(
+            f"{type(module).__name__}: with its bias a head has {channels} channels, and {base} takes up to "
+            f"{FLASH_CHANNELS}",
+            remedy="open the model with attn_implementation='sdpa'",
+        )
+
+
+def _check_takes_bias(function: Callable[..., Any]) -> None:
+    """Raise where transformers' flex attention would swallow the bias among its other arguments."""
+    if "position_bias" not in inspect.signature(function).parameters:
+        raise ModelError(
+            f"flex_attention of transformers {transformers.__version__} takes no bias of keys",
+            remedy="pip install -U transformers, or open the model with attn_implementation='sdpa'",
+        )
 
 
 def _biased_sdpa(
@@ -212,7 +295,7 @@ def _biased_sdpa(
     bias = key_bias[0]
     simple = len(key_bias) == 1 and bias.weights is None and not arguments.get("dropout")
     simple = simple and not torch.compiler.is_compiling()
-    if bias.target is not None or (simple and queries > 1 and bias.raised is not None and _fused(query, key, value)):
+    if bias.target is not None or (simple and queries > 1 and bias.raised is not None and has_fused(query, key, value)):
         return merge(query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
     if simple and queries > 1 and len(bias.heads) < query.shape[1]:
         output = plain(query, key, value, mask, **arguments)[0].transpose(1, 2)
@@ -220,12 +303,6 @@ def _biased_sdpa(
     dense = biased_mask(mask, sum_biases(key_bias, query), queries, key.shape[2])
     result: Tensor = plain(query, key, value, dense.contiguous(), **arguments)[0]
     return result
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel that returns the normaliser is at hand: elsewhere `merge` would be slower than a mask."""
-    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    return query.device.type == "cpu" and query.dtype != torch.float64 and not learns
 
 
 def sum_biases(key_bias: tuple[KeyBias, ...], query: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def attention_with_lse(
     Args:
         query: ``[batch, heads, queries, head_dim]``.
         key: ``[batch, kv_heads, keys, head_dim]``; ``kv_heads`` divides ``heads``.
-        value: as ``key``.
+        value: as ``key``, but for the size of its heads, which may be another.
         mask: as in `biased_mask`, with 1 or ``heads`` heads.
         scale: factor of the scores.
 
@@ -110,8 +110,7 @@ def attention_with_lse(
     tensor([[[1., 2., 3.]]])
     """
     causal = mask is None and query.shape[2] > 1
-    # Float64 takes the other way: the fused kernel's normaliser is single precision.
-    if query.device.type == "cpu" and query.dtype != torch.float64 and not _differentiates(query, key, value):
+    if has_fused(query, key, value):
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)  # as sdpa itself does
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -172,7 +171,7 @@ def merge(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
         plain_lse = lse[:, bias.heads, block] + floor[:, None]
         few_lse = scores.logsumexp(-1)
         if bias.target is not None:
-            few_lse = few_lse + _dose(few_lse - plain_lse, bias.target, bias.limit)
+            few_lse = few_lse + torch.log(torch.expm1(_dose(few_lse - plain_lse, bias.target, bias.limit)))
         few = torch.softmax(scores, -1).to(value.dtype) @ few_values
         share = torch.sigmoid(few_lse - plain_lse)[..., None].to(value.dtype)
         # Where a row sees no raised key its share is exactly 0.
@@ -181,14 +180,36 @@ def merge(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
 
 
 def _dose(log_mass: Tensor, target: float, limit: float) -> Tensor:
-    """``log(e^d - 1)`` of the bias ``d`` that lifts a share of attention to ``target``; never lowers one.
+    """The bias ``d`` that lifts a share of attention to ``target``; never lowers one.
 
     A share psi becomes ``psi e^d / (psi e^d + 1 - psi)``, which is ``target`` for
     ``d = logit(target) - logit(psi)`` (PASTA specification, section 8.5).
     """
     mass = log_mass.exp().clamp(max=1 - 1e-6)
-    bias = (math.log(target / (1 - target)) - log_mass + torch.log1p(-mass)).clamp(min=0, max=limit)
-    return torch.log(torch.expm1(bias))
+    return (math.log(target / (1 - target)) - log_mass + torch.log1p(-mass)).clamp(min=0, max=limit)
+
+
+def lift(bias: KeyBias, heads: int, scores: Tensor) -> Tensor:
+    """The bias that ``target`` asks for, where the scores are written out.
+
+    Args:
+        bias: with ``target`` and ``raised``.
+        heads: query heads of the layer.
+        scores: masked scores ``[batch, heads, queries, keys]``.
+
+    Returns:
+        As ``scores``: 0 everywhere but at the raised keys of the biased heads.
+    """
+    assert bias.raised is not None
+    assert bias.target is not None
+    keys = scores.shape[-1]
+    inside = (bias.raised >= 0) & (bias.raised < keys)
+    raised = torch.zeros(len(bias.raised), keys, dtype=torch.int64, device=scores.device)
+    raised = raised.scatter_add(1, bias.raised.where(inside, 0), inside.long()) > 0
+    few = scores.masked_fill(~raised[:, None, None, :], torch.finfo(scores.dtype).min).logsumexp(-1, keepdim=True)
+    dose = _dose(few - scores.logsumexp(-1, keepdim=True), bias.target, bias.limit)
+    chosen = torch.zeros(heads, dtype=torch.bool, device=scores.device).index_fill(0, bias.heads, True)
+    return torch.where(raised[:, None, None, :] & chosen[None, :, None, None], dose, 0)
 
 
 def _sees(mask: Tensor | None, index: Tensor, block: slice, queries: int) -> Tensor:
@@ -246,21 +267,25 @@ def with_key_channel(
 
     Biased query heads get channels of 1 (or their weight), keys the log-strength over ``scale`` in two parts: the
     second holds what the first lost to rounding, so that bfloat16 keeps alpha to 1e-5 instead of 1 %. All else is
-    zeros, up to a multiple of 8.
+    zeros, up to a multiple of 8, the same for keys and values: such kernels know one size.
     PASTA specification, section 8.2.
 
     Args:
         query: ``[batch, heads, queries, head_dim]``.
         key: ``[batch, kv_heads, keys, head_dim]``.
-        value: as ``key``.
+        value: as ``key``, but for the size of its heads, which may be another.
         scale: factor of the scores; the caller passes the same one to the kernel.
         bias: the heads and the log-strengths.
 
     Returns:
-        The three, ``head_dim`` grown by 8 to 15; the first ``head_dim`` channels of the output are the result.
+        The three with heads of one size, 8 to 15 above the larger; the first channels of the output, as many as
+        ``value`` had, are the result.
     """
-    extra = 8 + -query.shape[3] % 8
-    wide_query, wide_key, wide_value = (torch.nn.functional.pad(part, (0, extra)) for part in (query, key, value))
+    widest = max(query.shape[3], value.shape[3])
+    wide = widest + 8 + -widest % 8
+    wide_query, wide_key, wide_value = (
+        torch.nn.functional.pad(part, (0, wide - part.shape[3])) for part in (query, key, value)
+    )
     exact = bias.values.double() / scale
     high = exact.to(key.dtype)
     low = (exact - high).to(key.dtype)
@@ -272,5 +297,12 @@ def with_key_channel(
     return wide_query, wide_key, wide_value
 
 
-def _differentiates(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def has_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel that returns the normaliser takes these; elsewhere `merge` is slower than a mask.
+
+    It wants heads of one size, which those of multi-head latent attention are not, gives no gradient, and its
+    normaliser is single precision.
+    """
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    usual = query.dtype != torch.float64 and query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and usual and not learns

@@ -10,6 +10,7 @@ def flash(module, query, key, value, attention_mask, scaling=None, sliding_windo
     """What a flash kernel takes: a mask of padding or none, the usual direction, no bias."""
     assert arguments.get("position_bias") is None
     assert query.shape[-1] % 8 == 0
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
     assert attention_mask is None or attention_mask.ndim == 2
     queries, keys = query.shape[2], key.shape[2]
     after = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)

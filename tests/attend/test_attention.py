@@ -5,12 +5,27 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tenfold.attend.attention import attention, base_implementation, installed, self_attentions
+from tenfold.attend.marks import encode, from_tags
+from tenfold.attend.mass import attention_mass
+from tenfold.attend.pasta import steer
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.biased import KeyBias
-from tenfold.models.tiny import tiny_model
+from tenfold.models.tiny import tiny_model, tiny_tokenizer
 
 FLASH = "made_up_flash"  # see conftest.py
 
@@ -243,6 +258,75 @@ def test_what_cannot_be_right_is_refused(module):
             call("sdpa", *key_bias)
 
 
+def test_a_flash_kernel_takes_no_more_than_256_channels(module):
+    """The bias needs 8 of them: heads of 256, such as Gemma's, leave it no room."""
+
+    def call(size, *key_bias):
+        query, key, value = (part.repeat(1, 1, 1, size // 16) for part in problem())
+        return attention(module, query, key, value, None, base=FLASH, key_bias=key_bias, scaling=0.01)[0]
+
+    few, other = biases()
+    assert call(240, few, other).shape[-1] == 240
+    assert torch.equal(call(256), call(256))  # nothing is biased: nothing is in the way
+    for size, key_bias in ((256, (few,)), (240, (few, other, few))):
+        with pytest.raises(ModelError, match=rf"264 channels, and {FLASH} takes up to 256.*\n.*sdpa"):
+            call(size, *key_bias)
+
+
+def test_flex_attention_that_knows_no_bias_is_refused(module, monkeypatch):
+    """Among the arguments of an older transformers the bias would be lost without a word."""
+    query, key, value = problem()
+
+    def call(*key_bias):
+        return attention(module, query, key, value, None, base="flex_attention", key_bias=key_bias, scaling=0.25)
+
+    def older(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        return value, None
+
+    def newer(module, query, key, value, attention_mask, scaling=None, position_bias=None, **kwargs):
+        return position_bias, None
+
+    few = biases()[0]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", newer)
+    assert torch.equal(call(few)[0], few.dense(4, torch.float32).expand(-1, -1, 12, -1))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", older)
+    assert call()[0] is value
+    with pytest.raises(ModelError, match=r"takes no bias of keys\n.*-U transformers"):
+        call(few)
+
+
+@pytest.mark.parametrize("target_mass", [None, 0.5])
+def test_heads_whose_values_have_another_size(target_mass):
+    """Multi-head latent attention: every implementation gives what eager gives, or what the dose asks for."""
+    config = DeepseekV3Config(
+        vocab_size=262,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=12,
+        first_k_dense_replace=2,
+    )
+    torch.manual_seed(0)
+    model, found = DeepseekV3ForCausalLM(config).eval(), {}
+    marks = encode(tiny_tokenizer(), [from_tags("It was long ago and <mark>red</mark>, she said.")])
+    plain = model(**marks.inputs).logits
+    for base in ("eager", "sdpa") if target_mass else ("eager", "sdpa", FLASH):
+        model.config._attn_implementation = base
+        with steer(model, marks, heads={0: [1], 1: [0, 2]}, target_mass=target_mass), torch.no_grad():
+            found[base] = model(**marks.inputs).logits
+            share = attention_mass(model, marks)
+        if target_mass:
+            assert share[[0, 1, 1], [1, 0, 2]] == pytest.approx(0.5, abs=1e-5)
+        torch.testing.assert_close(found[base], found["eager"], atol=1e-5, rtol=0)
+    assert not torch.allclose(found["eager"], plain, atol=1e-3)
+
+
 def test_a_probe_sees_the_biased_attention(module):
     query, key, value = problem()
     seen = []
@@ -267,12 +351,6 @@ def test_a_probe_sees_the_biased_attention(module):
 
 def test_a_cache_under_another_name_is_seen():
     """GPT-NeoX hands its cache to attention as ``layer_past``: decoding with it is decoding without it."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    from tenfold.attend.marks import encode, from_tags
-    from tenfold.attend.pasta import steer
-    from tenfold.models.tiny import tiny_tokenizer
-
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=262, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48

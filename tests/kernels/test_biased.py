@@ -25,7 +25,7 @@ def problem(dtype=torch.float64, queries=12, keys=12, seed=0):
 def definition(query, key, value, mask, values, heads):
     """Probabilities by the formula, heads one by one."""
     query, key, value = query.double(), key.double(), value.double()
-    output = torch.zeros_like(query)
+    output = query.new_zeros(*query.shape[:3], value.shape[3])
     for head in range(query.shape[1]):
         scores = query[:, head] @ key[:, head // 3].transpose(1, 2) * SCALE
         if head in heads:
@@ -140,6 +140,22 @@ def test_two_channels_keep_alpha_in_bfloat16():
     scores = (query.float() @ key.float().transpose(2, 3) * 0.125)[0, 0, 0]
     assert torch.allclose(scores.exp(), torch.full((4,), 0.01), rtol=1e-4)
     assert (query.shape[-1] % 8, query.shape[-1]) == (0, 16)
+
+
+@pytest.mark.parametrize("size", [4, 20])
+def test_values_of_another_size_than_keys(size):
+    """Multi-head latent attention: no fused kernel takes it, and those without a mask want one size."""
+    query, key, _ = problem(torch.float32)
+    value = torch.randn(2, 2, 12, size, generator=torch.Generator().manual_seed(3))
+    bias = strengths()
+    wanted = definition(query, key, value, causal(), bias.values, {0, 2, 4})
+    merged = merge(query, key, value, None, SCALE, bias)
+    q, k, v = with_key_channel(query, key, value, SCALE, bias)
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    k, v = k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)
+    channel = scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)[..., :size]
+    for found in (merged, channel):
+        assert (found.double() - wanted).abs().max() < 2e-6
 
 
 def test_weights_scale_each_head_of_each_row():

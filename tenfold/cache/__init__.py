@@ -1,0 +1,1 @@
+"""What a model remembers of its context, and in how many bytes."""

@@ -1,0 +1,151 @@
+"""The cache of a model, and the block within which its attention reads the packed form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from tenfold.attend.attention import PREFIX, base_implementation, installed
+from tenfold.cache.gear.layer import GearLayer
+from tenfold.cache.gear.settings import within_budget
+from tenfold.config.gear import CacheConfig
+from tenfold.errors import ModelError
+
+
+class GearCache(Cache):
+    """A cache of packed blocks for ``past_key_values=``.
+
+    Layers of full attention are packed; sliding windows and recurrent states keep their own exact cache. Within
+    `attach` (or any block that installs the attention function) attention reads the packed form. Elsewhere each layer
+    hands over expanded tensors: that saves memory between the steps, and costs time.
+
+    Args:
+        config: the model's configuration.
+        settings: how to store; or its keys by name.
+        **keys: as in `tenfold.config.gear.CacheConfig`.
+
+    Raises:
+        ModelError: no layer of full attention; an encoder-decoder.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> opened = tiny_model("llama")
+    >>> cache = GearCache(opened.model.config, bits=4, buffer=16)
+    >>> ids = opened.tokenizer("a text of some length, so that there is something to pack", return_tensors="pt")
+    >>> _ = opened.model(**ids, past_key_values=cache)
+    >>> cache.report()["tokens"], cache.report()["packed tokens"]
+    (57, 48)
+    """
+
+    def __init__(self, config: Any, settings: CacheConfig | None = None, **keys: Any) -> None:
+        settings = settings or CacheConfig.parse(keys, "cache")
+        decoder = config.get_text_config(decoder=True)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                "a model of encoder and decoder has two caches", remedy="take a decoder such as Llama, Qwen or Gemma"
+            )
+        layers = list(DynamicCache(config=config).layers)
+        full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            raise ModelError(
+                f"{decoder.model_type}: no layer of full attention, so there is nothing to pack",
+                remedy="keep the model's own cache: it is small already",
+            )
+        unknown = sorted(set(settings.layer_bits) - set(full))
+        if unknown:
+            raise ModelError(
+                f"layer_bits: layers {unknown} are none of full attention", remedy=f"layers that are packed: {full}"
+            )
+        heads = decoder.num_attention_heads
+        self.kv_heads: int = getattr(decoder, "num_key_value_heads", None) or heads
+        self.head_dim: int = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+        self.settings = within_budget(settings, layers=len(full), channels=self.head_dim, kv_heads=self.kv_heads)
+
+        def views() -> bool:
+            name = str(decoder._attn_implementation)
+            return name.startswith(PREFIX) and base_implementation(decoder) != "flex_attention"
+
+        for index in full:
+            layers[index] = GearLayer(self.settings, index, views)
+        super().__init__(layers=layers)
+
+    @property
+    def packed_layers(self) -> list[GearLayer]:
+        """The layers that are packed."""
+        return [layer for layer in self.layers if isinstance(layer, GearLayer)]
+
+    def report(self) -> dict[str, Any]:
+        """What is stored, measured on the tensors themselves, beside what the formula says.
+
+        Returns:
+            ``mode``; ``tokens`` and ``packed tokens`` of a row; ``bytes`` of the packed layers, and by part; ``packed
+            bytes``, ``exact bytes`` (first tokens and buffer); ``bits`` per packed number, measured, and ``formula
+            bits``; ``bits with buffer`` per number of the cache. Under ``simulate`` nothing is packed: bytes are those
+            of the plain numbers, and ``bits`` is what the formula says.
+        """
+        layers = [layer for layer in self.packed_layers if layer.is_initialized]
+        parts = {name: sum(layer.stored_bytes()[name] for layer in layers) for name in _PART_NAMES}
+        packed_bytes = sum(parts.values()) - parts["exact"]
+        elements = formula = total = 0.0
+        for layer in layers:
+            batch, kv_heads = layer.buffer[0].shape[:2]
+            for number, (keys, values) in enumerate(layer.packed):
+                count = batch * kv_heads * keys.blocks * keys.length * (keys.channels + values.channels)
+                elements += count
+                formula += count * layer.formats.element_bits(keys.length, keys.channels, kv_heads, later=number > 0)
+            total += batch * kv_heads * layer.get_seq_length() * 2 * self.head_dim
+        bits = formula / elements if self.settings.mode == "simulate" and elements else None
+        measured = 8 * packed_bytes / elements if elements else 0.0
+        return {
+            "mode": self.settings.mode,
+            "tokens": layers[0].get_seq_length() if layers else 0,
+            "packed tokens": layers[0].packed_tokens if layers else 0,
+            "bytes": packed_bytes + parts["exact"],
+            "packed bytes": packed_bytes,
+            "exact bytes": parts["exact"],
+            "parts": parts,
+            "bits": measured if bits is None else bits,
+            "formula bits": formula / elements if elements else 0.0,
+            "bits with buffer": 8 * (packed_bytes + parts["exact"]) / total if total else 0.0,
+            "kernel": layers[0].functions.name if layers else None,
+        }
+
+
+_PART_NAMES = ("codes", "scales", "low rank", "outliers", "exact")
+
+
+@contextmanager
+def attach(model: Any, settings: CacheConfig | None = None, **keys: Any) -> Iterator[GearCache]:
+    """A cache for the model, whose attention reads the packed form while the block runs.
+
+    ``cache.reset()`` empties it for another text. Leaving restores the model's attention, also after an exception.
+
+    Args:
+        model: a decoder on transformers' attention interface, on sdpa, eager or flash.
+        settings: how to store; or its keys by name.
+        **keys: as in `tenfold.config.gear.CacheConfig`.
+
+    Yields:
+        The cache.
+
+    Raises:
+        ModelError: the model is on flex attention, or off the attention interface.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> opened = tiny_model("llama")
+    >>> ids = opened.tokenizer("some text", return_tensors="pt")
+    >>> with attach(opened.model, bits=4) as cache:
+    ...     text = opened.model.generate(**ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    >>> text.shape
+    torch.Size([1, 13])
+    """
+    cache = GearCache(model.config, settings, **keys)
+    with installed(model):
+        if base_implementation(model.config.get_text_config(decoder=True)) == "flex_attention":
+            raise ModelError(
+                "flex attention reads no packed cache", remedy="open the model with 'sdpa', or use a bare GearCache"
+            )
+        yield cache

@@ -1,0 +1,300 @@
+"""One layer of a compressed cache: exact first tokens, packed blocks, an exact buffer.
+
+Blocks are appended and never packed again. GEAR specification, sections 2.2 and 6.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from tenfold.cache.gear.recipe import Format, compress
+from tenfold.cache.gear.settings import KEYS, VALUES, LayerFormats, layer_formats, rotates, sinks_of
+from tenfold.config.gear import CacheConfig
+from tenfold.errors import ModelError
+from tenfold.kernels.compressed import RAW, Functions, Side, choose
+from tenfold.kernels.view import View
+
+
+class GearLayer(CacheLayerMixin):
+    """Keys and values of one attention layer.
+
+    Args:
+        config: how they are stored.
+        index: of the layer, for its bits and for errors.
+        views: whether the attention function of the model reads views now; else whole tensors are handed over.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, config: CacheConfig, index: int, views: Callable[[], bool]) -> None:
+        super().__init__()
+        self.config, self.index, self.views = config, index, views
+        self.formats: LayerFormats = layer_formats(config, index)
+        self.record_past = False
+        self.packed: tuple[tuple[Side, Side], ...] = ()
+        self.packed_tokens = 0
+        """Tokens that went through the quantiser so far."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and shapes from the first keys and values; they may have no tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        empty = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
+        self.first, self.buffer, self.packed = empty, empty, ()
+        self.functions: Functions = choose(self.config.kernel, self.device)
+        self.rotation = None
+        if rotates(self.config) and any(form.bits != RAW for form in self.formats.prompt):
+            if key_states.shape[-1] != value_states.shape[-1]:
+                raise ModelError(
+                    f"layer {self.index}: keys have {key_states.shape[-1]} channels, values {value_states.shape[-1]}: "
+                    "they cannot share a rotation",
+                    remedy="give rotate: false",
+                )
+            self.rotation = hadamard(key_states.shape[-1]).to(self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Append keys and values; hand over what this call attends to.
+
+        Args:
+            key_states: ``[batch, kv_heads, tokens, channels]``.
+            value_states: as ``key_states``.
+            *args: what else transformers passes.
+            **kwargs: likewise.
+
+        Returns:
+            Two views where the attention function reads them, else two tensors of all tokens.
+
+        Raises:
+            ModelError: another batch size, dtype or shape than before; numbers that are not finite, in a block that is
+                to be packed.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for name, new, old in zip(("keys", "values"), (key_states, value_states), self.buffer, strict=True):
+            if (new.shape[:2], new.shape[3], new.dtype) != (old.shape[:2], old.shape[3], old.dtype):
+                raise ModelError(
+                    f"layer {self.index}: {name} {tuple(new.shape)} {new.dtype} after {tuple(old.shape)} {old.dtype}",
+                    remedy="one cache is for one batch: call cache.reset(), or make another",
+                )
+        started = self.get_seq_length() > 0
+        buffer = (torch.cat([self.buffer[0], key_states], 2), torch.cat([self.buffer[1], value_states], 2))
+        self.buffer = buffer
+        view = View(
+            self.first, self.packed, buffer, self.rotation, self.functions, lambda keep: self.finish(keep, started)
+        )
+        if self.views():
+            return view, view
+        tensors = view.tensors() if self.packed else buffer
+        self.finish(None, started)
+        return tensors
+
+    def finish(self, keep: Tensor | None, started: bool = True) -> None:
+        """Pack what the buffer has too much of, after the attention of this call.
+
+        Args:
+            keep: ``[batch, tokens]``, bool: tokens of the whole cache that are no padding; None is all.
+            started: whether there were tokens before this call: the paper packs all of a prompt.
+        """
+        if self.record_past:
+            return
+        length, size = self.buffer[0].shape[2], self.config.buffer
+        whole = self.config.prefill == "compress" and not started and length > 1
+        sinks = max(0, sinks_of(self.config) - self.first[0].shape[2]) if not self.packed else 0
+        tokens = length - sinks if whole else (length - sinks) // size * size
+        if tokens <= 0:
+            return
+        stop = sinks + tokens
+        blocks = [side[:, :, sinks:stop] for side in self.buffer]
+        kept = None if keep is None else keep[:, -length:][:, sinks:stop]
+        self._check_finite(blocks, kept)
+        single = self.config.prefill != "blocks" and not self.packed
+        packed = self._pack(blocks, kept, 1 if single else tokens // size)
+        last = self.packed[-1] if self.packed else None
+        if last is not None and all(old.like(new) for old, new in zip(last, packed, strict=True)):
+            packed, self.packed = (last[0].append(packed[0]), last[1].append(packed[1])), self.packed[:-1]
+        self.packed = (*self.packed, packed)
+        if sinks:
+            self.first = (self._joined(0, sinks), self._joined(1, sinks))
+        self.buffer = (self.buffer[0][:, :, stop:].clone(), self.buffer[1][:, :, stop:].clone())  # frees the rest
+        self.packed_tokens += tokens
+
+    def _joined(self, side: int, tokens: int) -> Tensor:
+        return torch.cat([self.first[side], self.buffer[side][:, :, :tokens]], 2)
+
+    def _pack(self, sides: list[Tensor], keep: Tensor | None, blocks: int) -> tuple[Side, Side]:
+        forms = self.formats.block if self.packed else self.formats.prompt
+        found = [
+            self._pack_side(x, form, lines, keep, blocks)
+            for x, form, lines in zip(sides, forms, (KEYS, VALUES), strict=True)
+        ]
+        return found[0], found[1]
+
+    def _pack_side(self, x: Tensor, form: Format, lines: int, keep: Tensor | None, blocks: int) -> Side:
+        """Blocks of equal length are packed at once, as if they were rows of a batch."""
+        batch = x.shape[0]
+        x = x.unflatten(2, (blocks, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+        if keep is not None:
+            keep = keep.unflatten(1, (blocks, -1)).transpose(0, 1).flatten(0, 1)
+        if self.rotation is not None:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = x @ self.rotation.to(x)
+        side = compress(x, form, lines=lines, keep=keep)
+        if self.config.mode == "simulate":
+            side = Side(RAW, x.shape[-1], form.axis, 1, lines, side.dense(x.dtype).unsqueeze(0).to(self.dtype))
+        return side.map(lambda tensor: tensor[0].unflatten(0, (blocks, batch)))
+
+    def _check_finite(self, sides: list[Tensor], keep: Tensor | None) -> None:
+        """Before anything changes: one NaN would spoil its whole group."""
+        for name, side in zip(("keys", "values"), sides, strict=True):
+            bad = ~side.isfinite().all(-1).all(1)
+            if bool((bad if keep is None else bad & keep).any()):
+                raise ModelError(
+                    f"layer {self.index}: {name} are not finite and cannot be packed",
+                    remedy="look at the model's dtype and weights: the exact cache would hide the same NaN or infinity",
+                )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys of the next call, and the offset of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        if not self.is_initialized:
+            return 0
+        return self.first[0].shape[2] + _tokens(self.packed) + self.buffer[0].shape[2]
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """From now on nothing is packed before `crop` has said which tokens stay."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: exactly those, nothing that stays is packed again.
+
+        Args:
+            tokens_to_remove: 0 or negative, as transformers gives it.
+
+        Raises:
+            ValueError: a positive number, or more tokens than there are.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        if not self.is_initialized:
+            return
+        left = self.get_seq_length() + tokens_to_remove
+        if left < 0:
+            raise ValueError(f"crop({tokens_to_remove}): the cache has {self.get_seq_length()} tokens")
+        first = self.first[0].shape[2]
+        inside = left - first - _tokens(self.packed)
+        if inside < 0:
+            self.packed = _first_tokens(self.packed, max(0, left - first))
+        self.first = (self.first[0][:, :, :left], self.first[1][:, :, :left])
+        self.buffer = tuple(side[:, :, : max(0, inside)].clone() for side in self.buffer)  # type: ignore[assignment]
+        if self.record_past:
+            self.record_past = False
+            self.finish(None)
+            self.record_past = True
+
+    def _map(self, change: Callable[[Tensor], Tensor], change_packed: Callable[[Tensor], Tensor] | None = None) -> None:
+        if not self.is_initialized:
+            return
+        inner = change_packed or change
+        self.first = (change(self.first[0]), change(self.first[1]))
+        self.buffer = (change(self.buffer[0]), change(self.buffer[1]))
+        self.packed = tuple((keys.map(inner), values.map(inner)) for keys, values in self.packed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch by index, for beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._map(lambda tensor: tensor[indices.to(tensor.device)], lambda tensor: tensor[:, indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self._map(
+            lambda tensor: tensor.repeat_interleave(repeats, 0), lambda tensor: tensor.repeat_interleave(repeats, 1)
+        )
+
+    def offload(self) -> None:
+        """To the CPU."""
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Back to the layer's device."""
+        if self.is_initialized:
+            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized, self.packed, self.packed_tokens = False, (), 0
+        self.first = self.buffer = ()  # type: ignore[assignment]
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes by part: ``codes``, ``scales``, ``low rank``, ``outliers``, and ``exact`` first tokens and buffer."""
+        parts = dict.fromkeys(("codes", "scales", "low rank", "outliers", "exact"), 0)
+        if not self.is_initialized:
+            return parts
+        for side in (side for pair in self.packed for side in pair):
+            for name, tensor in side.tensors().items():
+                parts[_PARTS[name]] += tensor.nbytes
+        parts["exact"] = sum(tensor.nbytes for tensor in (*self.first, *self.buffer))
+        return parts
+
+
+_PARTS = {
+    "codes": "codes",
+    "scale": "scales",
+    "zero": "scales",
+    "left": "low rank",
+    "right": "low rank",
+    "delta": "outliers",
+    "place": "outliers",
+}
+
+
+def _tokens(packed: tuple[tuple[Side, Side], ...]) -> int:
+    return sum(keys.blocks * keys.length for keys, _ in packed)
+
+
+def _first_tokens(packed: tuple[tuple[Side, Side], ...], tokens: int) -> tuple[tuple[Side, Side], ...]:
+    """Whole blocks, and the one that is cut."""
+    kept: list[tuple[Side, Side]] = []
+    for pair in packed:
+        blocks, rest = divmod(min(tokens, pair[0].blocks * pair[0].length), pair[0].length)
+        keys, values = pair
+        if blocks:
+            kept.append((keys.some_blocks(0, blocks).copied(), values.some_blocks(0, blocks).copied()))
+        if rest:
+            cut = [side.some_blocks(blocks, blocks + 1).first_tokens(rest) for side in pair]
+            kept.append((cut[0], cut[1]))
+        tokens -= blocks * pair[0].length + rest
+    return tuple(kept)
+
+
+@lru_cache
+def hadamard(channels: int) -> Tensor:
+    """An orthogonal, symmetric matrix of equal magnitudes; block-diagonal where ``channels`` is no power of two.
+
+    >>> H = hadamard(24)
+    >>> torch.allclose(H @ H, torch.eye(24), atol=1e-6), int((H != 0).sum(0)[0])
+    (True, 8)
+    """
+    size = channels & -channels  # the largest power of two that divides it
+    block = torch.ones(1, 1)
+    while block.shape[0] < size:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return torch.block_diag(*[block / math.sqrt(size)] * (channels // size))

@@ -1,0 +1,116 @@
+"""GEAR: how the KV cache is packed, and what to compare it on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tenfold.config.base import Config
+from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.data import DataFields
+from tenfold.errors import ConfigError
+
+Bits = Literal[2, 3, 4, 8, 16]
+Variant = Literal["best", "gear", "gear-l", "outlier-reduced", "plain"]
+Backbone = Literal["kivi", "kcvt", "per-token"]
+
+
+class CacheConfig(Config):
+    """How keys and values are stored (Kang et al. 2024, arXiv 2403.05527).
+
+    >>> CacheConfig(bits=3).variant
+    'best'
+    """
+
+    variant: Variant = "best"
+    """``gear``: codes, low rank and outliers; ``gear-l``: codes and low rank; ``outlier-reduced``: codes and outliers;
+    ``plain``: codes alone; ``best``: what measures best for its bytes, codes of rotated heads beside exact sinks."""
+    bits: Bits | None = None
+    """Width of the codes of keys and values; 4 unless a budget says otherwise. 16 stores bfloat16."""
+    key_bits: Bits | None = None
+    """Width of the codes of keys, where it is another one."""
+    value_bits: Bits | None = None
+    """Width of the codes of values, where it is another one."""
+    layer_bits: dict[int, tuple[Bits, Bits]] = {}
+    """Layers with widths of their own: ``{0: [8, 8]}``, keys and values."""
+    budget: BudgetText | None = None
+    """Instead of ``bits``: what a number (``3.5bits``) or a token of the whole model (``9KiB/token``) may cost."""
+    backbone: Backbone = "kivi"
+    """Which numbers share a scale. ``kivi``: ``group_size`` tokens of a key channel, as many channels of a value;
+    ``kcvt``: all tokens of a key channel, all channels and heads of a value; ``per-token``: channels for both."""
+    group_size: Annotated[int, Field(ge=8)] = 64
+    """Numbers that share a scale, except under ``kcvt``. Sensible: 32 to 128."""
+    s: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    """Share of the numbers that are outliers; 0.02 where the variant has any."""
+    prefill_rank: Annotated[int, Field(ge=0)] | None = None
+    """Rank of the low-rank part of the prompt (of every block under ``prefill: blocks``); 4 where there is any."""
+    rank: Annotated[int, Field(ge=0)] | None = None
+    """Rank of the low-rank part of later blocks; 2 where there is any."""
+    loop: Annotated[int, Field(ge=1)] = 3
+    """Rounds of the power iteration that finds the low-rank part."""
+    buffer: Annotated[int, Field(ge=1)] = 128
+    """Tokens that wait uncompressed until they are a block. Sensible: 64 to 256; small blocks cost more in scales."""
+    prefill: Literal["tail", "compress", "blocks"] = "tail"
+    """``tail`` packs the prompt's largest multiple of ``buffer`` as one block; ``compress`` packs all of it, as in the
+    paper; ``blocks`` packs blocks of ``buffer`` tokens, so that the state does not depend on how a prompt was split."""
+    sinks: Annotated[int, Field(ge=0)] | None = None
+    """First tokens that stay exact; 4 for ``best``, else 0 (not in the paper)."""
+    rotate: bool | None = None
+    """Multiply heads by a Hadamard matrix before packing; on for ``best``, else off (not in the paper)."""
+    mode: Literal["store", "simulate"] = "store"
+    """``store`` packs; ``simulate`` keeps what the packed form would give as plain numbers, to study quality alone."""
+    kernel: Literal["auto", "torch", "numba", "triton"] = "auto"
+    """What reads the packed form; ``auto`` takes the fastest that runs."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.budget is not None:
+            amount = parse_budget(self.budget)
+            if amount.unit not in ("bits", "bytes/token") or amount.amount <= 0:
+                raise ValueError(f"budget: {self.budget} is none of a cache: write 3.5bits or 9KiB/token")
+            given = [name for name in ("bits", "key_bits", "value_bits") if getattr(self, name) is not None]
+            if given or self.variant != "best":
+                raise ValueError(f"budget chooses the format: leave out {', '.join(given) or 'variant'}")
+        if self.variant in ("gear-l", "plain") and self.s:
+            raise ValueError(f"s: {self.s}, but variant {self.variant} has no outliers: give gear or outlier-reduced")
+        if self.variant in ("outlier-reduced", "plain") and (self.rank or self.prefill_rank):
+            raise ValueError(f"rank: variant {self.variant} has no low-rank part: give gear or gear-l")
+        raw = [
+            self.bits,
+            self.key_bits,
+            self.value_bits,
+            *(width for pair in self.layer_bits.values() for width in pair),
+        ]
+        if 16 in raw and self.variant not in ("best", "plain"):
+            raise ValueError(f"bits: 16 is exact to bfloat16, and variant {self.variant} has nothing to repair")
+        if self.kernel == "triton" and self.mode == "simulate":
+            raise ValueError("kernel: simulate has no packed form that a kernel could read; leave kernel out")
+        return self
+
+
+def parse_kv(text: str) -> CacheConfig:
+    """A cache as written on the command line: ``gear:4``, ``gear:3.5bits``, ``gear:9KiB/token``, ``gear-l:2``.
+
+    Raises:
+        ConfigError: none of these.
+
+    >>> parse_kv("gear:3").bits, parse_kv("gear-l:2").variant, parse_kv("gear:9KiB/token").budget
+    (3, 'gear-l', '9KiB/token')
+    """
+    name, _, amount = text.partition(":")
+    variants = {"gear": "best", "gear-full": "gear", "gear-l": "gear-l", "plain": "plain"}
+    if name not in variants or not amount:
+        raise ConfigError(
+            f"kv: {text!r} is no cache",
+            remedy="write gear:4, gear:3.5bits, gear:9KiB/token, gear-full:4, gear-l:2 or plain:4",
+        )
+    value = {"bits": int(amount)} if amount.isdigit() else {"budget": amount}
+    return CacheConfig.parse({"variant": variants[name], **value}, f"kv: {text}")
+
+
+class GearConfig(DataFields):
+    """Compare caches: quality against bytes, time against context.
+
+    ``data`` has texts; by default the reference of Python, which the package can read from the interpreter.
+    """

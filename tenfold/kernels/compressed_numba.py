@@ -1,0 +1,272 @@
+"""Scores and outputs from packed codes on the CPU, compiled by numba: codes are unpacked in registers, never stored.
+
+One call reads all blocks of a side. Work is split over pieces of some tokens, so that long blocks use all cores. Every
+unpacked token is used for all queries of its group of heads. Loops run over whole planes of channels (see
+`tenfold.core.formats.pack`), which compile to vector instructions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from tenfold.kernels import compressed
+from tenfold.kernels.compressed import RAW, Side
+
+PIECE = 256
+"""Tokens of one piece of work."""
+_EMPTY = np.zeros((0, 0, 0, 0, 0), np.uint16)
+_OPTIONS: dict[str, Any] = {"fastmath": True, "nogil": True, "cache": True}
+
+
+def _bitcast(typingctx, bits):  # type: ignore[no-untyped-def]  # numba reads the signature
+    """The float32 whose bits these are."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
+
+
+_as_float: Any = intrinsic(_bitcast)
+
+
+@numba.njit(**_OPTIONS)
+def _half(bits):  # type: ignore[no-untyped-def]
+    """A float16 from its bits. The exponent is moved by a product, which is right for subnormals as well."""
+    wide = np.uint32(bits)
+    moved = ((wide & np.uint32(0x7FFF)) << np.uint32(13)) | ((wide & np.uint32(0x8000)) << np.uint32(16))
+    return _as_float(moved) * np.float32(2.0**112)
+
+
+@numba.njit(**_OPTIONS)
+def _number(word, shift, mask):  # type: ignore[no-untyped-def]
+    """Some bits of a byte as float32. numba computes in 64 bits; narrowed first, vectors hold twice as many."""
+    return np.float32(np.int32((word >> shift) & mask))
+
+
+@numba.njit(**_OPTIONS)
+def _unpack(codes, n, b, h, t, bits, out):  # type: ignore[no-untyped-def]
+    """The codes of one token as float32."""
+    channels = out.shape[0]
+    if bits == 4:
+        half = channels // 2
+        for j in range(half):
+            out[j] = _number(codes[n, b, h, t, j], 0, 15)
+            out[half + j] = _number(codes[n, b, h, t, j], 4, 15)
+    elif bits == 2:
+        quarter = channels // 4
+        for j in range(quarter):
+            for part in range(4):
+                out[part * quarter + j] = _number(codes[n, b, h, t, j], 2 * part, 3)
+    elif bits == 3:
+        eighth = channels // 8
+        for j in range(eighth):
+            high = codes[n, b, h, t, 2 * eighth + j]
+            for part in range(4):  # a quarter of the channels is two eighths
+                even, odd = 2 * part, 2 * part + 1
+                first = ((codes[n, b, h, t, j] >> even) & 3) | (((high >> even) & 1) << 2)
+                second = ((codes[n, b, h, t, eighth + j] >> even) & 3) | (((high >> odd) & 1) << 2)
+                out[even * eighth + j] = np.float32(np.int32(first))
+                out[odd * eighth + j] = np.float32(np.int32(second))
+    else:
+        for j in range(channels):
+            out[j] = _number(codes[n, b, h, t, j], 0, 255)
+
+
+@numba.njit(parallel=True, **_OPTIONS)
+def _key_scores(query, bits, group, codes, scale, zero, left, right, pieces, found):  # type: ignore[no-untyped-def]
+    """``found[batch, heads, rows, N * tokens]`` for keys whose tokens share a scale."""
+    blocks, batch, heads, tokens = codes.shape[:4]
+    rows, channels = query.shape[2:]
+    for work in numba.prange(blocks * batch * heads * pieces):
+        piece, rest = work % pieces, work // pieces
+        h, rest = rest % heads, rest // heads
+        b, n = rest % batch, rest // batch
+        start, stop = piece * PIECE, min(tokens, (piece + 1) * PIECE)
+        buffer = np.empty(channels, np.float32)
+        scaled = np.empty((rows, channels), np.float32)
+        offset = np.empty(rows, np.float32)
+        rank = left.shape[4]
+        turned = np.zeros((rows, rank), np.float32)
+        for r in range(rows):
+            for j in range(channels):
+                for k in range(rank):
+                    turned[r, k] += query[b, h, r, j] * _half(right[n, b, h, j, k])
+        current = -1
+        for t in range(start, stop):
+            if t // group != current:
+                current = t // group
+                for r in range(rows):
+                    total = np.float32(0)
+                    for j in range(channels):
+                        scaled[r, j] = query[b, h, r, j] * _half(scale[n, b, h, current, j])
+                        total += query[b, h, r, j] * _half(zero[n, b, h, current, j])
+                    offset[r] = total
+            _unpack(codes, n, b, h, t, bits, buffer)
+            for r in range(rows):
+                total = offset[r]
+                for j in range(channels):
+                    total += scaled[r, j] * buffer[j]
+                for k in range(rank):
+                    total += turned[r, k] * _half(left[n, b, h, t, k])
+                found[b, h, r, n * tokens + t] = total
+
+
+@numba.njit(parallel=True, **_OPTIONS)
+def _key_outliers(query, tokens, delta, place, found):  # type: ignore[no-untyped-def]
+    """Adds the keys' outliers, which are listed channel by channel."""
+    blocks, batch, heads, count, channels = delta.shape
+    for work in numba.prange(blocks * batch * heads):
+        h, rest = work % heads, work // heads
+        b, n = rest % batch, rest // batch
+        for k in range(count):
+            for j in range(channels):
+                value = _half(delta[n, b, h, k, j])
+                t = n * tokens + place[n, b, h, k, j]
+                for r in range(query.shape[2]):
+                    found[b, h, r, t] += query[b, h, r, j] * value
+
+
+@numba.njit(parallel=True, **_OPTIONS)
+def _value_sums(weights, bits, codes, scale, zero, left, right, pieces, found):  # type: ignore[no-untyped-def]
+    """``found[work, rows, channels]``, a part of the sum from each piece, for values with one scale a token."""
+    blocks, batch, heads, tokens = codes.shape[:4]
+    rows, channels, shared = weights.shape[2], found.shape[2], scale.shape[2] == 1
+    for work in numba.prange(blocks * batch * heads * pieces):
+        piece, rest = work % pieces, work // pieces
+        h, rest = rest % heads, rest // heads
+        b, n = rest % batch, rest // batch
+        start, stop = piece * PIECE, min(tokens, (piece + 1) * PIECE)
+        own = 0 if shared else h
+        buffer = np.empty(channels, np.float32)
+        sums = np.zeros((rows, channels), np.float32)
+        rank = left.shape[4]
+        turned = np.zeros((rows, rank), np.float32)
+        offset = np.zeros(rows, np.float32)
+        for t in range(start, stop):
+            _unpack(codes, n, b, h, t, bits, buffer)
+            step, low = _half(scale[n, b, own, t, 0]), _half(zero[n, b, own, t, 0])
+            for r in range(rows):
+                weight = weights[b, h, r, n * tokens + t]
+                offset[r] += weight * low
+                scaled = weight * step
+                for j in range(channels):
+                    sums[r, j] += scaled * buffer[j]
+                for k in range(rank):
+                    turned[r, k] += weight * _half(left[n, b, h, t, k])
+        for r in range(rows):
+            for j in range(channels):
+                total = sums[r, j] + offset[r]
+                for k in range(rank):
+                    total += turned[r, k] * _half(right[n, b, h, j, k])
+                found[work, r, j] = total
+
+
+@numba.njit(parallel=True, **_OPTIONS)
+def _value_outliers(weights, delta, place, pieces, found):  # type: ignore[no-untyped-def]
+    """Adds the values' outliers, which are listed token by token, to what `_value_sums` found."""
+    blocks, batch, heads, tokens, count = delta.shape
+    for work in numba.prange(blocks * batch * heads * pieces):
+        piece, rest = work % pieces, work // pieces
+        h, rest = rest % heads, rest // heads
+        b, n = rest % batch, rest // batch
+        for t in range(piece * PIECE, min(tokens, (piece + 1) * PIECE)):
+            for k in range(count):
+                value, j = _half(delta[n, b, h, t, k]), place[n, b, h, t, k]
+                for r in range(weights.shape[2]):
+                    found[work, r, j] += weights[b, h, r, n * tokens + t] * value
+
+
+@numba.njit(parallel=True, **_OPTIONS)
+def _raw_scores(query, values, pieces, found):  # type: ignore[no-untyped-def]
+    """Scores of bfloat16 keys, given as their bits."""
+    blocks, batch, heads, tokens, channels = values.shape
+    for work in numba.prange(blocks * batch * heads * pieces):
+        piece, rest = work % pieces, work // pieces
+        h, rest = rest % heads, rest // heads
+        b, n = rest % batch, rest // batch
+        for t in range(piece * PIECE, min(tokens, (piece + 1) * PIECE)):
+            for r in range(query.shape[2]):
+                total = np.float32(0)
+                for j in range(channels):
+                    total += query[b, h, r, j] * _as_float(np.uint32(values[n, b, h, t, j]) << np.uint32(16))
+                found[b, h, r, n * tokens + t] = total
+
+
+@numba.njit(parallel=True, **_OPTIONS)
+def _raw_sums(weights, values, pieces, found):  # type: ignore[no-untyped-def]
+    """Sums of bfloat16 values, given as their bits, a part from each piece."""
+    blocks, batch, heads, tokens, channels = values.shape
+    rows = weights.shape[2]
+    for work in numba.prange(blocks * batch * heads * pieces):
+        piece, rest = work % pieces, work // pieces
+        h, rest = rest % heads, rest // heads
+        b, n = rest % batch, rest // batch
+        sums = np.zeros((rows, channels), np.float32)
+        for t in range(piece * PIECE, min(tokens, (piece + 1) * PIECE)):
+            for r in range(rows):
+                weight = weights[b, h, r, n * tokens + t]
+                for j in range(channels):
+                    sums[r, j] += weight * _as_float(np.uint32(values[n, b, h, t, j]) << np.uint32(16))
+        found[work] = sums
+
+
+def scores(side: Side, query: Tensor) -> Tensor:
+    """As `tenfold.kernels.compressed.scores`; what these kernels do not read goes there."""
+    if not _reads(side, query) or (side.bits != RAW and side.axis != -2):
+        return compressed.scores(side, query)
+    pieces = -(-side.length // PIECE)
+    given = query.numpy()
+    found = np.empty((*query.shape[:3], side.blocks * side.length), np.float32)
+    if side.bits == RAW:
+        _raw_scores(given, _bits(side.codes), pieces, found)
+    else:
+        _key_scores(given, side.bits, side.group, *_parts(side), pieces, found)
+        if side.delta is not None and side.place is not None:
+            _key_outliers(given, side.length, _bits(side.delta), side.place.numpy(), found)
+    return torch.from_numpy(found)
+
+
+def combine(side: Side, weights: Tensor) -> Tensor:
+    """As `tenfold.kernels.compressed.combine`; what these kernels do not read goes there."""
+    if not _reads(side, weights) or (side.bits != RAW and (side.axis != -1 or side.group < side.channels)):
+        return compressed.combine(side, weights)
+    pieces = -(-side.length // PIECE)
+    batch, heads, rows = weights.shape[:3]
+    found = np.empty((side.blocks * batch * heads * pieces, rows, side.channels), np.float32)
+    if side.bits == RAW:
+        _raw_sums(weights.numpy(), _bits(side.codes), pieces, found)
+    else:
+        given = weights.numpy()
+        _value_sums(given, side.bits, *_parts(side), pieces, found)
+        if side.delta is not None and side.place is not None:
+            _value_outliers(given, _bits(side.delta), side.place.numpy(), pieces, found)
+    return torch.from_numpy(found).view(side.blocks, batch, heads, pieces, rows, -1).sum((0, 3))
+
+
+def _reads(side: Side, numbers: Tensor) -> bool:
+    """Whether the kernels know these formats: float32 numbers, and float16 beside the codes."""
+    if numbers.dtype != torch.float32 or numbers.requires_grad or side.channels % 8:
+        return False
+    if side.bits == RAW:
+        return side.codes.dtype == torch.bfloat16
+    kinds = (side.scale, side.zero, side.left, side.right, side.delta)
+    return all(part is None or part.dtype == torch.float16 for part in kinds)
+
+
+def _bits(tensor: Tensor) -> Any:
+    """The bits of 16-bit floats."""
+    return tensor.view(torch.uint16).numpy()
+
+
+def _parts(side: Side) -> tuple[Any, ...]:
+    """Codes, scale, zero and the two factors, empty ones where there are none."""
+    halves = (side.scale, side.zero, side.left, side.right)
+    return side.codes.numpy(), *(_EMPTY if part is None else _bits(part) for part in halves)
