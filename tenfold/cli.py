@@ -118,7 +118,30 @@ def _parse(command: Callable[..., int], verb: str, arguments: list[str], note: s
     description = f"{(command.__doc__ or '').strip()}{note}\n\nexamples:\n" + "".join(
         f"  {line}\n" for line in EXAMPLES[verb].splitlines()
     )
-    return tyro.cli(command, prog=f"tenfold {verb}", description=description, args=arguments)
+    try:
+        return tyro.cli(command, prog=f"tenfold {verb}", description=description, args=arguments)
+    except _RefusedError as refused:
+        raise ConfigError(str(refused), remedy=f"tenfold {verb} --help shows the flags") from None
+
+
+class _RefusedError(Exception):
+    """Carries what is wrong with the flags past tyro, which would show pydantic's words for it."""
+
+
+def _checked(config_class: Any, where: str) -> Any:
+    """The class with errors in our words."""
+
+    class Checked(config_class):
+        __doc__ = config_class.__doc__
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                config_class.parse(values, where)
+            except ConfigError as error:
+                raise _RefusedError(error.problem) from None
+            super().__init__(**values)
+
+    return Checked
 
 
 def run(
@@ -251,12 +274,16 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
     default = MODEL_VERBS[verb][0]
     if arguments and arguments[0] in methods and len(methods) > 1:  # `steer profile MODEL`: the method as a word
         default, arguments = arguments[0], arguments[1:]
+    elif len(methods) > 1 and len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2]):
+        raise ConfigError(f"{arguments[0]!r} is no method of {verb}", remedy=f"methods: {', '.join(methods)}")
     method, arguments = _take(arguments, "--method", default)
     if method not in methods:
         raise ConfigError(f"--method: {method!r} is no method of {verb}", remedy=f"methods: {', '.join(methods)}")
     source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")
-    config_class: Any = stage(method).config_class()
-    model_class: Any = create_model("Model", __base__=ModelFields, model=(Positional[str], source))
+    config_class = _checked(stage(method).config_class(), f"tenfold {verb}")
+    model_class = _checked(
+        create_model("Model", __base__=ModelFields, model=(Positional[str], source)), f"tenfold {verb}"
+    )
 
     def command(opened: Any, config: Any, out: Path | None = None) -> int:
         values = {**opened.model_dump(), "stages": [{"use": method, **config.model_dump(exclude_unset=True)}]}

@@ -133,8 +133,10 @@ def load_profile(source: str | Path) -> Profile:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"profile: {path} cannot be read: {error}", remedy="give a JSON file") from error
-    ours = isinstance(values, dict) and values.get("format") == FORMAT
     try:
+        if not isinstance(values, dict):
+            raise TypeError(f"a {type(values).__name__} instead of a dictionary")
+        ours = values.get("format") == FORMAT
         heads = parse_heads(values["heads"] if ours else values)
         if not any(heads.values()):
             raise ValueError("it names no head")

@@ -106,7 +106,9 @@ def find_profile(
     marks = encode(tokenizer, prompts, device=input_device(model))
     sets = {0: (), **candidates(rankings, sizes)}
     if len(sets) == 1:
-        raise ConfigError(f"sizes: none of {list(sizes)} can be reached", remedy="give smaller sizes")
+        raise ConfigError(
+            f"sizes: none of {list(sizes)} can be reached", remedy=f"give sizes up to {len(short)}, or raise shortlist"
+        )
     curve = []
     for number, (k, heads) in enumerate(sets.items()):
         if tell is not None:

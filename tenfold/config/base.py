@@ -49,7 +49,7 @@ def _explain(error: ValidationError, cls: type[Config], where: str) -> ConfigErr
     lines = []
     unknown = False
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "values"
+        key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             unknown = True
             near = difflib.get_close_matches(key, keys, n=1)
@@ -59,8 +59,8 @@ def _explain(error: ValidationError, cls: type[Config], where: str) -> ConfigErr
             lines.append(f"{where}: {key}: missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            given = "" if item["type"] == "value_error" and not item["loc"] else f", got {item['input']!r}"
-            lines.append(f"{where}: {key}: {message}{given}")
+            # What is wrong between keys names them itself.
+            lines.append(f"{where}: {key}: {message}, got {item['input']!r}" if key else f"{where}: {message}")
     remedy = (
         f"valid keys: {', '.join(keys)}" if unknown else f"see the reference of {cls.__name__} for the valid ranges"
     )

@@ -34,6 +34,23 @@ class GenerateConfig(SteeringFields):
     """Let the model name the sentence of ``context`` that answers, and emphasise it (AutoPASTA); the answer without is
     shown beside."""
 
+    @property
+    def steers(self) -> bool:
+        """Only where there is something to emphasise."""
+        return bool(self.emphasise) or self.find_evidence
+
+    @model_validator(mode="after")
+    def _something_to_steer(self) -> Self:
+        # A resolved recipe spells defaults out, so what counts is whether a value is another one.
+        for key in () if self.steers else SteeringFields.model_fields:
+            value = getattr(self, key)
+            if value != SteeringFields.model_fields[key].default:
+                raise ValueError(
+                    f"{key}: {value!r}, but nothing is emphasised: give emphasise, or context, question and "
+                    f"find_evidence, or leave {key} out"
+                )
+        return self
+
     @model_validator(mode="after")
     def _one_job(self) -> Self:
         if (self.context is None) != (self.question is None):

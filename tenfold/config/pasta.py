@@ -48,6 +48,11 @@ class SteeringFields(Config):
     alpha: Annotated[float, Field(ge=0)] = 0.01
     """Factor of the attention to unmarked prompt tokens: below 1 emphasises the marks. Sensible: 0.001 to 0.3."""
 
+    @property
+    def steers(self) -> bool:
+        """Whether the stage emphasises anything at all."""
+        return True
+
     def profile_file(self) -> Path | None:
         """The file that ``profile`` names; None where an earlier stage of the recipe will make it.
 

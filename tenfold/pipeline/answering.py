@@ -105,7 +105,10 @@ class Asked:
         while len(ask.tokenizer(ask.identifying(row.question, _join(passages, kept)).text)["input_ids"]) > room:
             spare = [index for index in kept if index not in gold]
             if not spare:
-                raise DataError(f"row {row.id!r}: its context is longer than {room} tokens", "raise max_prompt_tokens")
+                raise DataError(
+                    f"row {row.id!r}: its context is longer than {room} tokens",
+                    remedy="shorten it, raise max_prompt_tokens if you set it, or take a model that reads more",
+                )
             kept.remove(spare[-1])
         context = _join(passages, kept)
         spans, begin = [], 0

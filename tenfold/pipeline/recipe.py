@@ -156,9 +156,9 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
             earlier = trained.get(_same(keys.get("data")))
             if "split" in config_class.model_fields and earlier is not None:
                 keys = _held_out(keys, earlier, place)
-        if issubclass(config_class, SteeringFields) and keys.get("profile") is None and profiled is not None:
-            keys["profile"] = profiled.folder
         config = config_class.parse(keys, place)
+        if isinstance(config, SteeringFields) and config.steers and config.profile is None and profiled is not None:
+            config = config.model_copy(update={"profile": profiled.folder})
         steps.append(Step(index, name, config))
         if isinstance(config, ProfileConfig):
             profiled = steps[-1]

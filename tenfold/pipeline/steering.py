@@ -277,6 +277,7 @@ def mass_map(mass: Tensor, subject: str) -> Figure:
         values,
         "Share of each head's attention that the last token of a prompt gives to the marks; mean over the prompts of "
         f"the first batch. Mean over the heads {sum(seen) / len(seen):.3f}, largest {max(seen):.2f}.",
+        full=1.0,
     )
 
 
@@ -287,10 +288,14 @@ def head_map(profile: Profile) -> Figure:
     return _layers_and_heads("Heads of the profile", values, "1: steered. The best heads of every task, intersected.")
 
 
-def _layers_and_heads(title: str, values: Sequence[Sequence[float | None]], caption: str) -> Figure:
+def _layers_and_heads(
+    title: str, values: Sequence[Sequence[float | None]], caption: str, full: float | None = None
+) -> Figure:
     layers = tuple(map(str, range(len(values[0]))))
     series = tuple(Series(name=str(head), x=layers, y=tuple(row)) for head, row in enumerate(values))
-    return Figure(kind="heatmap", title=title, x_label="layer", y_label="head", series=series, caption=caption)
+    return Figure(
+        kind="heatmap", title=title, x_label="layer", y_label="head", series=series, full=full, caption=caption
+    )
 
 
 def _curve_figure(profile: Profile) -> Figure:
@@ -320,7 +325,7 @@ def _curve_table(profile: Profile) -> Table:
 
 def _curve_metrics(point: dict[str, Any]) -> tuple[Metric, ...]:
     return (
-        Metric(name="score", value=point["score"], better="higher"),
+        Metric(name="score", value=point["score"], stderr=point["stderr"], better="higher"),
         Metric(name="fluency", value=point["fluency"], unit="bits"),
     )
 

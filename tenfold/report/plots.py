@@ -280,7 +280,7 @@ def _heatmap(figure: Figure) -> Canvas:
     axes.grid(False)
     places = {label: place for place, label in enumerate(columns)}
     values = [value for series in rows for value in series.y if value is not None and math.isfinite(value)]
-    largest = max(abs(value) for value in values) or 1.0
+    largest = figure.full or max(abs(value) for value in values) or 1.0
     scale = numbers.fit(values)
     room = (width - 1.2) * 72 / len(columns)
     longest = max(len(scale.text(value)) for value in values)
@@ -291,7 +291,7 @@ def _heatmap(figure: Figure) -> Canvas:
             if math.isnan(value):
                 axes.text(left, place, "·", ha="center", va="center", color=LINES)
                 continue
-            strength = 0.04 + 0.96 * abs(value) / largest
+            strength = min(1.0, 0.04 + 0.96 * abs(value) / largest)
             colour = COLOURS[0] if value >= 0 else COLOURS[1]
             cell = Rectangle((left - 0.47, place - 0.46), 0.94, 0.92, facecolor=colour, alpha=strength, linewidth=0)
             axes.add_patch(cell)
@@ -304,7 +304,7 @@ def _heatmap(figure: Figure) -> Canvas:
     _label_categories(axes, columns, width)
     axes.spines[:].set_visible(False)
     if not annotated:
-        _scale_bar(canvas, axes, min(values), max(values), largest)
+        _scale_bar(canvas, axes, min(values), figure.full or max(values), largest)
     return canvas
 
 

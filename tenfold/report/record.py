@@ -40,6 +40,8 @@ class Figure(Config):
     y_label: str = ""
     series: tuple[Series, ...] = ()
     """Lines or bars; for a heatmap one series per row, ``name`` the row's label, ``x`` the columns' labels."""
+    full: float | None = None
+    """For a heatmap, the value in full colour, so that two of them can be compared. Default: the largest of its own."""
     caption: str = ""
     """What the reader should see in it."""
 

@@ -92,7 +92,9 @@ def compare(results: Iterable[Result], *, held_out: bool = False) -> list[Compar
                 found.setdefault((result.task, metric.name), {})[result.subject] = metric
     for task, metrics in differences.items():
         for name in metrics:
-            found.setdefault((task, name), {})
+            # The row of the metric itself shows its difference.
+            if not {BEFORE, AFTER} <= set(found.get((task, name.removesuffix("_difference")), ())):
+                found.setdefault((task, name), {})
     judged = []
     for (task, name), subjects in found.items():
         item = _judge(task, name, subjects, differences.get(task, {}))
@@ -110,7 +112,8 @@ def _judge(task: str, name: str, subjects: Mapping[str, Metric], paired: Mapping
     outcome: Outcome = "not compared"
     if before is not None and after is not None:
         difference = after.value - before.value
-        relative = difference / abs(before.value) if before.value else None
+        # Of log-odds and the like, which may be negative, a share says nothing.
+        relative = difference / before.value if before.value > 0 and after.value >= 0 else None
         interval = _interval(decides) if decides is not None else _independent(before, after, difference)
         outcome = _outcome(difference, relative, interval, example)
     elif own is not None:

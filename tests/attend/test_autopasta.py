@@ -1,5 +1,8 @@
 """What a user of AutoPASTA meets besides the oracles: modes, fallbacks, windows, prompts and refusals."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from tenfold.attend.autopasta import MODES, Answer, AutoPasta
 from tenfold.attend.likelihood import continuation, likelihood
 from tenfold.attend.marks import Marked, encode
 from tenfold.attend.pasta import steer
-from tenfold.attend.profiles import Profile, all_heads, by_layer
+from tenfold.attend.profiles import Profile, all_heads, by_layer, load_profile
 from tenfold.attend.prompts import QuestionPrompt
 from tenfold.attend.search import coarse_to_fine
 from tenfold.errors import ConfigError, ModelError, TenfoldError
@@ -272,6 +275,17 @@ def test_search_prefers_fewer_heads():
     found = coarse_to_fine(lambda heads: min(len(heads), 2), {0: 3, 4: 1}, 1, per_layer=[3, 2], pooled=[3])
     assert found.heads == ((0, 0), (0, 1))
     assert found.candidates == {((0, 0), (0, 1)): 2, ((0, 0), (0, 1), (0, 2)): 2}
+
+
+def test_the_search_that_the_page_shows_runs(tmp_path, monkeypatch):
+    """What docs/methods/pasta.md tells people to type, on a tiny model: two layers of four heads."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/methods/pasta.md").read_text()
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "coarse_to_fine" in code]
+    names: dict = {}
+    exec(block.replace('"demo"', '"tiny:llama"').replace("32", "4").replace("keep=4", "keep=1"), names)
+    assert len(names["found"].coarse) + len(names["found"].fine) == 2 + 4
+    assert load_profile("heads.json").size == len(names["found"].heads) > 0
 
 
 def test_answers_compare_without_times():

@@ -17,6 +17,7 @@ from tenfold.attend.sentences import sentences
 from tenfold.evaluate.qa import exact_match, token_f1
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
+from tenfold.pipeline.steering import paired_metric
 
 HEADS = {0: [1], 1: [0, 2]}
 CONTEXT = "The dog is out. Ann has a cat. The cat is in the hut. It rains."
@@ -340,23 +341,33 @@ def bench(count):
 
 @pytest.mark.slow
 def test_13_direction():
+    """Emphasis on the right sentence wins, on a wrong one it loses, and on everything it does not help.
+
+    That last one is a statement about a difference near 0. "Whole context <= plain" rests on 12 items in section 4
+    (.083 against .417, with heads found on conflicts alone), where one item is 8 points. With our heads 48 items give
+    .52 against .48, within the error of either: comparing the two shares would test the draw of the items. So the same
+    items are compared in pairs: a gain whose 95 % interval lies above 0 is a failure, as is a whole context that comes
+    near its one sentence.
+    """
     opened, items = open_model("demo", device="cpu"), bench(48)
     rows = [(context, question, colour) for context, question, colours, *_ in items for colour in colours]
     contexts, questions, colours = map(list, zip(*rows, strict=True))
     prompt = "{context}\nQuestion: {question}"
 
     def measure(mode, place=3, heads=None):
-        """Accuracy among the six colours, and mean probability of the right one."""
+        """Of each item: whether the right one of six colours wins, and its probability."""
         ask = AutoPasta(opened.model, opened.tokenizer, heads=heads, answer_prompt=prompt, chat=False)
         gold = [[item[place]] for item in items for _ in COLOURS]
         first = ask.log_probabilities(questions, contexts, colours, mode=mode, gold=gold, batch_size=12).first
         first = first.view(-1, len(COLOURS))
-        return float((first.argmax(1) == 0).float().mean()), float(first[:, 0].exp().mean())
+        return (first.argmax(1) == 0).double(), first[:, 0].exp().double()
 
     plain, gold, distractor = measure("direct"), measure("gold"), measure("gold", place=4)
     whole, every = measure("whole"), measure("gold", heads="all")
-    assert gold[0] >= plain[0] + 0.3
-    assert distractor[0] <= plain[0] - 0.2
-    assert whole[0] <= plain[0]
-    assert every[0] <= gold[0]
-    assert every[1] < gold[1]
+    assert gold[0].mean() >= plain[0].mean() + 0.3
+    assert distractor[0].mean() <= plain[0].mean() - 0.2
+    gain = paired_metric("whole context - plain", whole[0] - plain[0])
+    assert gain.interval[0] <= 0
+    assert whole[0].mean() <= gold[0].mean() - 0.3
+    assert every[0].mean() <= gold[0].mean()
+    assert every[1].mean() < gold[1].mean()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from tenfold import cli
@@ -136,6 +137,15 @@ def test_emphasised_generation_shows_both_texts(tmp_path):
     assert second.outputs["model"] == second.outputs["model, emphasised"]  # nothing of it is marked
 
 
+def test_a_profile_goes_to_the_stages_that_steer(tmp_path):
+    """A resolved recipe can be read again, also where its defaults are spelled out for a stage that steers nothing."""
+    emphasis = {"prompts": ["Be brief."], "emphasise": ["brief"]}
+    stages = [{"use": "profile"}, {"use": "generate"}, {"use": "generate", **emphasis}, {"use": "autopasta"}]
+    plan = resolve({"model": "tiny:llama", "stages": stages}, "test")
+    assert [step.config.profile for step in plan.steps[1:]] == [None, "01-profile", "01-profile"]
+    assert resolve(yaml.safe_load(plan.to_yaml()), "test").steps == plan.steps
+
+
 def test_the_answer_from_a_file_shows_its_evidence(tmp_path, monkeypatch):
     from tenfold.attend.autopasta import AutoPasta
 
@@ -163,6 +173,9 @@ def test_the_answer_from_a_file_shows_its_evidence(tmp_path, monkeypatch):
         (["--context", "empty.txt", "--question", "Who?"], "empty"),
         (["--context", "notes.txt", "--question", " "], "blank"),
         (["--prompts", "Hello", "--emphasise", "Hello", "--profile", "nowhere.json"], "nowhere.json"),
+        (["--prompts", "Hello", "--alpha", "0.1"], "alpha: 0.1, but nothing is emphasised"),
+        (["--prompts", "Hello", "--profile", "heads.json"], "profile: 'heads.json', but nothing is emphasised"),
+        (["--context", "notes.txt", "--question", "Who?", "--alpha", "0.1"], "alpha: 0.1, but nothing is emphasised"),
     ],
 )
 def test_bad_flags_of_generate_are_one_clear_error(flags, message, tmp_path, capsys):
@@ -182,11 +195,21 @@ def test_bad_flags_of_generate_are_one_clear_error(flags, message, tmp_path, cap
         (["--prompts", "<mark>b</mark>", "--profile", "nonexistent"], "nonexistent"),
         (["--prompts", "<mark>b</mark>"], "profile"),  # the embedded model's profile on another model
         (["--prompts", "<mark>b</mark>", "--profile", "heads.json", "--alpha", "-1"], "alpha"),
+        (["--prompts", "<mark>b</mark>", "--profile", "list.json"], "a list instead of a dictionary"),
     ],
 )
-def test_bad_flags_of_steer_are_one_clear_error(flags, message, capsys):
+def test_bad_flags_of_steer_are_one_clear_error(flags, message, tmp_path, capsys):
+    (tmp_path / "list.json").write_text("[1, 2]")
     assert cli.main(["steer", "tiny:llama", *flags, "--out", "run"]) == 2
-    assert message in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert message in found
+    assert "  -> " in found
+    assert "validation error" not in found
+
+
+def test_a_first_word_that_is_no_method_is_named(capsys):
+    assert cli.main(["steer", "profil", "tiny:llama"]) == 2
+    assert "'profil' is no method of steer\n  -> methods: profile" in capsys.readouterr().err
 
 
 def test_the_method_may_be_the_first_word(monkeypatch):

@@ -93,6 +93,21 @@ def test_small_heatmaps_show_their_numbers_and_large_ones_a_scale():
     assert "39" in texts(draw(large))
 
 
+def test_two_heatmaps_of_one_scale_can_be_compared():
+    def opacities(*values, full):
+        drawn = Figure(kind="heatmap", title="A title", full=full, series=(Series(name="a", x=(0, 1), y=values),))
+        return [
+            float(found or 1) for found in re.findall(r'fill: var\(--c1[^;"]*(?:; opacity: ([\d.]+))?', draw(drawn))
+        ]
+
+    low, high = opacities(0.1, 0.2, full=1.0), opacities(0.1, 0.8, full=1.0)
+    assert low[0] == high[0] < low[1] < high[1] < 1
+    assert opacities(0.1, 0.2, full=None)[1] == 1
+    assert opacities(0.1, 4.0, full=1.0)[1] == 1
+    rows = (Series(name=str(n), x=tuple(range(40)), y=(0.2,) * 40) for n in range(7))
+    assert "1" in texts(draw(Figure(kind="heatmap", title="A title", full=1.0, series=tuple(rows))))
+
+
 def test_series_of_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="different lengths"):
         Series(name="loss", x=(1, 2), y=(1.0,))

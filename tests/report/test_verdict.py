@@ -44,6 +44,23 @@ def test_a_ratio_stands_still_at_one(make_perplexity):
     )
 
 
+def test_a_difference_stands_in_the_row_of_its_metric_and_not_in_another(make_measured):
+    metric = {"name": "accuracy", "better": "higher"}
+    change = Metric(name="accuracy_difference", value=0.1, interval=(-0.1, 0.3), better="higher")
+    difference = Result(task="quiz", subject="after - before", metrics=(change,))
+    both = [*make_measured("quiz", {**metric, "value": 0.5}, {**metric, "value": 0.6}), difference]
+    (item,) = compare(both)
+    assert (item.name, item.paired, item.outcome) == ("accuracy", change, "no clear change")
+    assert [item.name for item in compare([difference])] == ["accuracy_difference"]
+
+
+@pytest.mark.parametrize(("before", "after", "relative"), [(2.0, 3.0, 0.5), (-0.5, 2.0, None), (2.0, -0.5, None)])
+def test_a_share_is_given_only_of_what_cannot_be_negative(make_measured, before, after, relative):
+    metric = {"name": "margin", "better": "higher"}
+    (item,) = compare(make_measured("quiz", {**metric, "value": before}, {**metric, "value": after}))
+    assert item.relative == relative
+
+
 def test_a_paired_figure_without_a_known_standstill_is_not_judged():
     improved = Metric(name="tokens_improved", value=0.62, better="higher")
     results = [Result(task="perplexity", subject="after - before", metrics=(improved,))]
