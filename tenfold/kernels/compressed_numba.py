@@ -7,6 +7,7 @@ unpacked token is used for all queries of its group of heads. Loops run over who
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -45,78 +46,121 @@ def _half(bits):  # type: ignore[no-untyped-def]
     return _as_float(moved) * np.float32(2.0**112)
 
 
-@numba.njit(**_OPTIONS)
-def _number(word, shift, mask):  # type: ignore[no-untyped-def]
-    """Some bits of a byte as float32. numba computes in 64 bits; narrowed first, vectors hold twice as many."""
-    return np.float32(np.int32((word >> shift) & mask))
+@numba.njit(inline="always")
+def _unpack(codes, n, b, h, t, bits, channels, out):  # type: ignore[no-untyped-def]
+    """The codes of one token as float32.
 
-
-@numba.njit(**_OPTIONS)
-def _unpack(codes, n, b, h, t, bits, out):  # type: ignore[no-untyped-def]
-    """The codes of one token as float32."""
-    channels = out.shape[0]
+    It becomes part of its caller, where ``bits`` and ``channels`` are constants: that is twice as fast. numba computes
+    integers in 64 bits; narrowed before they become floats, vectors hold twice as many.
+    """
     if bits == 4:
-        half = channels // 2
-        for j in range(half):
-            out[j] = _number(codes[n, b, h, t, j], 0, 15)
-            out[half + j] = _number(codes[n, b, h, t, j], 4, 15)
+        for j in range(channels // 2):
+            byte = codes[n, b, h, t, j]
+            out[j] = np.float32(np.int32(byte & 15))
+            out[channels // 2 + j] = np.float32(np.int32(byte >> 4))
     elif bits == 2:
         quarter = channels // 4
         for j in range(quarter):
-            for part in range(4):
-                out[part * quarter + j] = _number(codes[n, b, h, t, j], 2 * part, 3)
+            byte = codes[n, b, h, t, j]
+            out[j] = np.float32(np.int32(byte & 3))
+            out[quarter + j] = np.float32(np.int32((byte >> 2) & 3))
+            out[2 * quarter + j] = np.float32(np.int32((byte >> 4) & 3))
+            out[3 * quarter + j] = np.float32(np.int32(byte >> 6))
     elif bits == 3:
         eighth = channels // 8
-        for j in range(eighth):
-            high = codes[n, b, h, t, 2 * eighth + j]
-            for part in range(4):  # a quarter of the channels is two eighths
-                even, odd = 2 * part, 2 * part + 1
-                first = ((codes[n, b, h, t, j] >> even) & 3) | (((high >> even) & 1) << 2)
-                second = ((codes[n, b, h, t, eighth + j] >> even) & 3) | (((high >> odd) & 1) << 2)
-                out[even * eighth + j] = np.float32(np.int32(first))
-                out[odd * eighth + j] = np.float32(np.int32(second))
+        for j in range(eighth):  # two eighths of the channels are a quarter, whose low bits lie at one shift
+            even, odd, high = codes[n, b, h, t, j], codes[n, b, h, t, eighth + j], codes[n, b, h, t, 2 * eighth + j]
+            out[j] = np.float32(np.int32((even & 3) | ((high & 1) << 2)))
+            out[eighth + j] = np.float32(np.int32((odd & 3) | ((high & 2) << 1)))
+            out[2 * eighth + j] = np.float32(np.int32(((even >> 2) & 3) | (high & 4)))
+            out[3 * eighth + j] = np.float32(np.int32(((odd >> 2) & 3) | ((high & 8) >> 1)))
+            out[4 * eighth + j] = np.float32(np.int32(((even >> 4) & 3) | ((high & 16) >> 2)))
+            out[5 * eighth + j] = np.float32(np.int32(((odd >> 4) & 3) | ((high & 32) >> 3)))
+            out[6 * eighth + j] = np.float32(np.int32((even >> 6) | ((high & 64) >> 4)))
+            out[7 * eighth + j] = np.float32(np.int32((odd >> 6) | ((high & 128) >> 5)))
     else:
         for j in range(channels):
-            out[j] = _number(codes[n, b, h, t, j], 0, 255)
+            out[j] = np.float32(np.int32(codes[n, b, h, t, j]))
 
 
-@numba.njit(parallel=True, **_OPTIONS)
-def _key_scores(query, bits, group, codes, scale, zero, left, right, pieces, found):  # type: ignore[no-untyped-def]
+@lru_cache
+def _key_scores(bits: int, channels: int) -> Any:
     """``found[batch, heads, rows, N * tokens]`` for keys whose tokens share a scale."""
-    blocks, batch, heads, tokens = codes.shape[:4]
-    rows, channels = query.shape[2:]
-    for work in numba.prange(blocks * batch * heads * pieces):
-        piece, rest = work % pieces, work // pieces
-        h, rest = rest % heads, rest // heads
-        b, n = rest % batch, rest // batch
-        start, stop = piece * PIECE, min(tokens, (piece + 1) * PIECE)
-        buffer = np.empty(channels, np.float32)
-        scaled = np.empty((rows, channels), np.float32)
-        offset = np.empty(rows, np.float32)
-        rank = left.shape[4]
-        turned = np.zeros((rows, rank), np.float32)
-        for r in range(rows):
-            for j in range(channels):
-                for k in range(rank):
-                    turned[r, k] += query[b, h, r, j] * _half(right[n, b, h, j, k])
-        current = -1
-        for t in range(start, stop):
-            if t // group != current:
-                current = t // group
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def kernel(query, group, codes, scale, zero, left, right, pieces, found):  # type: ignore[no-untyped-def]
+        blocks, batch, heads, tokens = codes.shape[:4]
+        rows, rank = query.shape[2], left.shape[4]
+        for work in numba.prange(blocks * batch * heads * pieces):
+            piece, rest = work % pieces, work // pieces
+            h, rest = rest % heads, rest // heads
+            b, n = rest % batch, rest // batch
+            buffer = np.empty(channels, np.float32)
+            scaled = np.empty((rows, channels), np.float32)
+            offset = np.empty(rows, np.float32)
+            turned = np.zeros((rows, rank), np.float32)
+            for r in range(rows):
+                for j in range(channels):
+                    for k in range(rank):
+                        turned[r, k] += query[b, h, r, j] * _half(right[n, b, h, j, k])
+            current = -1
+            for t in range(piece * PIECE, min(tokens, (piece + 1) * PIECE)):
+                if t // group != current:
+                    current = t // group
+                    for r in range(rows):
+                        total = np.float32(0)
+                        for j in range(channels):
+                            scaled[r, j] = query[b, h, r, j] * _half(scale[n, b, h, current, j])
+                            total += query[b, h, r, j] * _half(zero[n, b, h, current, j])
+                        offset[r] = total
+                _unpack(codes, n, b, h, t, bits, channels, buffer)
                 for r in range(rows):
                     total = np.float32(0)
                     for j in range(channels):
-                        scaled[r, j] = query[b, h, r, j] * _half(scale[n, b, h, current, j])
-                        total += query[b, h, r, j] * _half(zero[n, b, h, current, j])
-                    offset[r] = total
-            _unpack(codes, n, b, h, t, bits, buffer)
+                        total += scaled[r, j] * buffer[j]
+                    for k in range(rank):
+                        total += turned[r, k] * _half(left[n, b, h, t, k])
+                    found[b, h, r, n * tokens + t] = total + offset[r]
+
+    return kernel
+
+
+@lru_cache
+def _value_sums(bits: int, channels: int) -> Any:
+    """``found[work, rows, channels]``, a part of the sum from each piece, for values with one scale a token."""
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def kernel(weights, codes, scale, zero, left, right, pieces, found):  # type: ignore[no-untyped-def]
+        blocks, batch, heads, tokens = codes.shape[:4]
+        rows, rank, shared = weights.shape[2], left.shape[4], scale.shape[2] == 1
+        for work in numba.prange(blocks * batch * heads * pieces):
+            piece, rest = work % pieces, work // pieces
+            h, rest = rest % heads, rest // heads
+            b, n = rest % batch, rest // batch
+            own = 0 if shared else h
+            buffer = np.empty(channels, np.float32)
+            sums = np.zeros((rows, channels), np.float32)
+            turned = np.zeros((rows, rank), np.float32)
+            offset = np.zeros(rows, np.float32)
+            for t in range(piece * PIECE, min(tokens, (piece + 1) * PIECE)):
+                _unpack(codes, n, b, h, t, bits, channels, buffer)
+                step, low = _half(scale[n, b, own, t, 0]), _half(zero[n, b, own, t, 0])
+                for r in range(rows):
+                    weight = weights[b, h, r, n * tokens + t]
+                    offset[r] += weight * low
+                    scaled = weight * step
+                    for j in range(channels):
+                        sums[r, j] += scaled * buffer[j]
+                    for k in range(rank):
+                        turned[r, k] += weight * _half(left[n, b, h, t, k])
             for r in range(rows):
-                total = offset[r]
                 for j in range(channels):
-                    total += scaled[r, j] * buffer[j]
-                for k in range(rank):
-                    total += turned[r, k] * _half(left[n, b, h, t, k])
-                found[b, h, r, n * tokens + t] = total
+                    total = sums[r, j] + offset[r]
+                    for k in range(rank):
+                        total += turned[r, k] * _half(right[n, b, h, j, k])
+                    found[work, r, j] = total
+
+    return kernel
 
 
 @numba.njit(parallel=True, **_OPTIONS)
@@ -132,41 +176,6 @@ def _key_outliers(query, tokens, delta, place, found):  # type: ignore[no-untype
                 t = n * tokens + place[n, b, h, k, j]
                 for r in range(query.shape[2]):
                     found[b, h, r, t] += query[b, h, r, j] * value
-
-
-@numba.njit(parallel=True, **_OPTIONS)
-def _value_sums(weights, bits, codes, scale, zero, left, right, pieces, found):  # type: ignore[no-untyped-def]
-    """``found[work, rows, channels]``, a part of the sum from each piece, for values with one scale a token."""
-    blocks, batch, heads, tokens = codes.shape[:4]
-    rows, channels, shared = weights.shape[2], found.shape[2], scale.shape[2] == 1
-    for work in numba.prange(blocks * batch * heads * pieces):
-        piece, rest = work % pieces, work // pieces
-        h, rest = rest % heads, rest // heads
-        b, n = rest % batch, rest // batch
-        start, stop = piece * PIECE, min(tokens, (piece + 1) * PIECE)
-        own = 0 if shared else h
-        buffer = np.empty(channels, np.float32)
-        sums = np.zeros((rows, channels), np.float32)
-        rank = left.shape[4]
-        turned = np.zeros((rows, rank), np.float32)
-        offset = np.zeros(rows, np.float32)
-        for t in range(start, stop):
-            _unpack(codes, n, b, h, t, bits, buffer)
-            step, low = _half(scale[n, b, own, t, 0]), _half(zero[n, b, own, t, 0])
-            for r in range(rows):
-                weight = weights[b, h, r, n * tokens + t]
-                offset[r] += weight * low
-                scaled = weight * step
-                for j in range(channels):
-                    sums[r, j] += scaled * buffer[j]
-                for k in range(rank):
-                    turned[r, k] += weight * _half(left[n, b, h, t, k])
-        for r in range(rows):
-            for j in range(channels):
-                total = sums[r, j] + offset[r]
-                for k in range(rank):
-                    total += turned[r, k] * _half(right[n, b, h, j, k])
-                found[work, r, j] = total
 
 
 @numba.njit(parallel=True, **_OPTIONS)
@@ -228,7 +237,7 @@ def scores(side: Side, query: Tensor) -> Tensor:
     if side.bits == RAW:
         _raw_scores(given, _bits(side.codes), pieces, found)
     else:
-        _key_scores(given, side.bits, side.group, *_parts(side), pieces, found)
+        _key_scores(side.bits, side.channels)(given, side.group, *_parts(side), pieces, found)
         if side.delta is not None and side.place is not None:
             _key_outliers(given, side.length, _bits(side.delta), side.place.numpy(), found)
     return torch.from_numpy(found)
@@ -245,7 +254,7 @@ def combine(side: Side, weights: Tensor) -> Tensor:
         _raw_sums(weights.numpy(), _bits(side.codes), pieces, found)
     else:
         given = weights.numpy()
-        _value_sums(given, side.bits, *_parts(side), pieces, found)
+        _value_sums(side.bits, side.channels)(given, *_parts(side), pieces, found)
         if side.delta is not None and side.place is not None:
             _value_outliers(given, _bits(side.delta), side.place.numpy(), pieces, found)
     return torch.from_numpy(found).view(side.blocks, batch, heads, pieces, rows, -1).sum((0, 3))

@@ -15,15 +15,17 @@ from tenfold.kernels.view import View, attend
 from tenfold.models.tiny import tiny_model
 
 TEXTS = ["a first text that is to be continued, of some length, so that blocks are packed", "and another, shorter text"]
-KEYS = {"bits": 3, "variant": "gear", "buffer": 16, "group_size": 16, "sinks": 2, "rotate": True}
+# Compiling takes seconds for each width; that all kernels agree is tested beside them.
+TORCH = {"kernel": "torch", "buffer": 16}
+KEYS = {**TORCH, "bits": 3, "variant": "gear", "group_size": 16, "sinks": 2, "rotate": True}
 SETTINGS = {
-    "gear": KEYS,
     "best": {"bits": 4, "buffer": 16},
-    "kcvt": {"bits": 4, "variant": "gear-l", "backbone": "kcvt", "buffer": 16},
-    "per token": {"bits": 4, "variant": "gear", "backbone": "per-token", "buffer": 16, "group_size": 8},
-    "16 bits": {"bits": 16, "buffer": 16},
-    "blocks": {"bits": 2, "variant": "gear", "prefill": "blocks", "buffer": 16},
-    "compress": {"bits": 8, "variant": "outlier-reduced", "prefill": "compress", "buffer": 16},
+    "gear": KEYS,
+    "kcvt": {**TORCH, "bits": 4, "variant": "gear-l", "backbone": "kcvt"},
+    "per token": {**TORCH, "bits": 4, "variant": "gear", "backbone": "per-token", "group_size": 8},
+    "16 bits": {**TORCH, "bits": 16},
+    "blocks": {**TORCH, "bits": 2, "variant": "gear", "prefill": "blocks"},
+    "compress": {**TORCH, "bits": 8, "variant": "outlier-reduced", "prefill": "compress"},
 }
 
 
@@ -77,7 +79,7 @@ def test_reading_the_packed_form_is_reading_what_it_stands_for(kind, name):
 def test_beams_and_sampling(implementation):
     opened = tiny_model("llama")
     opened.model.set_attn_implementation(implementation)
-    keys = {"bits": 8, "variant": "plain", "buffer": 16}
+    keys = {**TORCH, "bits": 8, "variant": "plain"}
     exact = DynamicCache(config=opened.model.config)
     with gear.attach(opened.model, **keys) as cache:
         beams = written(opened, cache, num_beams=3, num_return_sequences=3)
@@ -98,7 +100,7 @@ def test_assisted_decoding_writes_what_plain_decoding_writes():
     inputs = batch(opened, ["one two three one two three one two three one two three"])
     results = []
     for keys in ({}, {"prompt_lookup_num_tokens": 3}):
-        with gear.attach(opened.model, bits=8, variant="plain", buffer=16) as cache:
+        with gear.attach(opened.model, bits=8, variant="plain", **TORCH) as cache:
             results.append(written(opened, cache, inputs, **keys).sequences)
         assert cache.report()["packed tokens"] >= 64
     assert torch.equal(*results)
@@ -182,7 +184,7 @@ def test_steering_on_a_compressed_cache(keys):
 
     exact = logits(DynamicCache(config=opened.model.config))
     plain = torch.stack(written(opened, DynamicCache(config=opened.model.config), marks.inputs).logits)
-    with gear.attach(opened.model, bits=8, buffer=16, rotate=False, sinks=0) as cache:
+    with gear.attach(opened.model, bits=8, rotate=False, sinks=0, **TORCH) as cache:
         found = logits(cache)
     # 8-bit codes move the logits far less than steering does.
     assert float((found - exact).abs().max()) < 0.1 * float((plain - exact).abs().max())
@@ -193,7 +195,7 @@ def test_steering_on_a_compressed_cache(keys):
 def test_half_precision_models(dtype):
     opened = tiny_model("llama")
     opened.model.to(dtype)
-    with gear.attach(opened.model, bits=8, buffer=16) as cache:
+    with gear.attach(opened.model, bits=8, **TORCH) as cache:
         found = written(opened, cache)
     exact = written(opened, DynamicCache(config=opened.model.config))
     assert found.logits[1].dtype == torch.float32
@@ -242,7 +244,7 @@ def test_nothing_is_left_behind():
     with torch.no_grad():
         before = opened.model(**inputs).logits
         try:
-            with gear.attach(opened.model, bits=2, buffer=16) as cache:
+            with gear.attach(opened.model, bits=2, **TORCH) as cache:
                 opened.model(**inputs, past_key_values=cache)
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -252,7 +254,7 @@ def test_nothing_is_left_behind():
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.report()["bytes"] == 0
-    with gear.attach(opened.model, bits=2, buffer=16) as fresh:
+    with gear.attach(opened.model, bits=2, **TORCH) as fresh:
         again, new = (written(opened, each).sequences for each in (cache, fresh))
     assert torch.equal(again, new)
 

@@ -471,7 +471,7 @@ def test_20_left_padding(implementation):
     long, short = "a first text that is to be continued, of some length", "and another text that is shorter"
     both, alone = prompt(opened, (long, short)), prompt(opened, (short,))
     padding = both["input_ids"].shape[1] - alone["input_ids"].shape[1]
-    keys = {"bits": 8, "variant": "plain", "buffer": 16, "prefill": "compress"}
+    keys = {"bits": 8, "variant": "plain", "buffer": 16, "prefill": "compress", "kernel": "torch"}
     with gear.attach(opened.model, **keys) as cache:
         found = written(opened, cache, both).logits
     with gear.attach(opened.model, **keys) as cache:
