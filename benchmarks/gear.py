@@ -3,11 +3,12 @@
     python -m benchmarks.gear cost       # decoding and prefill, the caches taking turns; an idle machine
     python -m benchmarks.gear bytes      # the setting of the specification, section 2.4: one block of 1,024 tokens
     python -m benchmarks.gear quality    # resumable; needs the real data (TENFOLD_DATA)
+    python -m benchmarks.gear agreement  # greedy texts after real questions; needs the real data
     python -m benchmarks.gear table      # what docs/methods/gear.md shows
 
-Peers: DynamicCache, StaticCache and QuantizedCache (quanto and hqq, 4 bits) of transformers, and our own storage at 16
-bits read by the same kernel, which isolates what compression buys. Keys and values of the timed caches are random:
-no prompt need be read, and the time of a step does not depend on them.
+Peers: DynamicCache, StaticCache and QuantizedCache (quanto and hqq, 4 bits: pip install 'tenfold[caches]') of
+transformers, and our own storage at 16 bits read by the same kernel, which isolates what compression buys. Keys and
+values of the timed caches are random: no prompt need be read, and the time of a step does not depend on them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,27 @@ import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from benchmarks.adalora import alternate, quotient, spread
-from benchmarks.pasta import interval, rows_in
+from benchmarks.pasta import rows_in
 from tenfold.attend.attention import installed
 from tenfold.cache.gear import GearCache
 from tenfold.cache.gear.measure import measure_decoding, measure_quality
 from tenfold.compat import quiet_upstream
+from tenfold.config.gear import parse_kv
+from tenfold.evaluate.compare import t_quantile
+from tenfold.evaluate.generate import generate
 from tenfold.evaluate.inference import evaluating, prompt_ids
+from tenfold.evaluate.memory import peak_growth
 from tenfold.models.open import open_model
 
 RESULTS = Path(__file__).parent / "results" / "gear.jsonl"
 DATA = Path(os.environ.get("TENFOLD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CONTEXTS = (1024, 4096, 8192, 16384)
+TIMED = ("gear:4", "gear:3", "gear:2", "gear-full:4", "gear-full:2", "gear:16")
+QUALITY = (
+    *(f"{variant}:{bits}" for bits in (2, 3, 4) for variant in ("gear", "plain", "gear-l", "gear-full")),
+    *("gear:K3V2", "gear:K4V3", "gear:8", "plain:4,backbone=kcvt", "gear-full:4,backbone=kcvt"),
+)
+TEXTS = 24
 
 rows = partial(rows_in, RESULTS)
 
@@ -50,47 +62,240 @@ def keep(row: dict[str, Any]) -> None:
     print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
 
 
-OURS: dict[str, dict[str, Any]] = {
-    "gear 4": {"bits": 4},
-    "gear 2": {"bits": 2},
-    "gear-full 4": {"bits": 4, "variant": "gear"},
-    "our 16 bits": {"bits": 16},
-}
+def done(**keys: Any) -> bool:
+    """Whether a row with these values is there."""
+    return any(all(row.get(key) == value for key, value in keys.items()) for row in rows())
 
 
-def caches(model: Any, context: int) -> dict[str, Callable[[], Any]]:
-    """Every cache that is timed."""
-    config = model.config
-    found: dict[str, Callable[[], Any]] = {
-        "DynamicCache": lambda: DynamicCache(config=config),
-        "StaticCache": lambda: StaticCache(config=config, max_cache_len=context + 128),
+def packed(model: Any, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """Our caches."""
+    return {name: partial(GearCache, model.config, parse_kv(name)) for name in names}
+
+
+def quantized(model: Any) -> dict[str, Callable[[], Any]]:
+    """Those of transformers that are installed."""
+    backends = {"quanto": "optimum", "hqq": "hqq"}
+    return {
+        f"QuantizedCache, {backend}-4": partial(QuantizedCache, backend=backend, config=model.config, nbits=4)
+        for backend, package in backends.items()
+        if find_spec(package)
     }
-    for backend in ("quanto", "hqq"):
-        found[f"{backend} 4"] = partial(QuantizedCache, backend=backend, config=config, nbits=4)
-    return found | {name: partial(GearCache, config, **keys) for name, keys in OURS.items()}
 
 
-def cost(dtypes: Sequence[str] = ("bfloat16", "float32")) -> None:
-    """One token after a long context."""
-    for dtype in dtypes:
+def cost(repeats: int = 7) -> None:
+    """One token after a long context, and what packing adds to a prefill."""
+    for dtype in ("bfloat16", "float32"):
         model = open_model("demo", device="cpu", dtype=dtype).model.eval()
         for context in CONTEXTS:
-            done = {row["cache"] for row in rows() if row["part"] == "decode" and (row["dtype"], row["context"]) == (dtype, context)}
-            if done:
+            if done(part="decode", dtype=dtype, context=context):
                 continue
-            made = caches(model, context)
-            for name, seconds in measure_decoding(model, made, context=context, steps=5, repeats=5).items():
+            static = partial(StaticCache, config=model.config, max_cache_len=context + 64)
+            made = {"DynamicCache": partial(DynamicCache, config=model.config), "StaticCache": static}
+            made |= {**quantized(model), **packed(model, TIMED)}
+            found = measure_decoding(model, made, context=context, steps=5, repeats=repeats)
+            for name, seconds in found.items():
                 keep({"part": "decode", "dtype": dtype, "context": context, "cache": name, "seconds": seconds})
+        prefill(model, dtype)
+
+
+def prefill(model: Any, dtype: str, repeats: int = 7) -> None:
+    """A prompt on the model's own cache, and on packed ones, whose blocks are made at its end."""
+    tokenizer = open_model("demo", device="cpu").tokenizer
+    for tokens in (1024, 4096):
+        if done(part="prefill", dtype=dtype, tokens=tokens):
+            continue
+        ids = prompt_ids(tokenizer, tokens, 1, torch.device("cpu"))
+
+        def read(make: Callable[[], Any], ids: torch.Tensor = ids) -> None:
+            with evaluating(model), installed(model):
+                model(input_ids=ids, past_key_values=make(), logits_to_keep=1)
+
+        made = {"DynamicCache": partial(DynamicCache, config=model.config), **packed(model, TIMED[:-1])}
+        work: dict[str, Callable[[], object]] = {name: partial(read, make) for name, make in made.items()}
+        for name, seconds in alternate(work, repeats if tokens < 4096 else 3).items():
+            peak = peak_growth(work[name]).growth
+            keep({"part": "prefill", "dtype": dtype, "tokens": tokens, "cache": name, "seconds": seconds, "peak": peak})
+
+
+def bandwidth() -> None:
+    """What the memory gives: seconds to read 1 GiB of float32, as a sum."""
+    block = torch.ones(2**28)
+    seconds = alternate({"read": lambda: block.sum()}, 9)["read"]
+    keep({"part": "bandwidth", "bytes": block.nbytes, "seconds": seconds})
+
+
+def sizes() -> None:
+    """Bytes of one block of 1,024 tokens, in the bfloat16 of the embedded model, beside the formula."""
+    model = open_model("demo", device="cpu", dtype="bfloat16").model
+    names = ("gear-l:4", "gear-full:4", "gear-l:2", "gear-full:2", "gear:4", "gear:2", "plain:4", "plain:2")
+    for name in (*names, "gear-l:4,backbone=kcvt", "gear-full:4,backbone=kcvt"):
+        cache = GearCache(model.config, parse_kv(f"{name},sinks=0,buffer=64"))
+        for layer in range(model.config.num_hidden_layers):
+            cache.update(*torch.randn(2, 1, 3, 1024, 64).bfloat16(), layer)
+        report = cache.report()
+        keep({"part": "bytes", "cache": name, "bits": report["bits"], "formula": report["formula bits"],
+              "packed": report["packed bytes"], "exact": report["exact bytes"]})  # fmt: skip
+
+
+def documents(tokenizer: Any, length: int, count: int) -> list[torch.Tensor]:
+    """The first documents that are long enough, by id."""
+    found = []
+    with gzip.open(DATA / "longdoc.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = sorted((json.loads(line) for line in file), key=lambda row: str(row["id"]))
+    for row in rows:
+        if row["n_tokens"] > length:
+            ids = torch.tensor(tokenizer(row["text"], verbose=False)["input_ids"])
+            if len(ids) > length:
+                found.append(ids[: length + 1])
+        if len(found) == count:
+            break
+    return found
+
+
+def rationales(tokenizer: Any, count: int) -> tuple[list[torch.Tensor], list[int]]:
+    """GSM8K: the long few-shot prompt and a question are the context, the reference rationale is scored."""
+    with gzip.open(DATA / "cot_prompts.jsonl.gz", "rt", encoding="utf-8") as file:
+        shots = next(row for row in map(json.loads, file) if row["task"].lower().startswith("gsm8k"))["prompt"]
+    texts, contexts = [], []
+    with gzip.open(DATA / "math_gsm8k.jsonl.gz", "rt", encoding="utf-8") as file:
+        test = [row for row in map(json.loads, file) if row["split"] == "test"][:count]
+    for row in test:
+        front = f"{shots.strip()}\n\nQuestion: {row['question']}\nAnswer:"
+        whole = tokenizer(f"{front} {row['rationale']}", verbose=False)["input_ids"]
+        contexts.append(len(tokenizer(front, verbose=False)["input_ids"]))
+        texts.append(torch.tensor(whole))
+    return texts, contexts
+
+
+def quality() -> None:
+    """Predictions on every cache against those on the exact one."""
+    opened = open_model("demo", device="cpu")
+    model, tokenizer = opened.model.eval(), opened.tokenizer
+    made = {**packed(model, QUALITY), **quantized(model)}
+    for kind, length, count in (("documents", 1024, TEXTS), ("rationales", 0, TEXTS), ("documents", 7680, 4)):
+        chosen = (
+            made
+            if length < 7680
+            else {name: made[name] for name in ("gear:4", "gear:K4V3", "gear:2", "gear-full:4", "plain:4")}
+        )
+        if length:
+            texts: Sequence[torch.Tensor] = documents(tokenizer, length + 256, count)
+            contexts: Sequence[int] = [length] * len(texts)
+        else:
+            texts, contexts = rationales(tokenizer, count)
+        for number, (text, context) in enumerate(zip(texts, contexts, strict=True)):
+            if done(part="quality", kind=kind, length=length, text=number):
+                continue
+            found = measure_quality(model, [text], chosen, context=[context])
+            elements = 2 * model.config.num_hidden_layers * 3 * 64 * context
+            exact = statistics.mean(found["exact"].nll)
+            for name, values in found.items():
+                bits = values.report.get("bits", 8 * values.report["bytes"] / elements)
+                keep({"part": "quality", "kind": kind, "length": length, "text": number, "cache": name, "bits": bits,
+                      "worse": statistics.mean(values.nll) - exact, "kl": statistics.mean(values.kl),
+                      "agrees": statistics.mean(values.agrees), "nll": exact})  # fmt: skip
+
+
+def agreement(count: int = 32, new: int = 96) -> None:
+    """Greedy texts after GSM8K questions: tokens before the first that differs from the exact cache's."""
+    opened = open_model("demo", device="cpu")
+    model, tokenizer = opened.model.eval(), opened.tokenizer
+    with gzip.open(DATA / "math_gsm8k.jsonl.gz", "rt", encoding="utf-8") as file:
+        asked = [row["question"] for row in map(json.loads, file) if row["split"] == "test"][:count]
+    write = partial(generate, model, tokenizer, asked, max_new_tokens=new, batch_size=16)
+    exact = [tokenizer(text)["input_ids"] for text in write()]
+    for name in ("gear:2", "gear:3", "gear:K4V3", "gear:4", "gear-full:2", "gear-full:4", "plain:2", "plain:4"):
+        if done(part="agreement", cache=name):
+            continue
+        settings = parse_kv(f"{name},buffer=64")
+        with installed(model):
+            texts = write(make_cache=partial(GearCache, model.config, settings))
+        same = []
+        for text, reference in zip(texts, exact, strict=True):
+            ids = tokenizer(text)["input_ids"]
+            pairs = zip(ids, reference, strict=False)
+            first = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(reference)))
+            same.append(first / max(1, len(reference)))
+        keep({"part": "agreement", "cache": name, "same": same})
+
+
+def table() -> None:
+    """Markdown for the docs page."""
+    found = rows()
+    for dtype in ("bfloat16", "float32"):
+        _decode_table([row for row in found if row["part"] == "decode" and row["dtype"] == dtype], dtype)
+    print("\n| dtype | tokens | cache | prefill | of DynamicCache | peak growth, MiB |\n|---|---|---|---|---|---|")
+    timed = [row for row in found if row["part"] == "prefill"]
+    for row in timed:
+        key = (row["dtype"], row["tokens"])
+        plain = next(r for r in timed if (r["dtype"], r["tokens"]) == key and r["cache"] == "DynamicCache")
+        ratio = quotient(row["seconds"], plain["seconds"])
+        print(
+            f"| {key[0]} | {key[1]} | {row['cache']} | {spread(row['seconds'])} | {ratio} | {row['peak'] / 2**20:.0f} |"
+        )
+    print("\n| cache | bits | formula | of the formula | smaller than bfloat16 |\n|---|---|---|---|---|")
+    for row in (row for row in found if row["part"] == "bytes"):
+        ratio = row["bits"] / row["formula"]
+        print(f"| {row['cache']} | {row['bits']:.3f} | {row['formula']:.3f} | {ratio:.4f} | {16 / row['bits']:.2f} |")
+    for kind, length in (("documents", 1024), ("rationales", 0), ("documents", 7680)):
+        _quality_table(
+            [row for row in found if row["part"] == "quality" and (row["kind"], row["length"]) == (kind, length)], kind
+        )
+    print("\n| cache | tokens before the first other one, % of the text | same text, % |\n|---|---|---|")
+    for row in (row for row in found if row["part"] == "agreement"):
+        whole = statistics.mean(share == 1 for share in row["same"])
+        print(f"| {row['cache']} | {100 * statistics.mean(row['same']):.0f} | {100 * whole:.0f} |")
+
+
+def _decode_table(found: Sequence[dict[str, Any]], dtype: str) -> None:
+    print(f"\n{dtype}\n\n| cache | " + " | ".join(f"{context:,}" for context in CONTEXTS) + " |")
+    print("|---" * (1 + len(CONTEXTS)) + "|")
+    for name in dict.fromkeys(row["cache"] for row in found):
+        cells = []
+        for context in CONTEXTS:
+            here = {row["cache"]: row["seconds"] for row in found if row["context"] == context}
+            if name in here:
+                ratio = quotient(here[name], here["DynamicCache"]) if name != "DynamicCache" else ""
+                cells.append(f"{1000 * statistics.median(here[name]):.0f} ms {ratio}")
+            else:
+                cells.append("")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def _quality_table(found: Sequence[dict[str, Any]], kind: str) -> None:
+    texts = len({row["text"] for row in found})
+    if not texts:
+        return
+    print(f"\n{texts} {kind}\n\n| cache | bits | NLL - exact [95 %] | KL | same top token, % |\n|---|---|---|---|---|")
+    lines = []
+    for name in dict.fromkeys(row["cache"] for row in found):
+        mine = [row for row in found if row["cache"] == name]
+        worse = [row["worse"] for row in mine]
+        half = t_quantile(len(worse) - 1) * statistics.stdev(worse) / math.sqrt(len(worse))
+        mean, kl = statistics.mean(worse), statistics.mean(row["kl"] for row in mine)
+        same, bits = 100 * statistics.mean(row["agrees"] for row in mine), statistics.mean(row["bits"] for row in mine)
+        cells = f"{bits:.2f} | {mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}] | {kl:.4f} | {same:.1f} |"
+        lines.append((bits, f"| {name} | {cells}"))
+    print("\n".join(line for _, line in sorted(lines)))
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "cost": cost,
+    "bandwidth": bandwidth,
+    "bytes": sizes,
+    "quality": quality,
+    "agreement": agreement,
+    "table": table,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
-    parts: dict[str, Callable[[], None]] = {"cost": cost}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=list(parts), default=[])
+    parser.add_argument("parts", nargs="*", choices=list(PARTS), default=[])
     quiet_upstream()
-    for part in parser.parse_args(argv).parts or parts:
-        parts[part]()
+    for part in parser.parse_args(argv).parts or PARTS:
+        PARTS[part]()
 
 
 if __name__ == "__main__":

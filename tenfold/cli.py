@@ -45,10 +45,12 @@ EXAMPLES = {
     "tenfold steer autopasta demo --data questions.jsonl --modes direct autopasta",
     "generate": 'tenfold generate demo --prompts "What is a list comprehension?"\n'
     'tenfold generate demo --prompts "Name a fruit. Answer in one word." --emphasise "Answer in one word."\n'
+    'tenfold generate demo --prompts "Tell a long story." --max-new-tokens 400 --kv gear:4\n'
     'tenfold generate demo --context notes.txt --question "When does the library open?" --find-evidence\n'
     'tenfold generate runs/quickstart/01-adalora/adapter --prompts "The with statement" --chat no',
     "evaluate": "tenfold evaluate demo --data python-reference --tasks perplexity speed memory\n"
-    "tenfold evaluate runs/quickstart/01-adalora/adapter --tasks lm_eval:hellaswag --limit 100",
+    "tenfold evaluate runs/quickstart/01-adalora/adapter --tasks lm_eval:hellaswag --limit 100\n"
+    "tenfold evaluate demo --method gear --data python-reference --caches gear:2 gear:4 gear-full:2",
     "export": "tenfold export runs/quickstart/01-adalora/adapter --form merged --out runs/export",
 }
 

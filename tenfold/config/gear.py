@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import Field, model_validator
 
 from tenfold.config.base import Config
@@ -89,28 +91,92 @@ class CacheConfig(Config):
         return self
 
 
+VARIANTS: dict[str, Variant] = {
+    "gear": "best",
+    "gear-full": "gear",
+    "gear-l": "gear-l",
+    "outlier-reduced": "outlier-reduced",
+    "plain": "plain",
+}
+"""How caches are called in one word: ``gear`` is our best, ``gear-full`` all three parts of the paper."""
+
+
 def parse_kv(text: str) -> CacheConfig:
-    """A cache as written on the command line: ``gear:4``, ``gear:3.5bits``, ``gear:9KiB/token``, ``gear-l:2``.
+    """A cache written in one word: ``VARIANT:AMOUNT[,KEY=VALUE...]``.
+
+    The amount is a width (``gear:4``), two of them (``gear:K4V3``) or a budget (``gear:3.5bits``, ``gear:9KiB/token``).
 
     Raises:
         ConfigError: none of these.
 
     >>> parse_kv("gear:3").bits, parse_kv("gear-l:2").variant, parse_kv("gear:9KiB/token").budget
     (3, 'gear-l', '9KiB/token')
+    >>> parse_kv("gear-full:K4V2,backbone=kcvt,s=0.01").model_dump(exclude_defaults=True)
+    {'variant': 'gear', 'key_bits': 4, 'value_bits': 2, 'backbone': 'kcvt', 's': 0.01}
     """
-    name, _, amount = text.partition(":")
-    variants = {"gear": "best", "gear-full": "gear", "gear-l": "gear-l", "plain": "plain"}
-    if name not in variants or not amount:
+    head, *options = text.split(",")
+    name, _, amount = head.partition(":")
+    if name not in VARIANTS or not amount or not all("=" in option for option in options):
         raise ConfigError(
-            f"kv: {text!r} is no cache",
-            remedy="write gear:4, gear:3.5bits, gear:9KiB/token, gear-full:4, gear-l:2 or plain:4",
+            f"{text!r} is no cache",
+            remedy="write gear:4, gear:K4V3, gear:3.5bits, gear:9KiB/token, gear-full:4, gear-l:2, plain:4, or one of "
+            "them with keys: gear-full:2,backbone=kcvt",
         )
-    value = {"bits": int(amount)} if amount.isdigit() else {"budget": amount}
-    return CacheConfig.parse({"variant": variants[name], **value}, f"kv: {text}")
+    widths = re.fullmatch(r"K(\d+)V(\d+)", amount)
+    if widths:
+        values: dict[str, Any] = {"key_bits": int(widths[1]), "value_bits": int(widths[2])}
+    else:
+        values = {"bits": int(amount)} if amount.isdigit() else {"budget": amount}
+    for option in options:
+        key, _, value = option.partition("=")
+        values[key] = yaml.safe_load(value)
+    return CacheConfig.parse({"variant": VARIANTS[name], **values}, text)
+
+
+def checked_kv(key: str, text: str) -> None:
+    """Refuse what is no cache, for a validator.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    try:
+        parse_kv(text)
+    except ConfigError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 class GearConfig(DataFields):
-    """Compare caches: quality against bytes, time against context.
+    """Compare caches: quality against bytes on texts, time of a token against the length of the context.
 
-    ``data`` has texts; by default the reference of Python, which the package can read from the interpreter.
+    ``data`` has texts; they are joined and cut into pieces.
     """
+
+    caches: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "gear:2",
+        "gear:3",
+        "gear:4",
+        "gear-full:2",
+        "gear-full:4",
+    )
+    """What to compare with the model's own cache: ``gear:4``, ``gear:K4V3``, ``gear:9KiB/token``, or with keys as in
+    ``gear-full:2,backbone=kcvt,group_size=32``."""
+    context: Annotated[int, Field(ge=16)] = 512
+    """Tokens of each piece that are read before predictions are compared; they lie in the cache."""
+    scored: Annotated[int, Field(ge=1)] = 128
+    """Tokens of each piece whose predictions are compared."""
+    texts: Annotated[int, Field(ge=1)] = 6
+    """Pieces, spread evenly over the data."""
+    timed_contexts: tuple[Annotated[int, Field(ge=1)], ...] = (1024, 4096)
+    """Lengths of context at which the time of a token is measured; ``[]`` measures none."""
+    steps: Annotated[int, Field(ge=1)] = 6
+    """Timed tokens of each turn."""
+    repeats: Annotated[int, Field(ge=1)] = 3
+    """Turns of each cache; the caches alternate."""
+
+    @model_validator(mode="after")
+    def _caches_are_known(self) -> Self:
+        for cache in self.caches:
+            checked_kv("caches", cache)
+        if len(set(self.caches)) < len(self.caches):
+            raise ValueError(f"caches: {', '.join(self.caches)} names one twice")
+        return self

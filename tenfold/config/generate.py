@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tenfold.config.gear import checked_kv
 from tenfold.config.pasta import SteeringFields
 
 
@@ -21,6 +22,9 @@ class GenerateConfig(SteeringFields):
     """0 takes the most probable token each time."""
     chat: Literal["auto", "yes", "no"] = "auto"
     """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
+    kv: str | None = None
+    """A packed KV cache (GEAR): ``gear:4``, ``gear:3.5bits``, ``gear:9KiB/token``, ``gear-full:2``, ``gear-l:2``. Each
+    prompt is continued on the exact cache and on this one."""
     baseline: bool = True
     """Also let the model write that the recipe started from."""
     emphasise: tuple[str, ...] = ()
@@ -57,6 +61,10 @@ class GenerateConfig(SteeringFields):
             raise ValueError("context and question belong together: give a text file and what to answer from it")
         if self.find_evidence and self.context is None:
             raise ValueError("find_evidence looks for the key sentence of a context: give context and question")
+        if self.kv is not None:
+            checked_kv("kv", self.kv)
+            if self.context is not None:
+                raise ValueError("kv is for continuing prompts: leave context and question out")
         if self.context is not None and self.emphasise:
             raise ValueError("emphasise marks parts of prompts; with context and question use find_evidence")
         if self.question is not None and not self.question.strip():

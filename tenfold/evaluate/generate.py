@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def generate(
     chat: bool | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    make_cache: Callable[[], Any] | None = None,
 ) -> list[str]:
     """Continue each prompt.
 
@@ -40,6 +41,7 @@ def generate(
         chat: whether to use the chat template; by default where the tokenizer has one.
         seed: of the sampling.
         batch_size: prompts at once, padded on the left.
+        make_cache: makes the cache of a batch; by default the model's own.
 
     Returns:
         The new text of each prompt, special tokens left out.
@@ -68,7 +70,8 @@ def generate(
     with evaluating(model), _seeded(seed if temperature else None, device):
         for start in range(0, len(prompts), batch_size):
             batch = _left_padded(tokenizer, prompts[start : start + batch_size], special=not chat, device=device)
-            texts += _continue(model, tokenizer, batch, config)
+            cache = {} if make_cache is None else {"past_key_values": make_cache()}
+            texts += _continue(model, tokenizer, {**batch, **cache}, config)
     return texts
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tenfold.config.autopasta import AutoPastaConfig
 from tenfold.config.base import Config
 from tenfold.config.evaluate import EvaluateConfig
+from tenfold.config.gear import GearConfig
 from tenfold.config.generate import GenerateConfig
 from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields, untagged
 from tenfold.config.training import TrainingFields
@@ -47,6 +48,8 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
         _check_tagged(config, rows, where)
     if isinstance(config, AutoPastaConfig) and rows is not None:
         _check_kind(rows, ("question",), where)
+    if isinstance(config, GearConfig):
+        _check_kind(rows, ("text",), f"{where}: comparing caches")
     if isinstance(config, GenerateConfig) and config.context is not None and not config.context.is_file():
         raise DataError(f"{where}: context: no file {config.context}", remedy="give a text file to answer from")
     if isinstance(config, EvaluateConfig):

@@ -91,10 +91,12 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
         return StageOutput(samples=answer_file(config, context, open_subjects(context, config.baseline)))
     subjects = open_subjects(context, config.baseline)
     written: dict[str, list[str]] = {}
+    notes: list[str] = []
     for index, name in enumerate(subjects.models):
         context.progress("generate", index, len(subjects.models), name)
         with subjects.use(name) as model:
-            written[name] = generate(
+            write = partial(
+                generate,
                 model,
                 subjects.tokenizer,
                 config.prompts,
@@ -103,6 +105,13 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
                 chat={"auto": None, "yes": True, "no": False}[config.chat],
                 seed=context.seed,
             )
+            written[name] = write()
+            if config.kv is not None:
+                from tenfold.pipeline.caching import cache_note, packed_caches
+
+                with packed_caches(model, config.kv) as (make, made):
+                    written[f"{name}, {config.kv}"] = write(make_cache=make)
+                notes.append(f"{name}, {cache_note(config.kv, made[-1])}")
             if config.emphasise:
                 from tenfold.pipeline.steering import emphasised
 
@@ -111,7 +120,7 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
         Sample(prompt=prompt, outputs={name: texts[index] for name, texts in written.items()})
         for index, prompt in enumerate(config.prompts)
     ]
-    return StageOutput(samples=samples)
+    return StageOutput(samples=samples, notes=notes)
 
 
 def _chosen(config: EvaluateConfig, context: Context) -> Rows | None:

@@ -186,7 +186,7 @@ def _files(config: Config) -> dict[str, str]:
     """Hashes of the files that a configuration names beside its data; an earlier stage has a fingerprint of its own."""
     context = getattr(config, "context", None)
     paths = {"context": context, "profile": config.profile_file() if isinstance(config, SteeringFields) else None}
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path is not None}
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if isinstance(path, Path)}
 
 
 def _finished(out: Path, job: Job) -> StageSummary | None:

@@ -91,6 +91,12 @@ BUILT_IN: Mapping[str, Stage] = {
         config="tenfold.config.evaluate:EvaluateConfig",
         run="tenfold.pipeline.evaluating:run_evaluate",
     ),
+    "gear": Stage(
+        verb="evaluate",
+        summary="GEAR: a KV cache in 2 to 4 bits; quality against bytes, time against context",
+        config="tenfold.config.gear:GearConfig",
+        run="tenfold.pipeline.caching:run_gear",
+    ),
     "generate": Stage(
         verb="generate",
         summary="let the model write, before and after",

@@ -152,3 +152,57 @@ STEERING = {
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What the contract needs to know of a method that stores the cache: see `test_caching.py`."""
+
+    name: str
+    """The registered stage."""
+    keys: dict[str, Any]
+    """Keys of its configuration for a run of seconds on a tiny model; ``data`` is added."""
+    models: tuple[str, ...]
+    """Tiny models that it must work on."""
+    attach: Callable[[Any], Any]
+    """``(model) -> context manager`` that yields a cache within which some of the first 40 tokens are packed."""
+    impossible: tuple[dict[str, Any], ...]
+    """Keys with values that must be refused."""
+
+
+def _gear(model: Any) -> Any:
+    from tenfold.cache import gear
+
+    return gear.attach(model, bits=4, buffer=16, kernel="torch")
+
+
+CACHING = {
+    row.name: row
+    for row in (
+        Caching(
+            "gear",
+            {
+                "caches": ["gear:2,kernel=torch,buffer=16", "gear-full:4,kernel=torch,buffer=32"],
+                "context": 64,
+                "scored": 16,
+                "texts": 3,
+                "timed_contexts": [80],
+                "steps": 2,
+                "repeats": 2,
+            },
+            _ALL,
+            _gear,
+            (
+                {"caches": []},
+                {"caches": ["gear:5"]},
+                {"caches": ["quanto:4"]},
+                {"caches": ["gear:4", "gear:4"]},
+                {"caches": ["gear-l:2,s=0.1"]},
+                {"context": 0},
+                {"scored": 0},
+                {"texts": 0},
+                {"timed_contexts": [0]},
+            ),
+        ),
+    )
+}

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from tenfold.attend.attention import installed
 from tenfold.errors import DataError
 from tenfold.evaluate.inference import evaluating, input_device, synchronize, takes_logits_to_keep
+from tenfold.evaluate.memory import stored_bytes
 
 MakeCache = Callable[[], Any]
 """Makes an empty cache for the model."""
@@ -30,7 +31,7 @@ class Quality:
         kl: divergence from the predictions on the exact cache, nats.
         agrees: whether the most probable token is the same, 0 or 1.
         text: which text it is of.
-        report: of the cache after the last text; empty for caches of others.
+        report: of the cache after the last prompt; of caches of others only their bytes.
     """
 
     nll: list[float] = field(default_factory=list)
@@ -45,8 +46,8 @@ def measure_quality(
     texts: Sequence[Tensor],
     caches: Mapping[str, MakeCache],
     *,
-    context: int,
-    scored: int,
+    context: int | Sequence[int],
+    scored: int | None = None,
     step: int = 64,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Quality]:
@@ -56,8 +57,8 @@ def measure_quality(
         model: a causal language model.
         texts: token ids, each ``[tokens]``, of more than ``context + scored`` tokens.
         caches: name -> factory.
-        context: tokens of the prompt; its own attention is exact, as in GEAR's prefill.
-        scored: tokens whose predictions are compared.
+        context: tokens of the prompt, of all or of each text; its own attention is exact, as in GEAR's prefill.
+        scored: tokens whose predictions are compared; None is the rest of each text.
         step: tokens of one forward pass; after each of them a cache may pack.
         tell: called with texts done and texts in all.
 
@@ -69,26 +70,29 @@ def measure_quality(
     """
     found = {name: Quality() for name in ("exact", *caches)}
     device = input_device(model)
-    for number, text in enumerate(texts):
+    contexts = [context] * len(texts) if isinstance(context, int) else context
+    for number, (text, prefix) in enumerate(zip(texts, contexts, strict=True)):
         tell(number, len(texts))
-        if len(text) <= context + scored:
+        stop = len(text) if scored is None else prefix + scored + 1
+        if len(text) < max(stop, prefix + 2):
             raise DataError(
-                f"text {number}: {len(text)} tokens, and context + scored + 1 are {context + scored + 1}",
+                f"text {number}: {len(text)} tokens, and {max(stop, prefix + 2)} are needed",
                 remedy="give longer texts, or a shorter context",
             )
-        ids = text[None, : context + scored + 1].to(device)
+        ids = text[None, :stop].to(device)
         with evaluating(model), installed(model):
             keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
             prompt = DynamicCache(config=model.config)
-            model(input_ids=ids[:, :context], past_key_values=prompt, use_cache=True, **keep)
+            model(input_ids=ids[:, :prefix], past_key_values=prompt, use_cache=True, **keep)
             exact = None
             for name in found:
                 cache = caches[name]() if name != "exact" else DynamicCache(config=model.config)
                 hand_over(prompt, cache)
-                logs = _predictions(model, ids, cache, context, step)
+                report = cache.report() if hasattr(cache, "report") else {"bytes": stored_bytes(cache.layers)}
+                logs = _predictions(model, ids, cache, prefix, step)
                 exact = logs if exact is None else exact
-                _score(found[name], logs, exact, ids[0, context + 1 :], number)
-                found[name].report = cache.report() if hasattr(cache, "report") else {}
+                _score(found[name], logs, exact, ids[0, prefix + 1 :], number)
+                found[name].report = report
     return found
 
 
@@ -148,7 +152,7 @@ def measure_decoding(
     token = torch.full((batch, 1), 10, device=device)
     with evaluating(model), installed(model):
         for turn in range(repeats):
-            for name in reversed(caches) if turn % 2 else caches:
+            for name in reversed(list(caches)) if turn % 2 else caches:
                 for number in range(steps + 1):
                     synchronize(device)
                     began = time.perf_counter()
