@@ -4,7 +4,10 @@
     python -m benchmarks.gear bytes      # the setting of the specification, section 2.4: one block of 1,024 tokens
     python -m benchmarks.gear quality    # resumable; needs the real data (TENFOLD_DATA)
     python -m benchmarks.gear agreement  # greedy texts after real questions; needs the real data
+    python -m benchmarks.gear cot        # slow, only when asked for: 50 worked problems on each cache
     python -m benchmarks.gear table      # what docs/methods/gear.md shows
+
+`--model FOLDER_OR_GGUF` takes another model than the embedded one for cost, quality and agreement.
 
 Peers: DynamicCache, StaticCache and QuantizedCache (quanto and hqq, 4 bits: pip install 'tenfold[caches]') of
 transformers, and our own storage at 16 bits read by the same kernel, which isolates what compression buys. Keys and
@@ -18,6 +21,7 @@ import gzip
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -50,6 +54,9 @@ QUALITY = (
     *("gear:K3V2", "gear:K4V3", "gear:8", "plain:4,backbone=kcvt", "gear-full:4,backbone=kcvt"),
 )
 TEXTS = 24
+FEW = ("gear:4", "gear:K4V3", "gear:2", "gear-full:4", "plain:4")
+LONG = {"demo": 7680}
+"""Contexts of the long documents; other models than the embedded one read more."""
 
 rows = partial(rows_in, RESULTS)
 
@@ -67,6 +74,11 @@ def done(**keys: Any) -> bool:
     return any(all(row.get(key) == value for key, value in keys.items()) for row in rows())
 
 
+def called(source: str) -> str:
+    """A model's name in the rows: no paths of this machine."""
+    return Path(source).stem
+
+
 def packed(model: Any, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
     """Our caches."""
     return {name: partial(GearCache, model.config, parse_kv(name)) for name in names}
@@ -82,27 +94,36 @@ def quantized(model: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def cost(repeats: int = 7) -> None:
+def cost(source: str = "demo", repeats: int = 7) -> None:
     """One token after a long context, and what packing adds to a prefill."""
     for dtype in ("bfloat16", "float32"):
-        model = open_model("demo", device="cpu", dtype=dtype).model.eval()
+        model = open_model(source, device="cpu", dtype=dtype).model.eval()
         for context in CONTEXTS:
-            if done(part="decode", dtype=dtype, context=context):
+            if done(part="decode", model=called(source), dtype=dtype, context=context):
                 continue
             static = partial(StaticCache, config=model.config, max_cache_len=context + 64)
             made = {"DynamicCache": partial(DynamicCache, config=model.config), "StaticCache": static}
             made |= {**quantized(model), **packed(model, TIMED)}
             found = measure_decoding(model, made, context=context, steps=5, repeats=repeats)
             for name, seconds in found.items():
-                keep({"part": "decode", "dtype": dtype, "context": context, "cache": name, "seconds": seconds})
-        prefill(model, dtype)
+                keep(
+                    {
+                        "part": "decode",
+                        "model": called(source),
+                        "dtype": dtype,
+                        "context": context,
+                        "cache": name,
+                        "seconds": seconds,
+                    }
+                )
+        prefill(source, model, dtype)
 
 
-def prefill(model: Any, dtype: str, repeats: int = 7) -> None:
+def prefill(source: str, model: Any, dtype: str, repeats: int = 7) -> None:
     """A prompt on the model's own cache, and on packed ones, whose blocks are made at its end."""
-    tokenizer = open_model("demo", device="cpu").tokenizer
+    tokenizer = open_model(source, device="cpu").tokenizer
     for tokens in (1024, 4096):
-        if done(part="prefill", dtype=dtype, tokens=tokens):
+        if done(part="prefill", model=called(source), dtype=dtype, tokens=tokens):
             continue
         ids = prompt_ids(tokenizer, tokens, 1, torch.device("cpu"))
 
@@ -114,7 +135,17 @@ def prefill(model: Any, dtype: str, repeats: int = 7) -> None:
         work: dict[str, Callable[[], object]] = {name: partial(read, make) for name, make in made.items()}
         for name, seconds in alternate(work, repeats if tokens < 4096 else 3).items():
             peak = peak_growth(work[name]).growth
-            keep({"part": "prefill", "dtype": dtype, "tokens": tokens, "cache": name, "seconds": seconds, "peak": peak})
+            keep(
+                {
+                    "part": "prefill",
+                    "model": called(source),
+                    "dtype": dtype,
+                    "tokens": tokens,
+                    "cache": name,
+                    "seconds": seconds,
+                    "peak": peak,
+                }
+            )
 
 
 def bandwidth() -> None:
@@ -167,45 +198,46 @@ def rationales(tokenizer: Any, count: int) -> tuple[list[torch.Tensor], list[int
     return texts, contexts
 
 
-def quality() -> None:
+def quality(source: str = "demo") -> None:
     """Predictions on every cache against those on the exact one."""
-    opened = open_model("demo", device="cpu")
+    opened = open_model(source, device="cpu")
     model, tokenizer = opened.model.eval(), opened.tokenizer
     made = {**packed(model, QUALITY), **quantized(model)}
-    for kind, length, count in (("documents", 1024, TEXTS), ("rationales", 0, TEXTS), ("documents", 7680, 4)):
-        chosen = (
-            made
-            if length < 7680
-            else {name: made[name] for name in ("gear:4", "gear:K4V3", "gear:2", "gear-full:4", "plain:4")}
-        )
+    for kind, length, count in (
+        ("documents", 1024, TEXTS),
+        ("rationales", 0, TEXTS),
+        ("documents", LONG.get(source, 12288), 4),
+    ):
+        chosen = made if length <= 1024 else {name: made[name] for name in FEW}
         if length:
             texts: Sequence[torch.Tensor] = documents(tokenizer, length + 256, count)
             contexts: Sequence[int] = [length] * len(texts)
         else:
             texts, contexts = rationales(tokenizer, count)
         for number, (text, context) in enumerate(zip(texts, contexts, strict=True)):
-            if done(part="quality", kind=kind, length=length, text=number):
+            if done(part="quality", model=called(source), kind=kind, length=length, text=number):
                 continue
             found = measure_quality(model, [text], chosen, context=[context])
-            elements = 2 * model.config.num_hidden_layers * 3 * 64 * context
+            cache = next(iter(made.values()))()
+            elements = 2 * model.config.num_hidden_layers * cache.kv_heads * cache.head_dim * context
             exact = statistics.mean(found["exact"].nll)
             for name, values in found.items():
                 bits = values.report.get("bits", 8 * values.report["bytes"] / elements)
-                keep({"part": "quality", "kind": kind, "length": length, "text": number, "cache": name, "bits": bits,
-                      "worse": statistics.mean(values.nll) - exact, "kl": statistics.mean(values.kl),
+                keep({"part": "quality", "model": called(source), "kind": kind, "length": length, "text": number,
+                      "cache": name, "bits": bits, "worse": statistics.mean(values.nll) - exact, "kl": statistics.mean(values.kl),
                       "agrees": statistics.mean(values.agrees), "nll": exact})  # fmt: skip
 
 
-def agreement(count: int = 32, new: int = 96) -> None:
+def agreement(source: str = "demo", count: int = 32, new: int = 96) -> None:
     """Greedy texts after GSM8K questions: tokens before the first that differs from the exact cache's."""
-    opened = open_model("demo", device="cpu")
+    opened = open_model(source, device="cpu")
     model, tokenizer = opened.model.eval(), opened.tokenizer
     with gzip.open(DATA / "math_gsm8k.jsonl.gz", "rt", encoding="utf-8") as file:
         asked = [row["question"] for row in map(json.loads, file) if row["split"] == "test"][:count]
     write = partial(generate, model, tokenizer, asked, max_new_tokens=new, batch_size=16)
     exact = [tokenizer(text)["input_ids"] for text in write()]
     for name in ("gear:2", "gear:3", "gear:K4V3", "gear:4", "gear-full:2", "gear-full:4", "plain:2", "plain:4"):
-        if done(part="agreement", cache=name):
+        if done(part="agreement", model=called(source), cache=name):
             continue
         settings = parse_kv(f"{name},buffer=64")
         with installed(model):
@@ -216,35 +248,63 @@ def agreement(count: int = 32, new: int = 96) -> None:
             pairs = zip(ids, reference, strict=False)
             first = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(reference)))
             same.append(first / max(1, len(reference)))
-        keep({"part": "agreement", "cache": name, "same": same})
+        keep({"part": "agreement", "model": called(source), "cache": name, "same": same})
+
+
+def cot(source: str = "demo", count: int = 50, new: int = 256) -> None:
+    """Worked GSM8K problems, greedily: is the last number of the text the answer?"""
+    opened = open_model(source, device="cpu")
+    model, tokenizer = opened.model.eval(), opened.tokenizer
+    with gzip.open(DATA / "math_gsm8k.jsonl.gz", "rt", encoding="utf-8") as file:
+        asked = [row for row in map(json.loads, file) if row["split"] == "test"][:count]
+    prompts = [f"{row['question']}\nThink step by step, and end with the number alone." for row in asked]
+    for name in ("exact", "gear:4", "gear:3", "gear:2", "gear-full:2", "plain:2"):
+        if done(part="cot", model=called(source), cache=name):
+            continue
+        make = None if name == "exact" else partial(GearCache, model.config, parse_kv(f"{name},buffer=64"))
+        with installed(model):
+            texts = generate(model, tokenizer, prompts, max_new_tokens=new, batch_size=10, make_cache=make)
+        right = []
+        for row, text in zip(asked, texts, strict=True):
+            numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
+            right.append(float(bool(numbers) and numbers[-1].replace(",", "").rstrip(".") == str(row["answer"])))
+        keep({"part": "cot", "model": called(source), "cache": name, "right": right})
 
 
 def table() -> None:
     """Markdown for the docs page."""
     found = rows()
-    for dtype in ("bfloat16", "float32"):
-        _decode_table([row for row in found if row["part"] == "decode" and row["dtype"] == dtype], dtype)
-    print("\n| dtype | tokens | cache | prefill | of DynamicCache | peak growth, MiB |\n|---|---|---|---|---|---|")
-    timed = [row for row in found if row["part"] == "prefill"]
-    for row in timed:
-        key = (row["dtype"], row["tokens"])
-        plain = next(r for r in timed if (r["dtype"], r["tokens"]) == key and r["cache"] == "DynamicCache")
-        ratio = quotient(row["seconds"], plain["seconds"])
-        print(
-            f"| {key[0]} | {key[1]} | {row['cache']} | {spread(row['seconds'])} | {ratio} | {row['peak'] / 2**20:.0f} |"
-        )
+    for model in dict.fromkeys(row["model"] for row in found if "model" in row):
+        mine = [row for row in found if row.get("model") == model]
+        print(f"\n## {model}")
+        for dtype in ("bfloat16", "float32"):
+            _decode_table([row for row in mine if row["part"] == "decode" and row["dtype"] == dtype], dtype)
+        _prefill_table([row for row in mine if row["part"] == "prefill"])
+        kinds = dict.fromkeys((row["kind"], row["length"]) for row in mine if row["part"] == "quality")
+        for kind, length in kinds:
+            rest = [row for row in mine if row["part"] == "quality" and (row["kind"], row["length"]) == (kind, length)]
+            _quality_table(rest, f"{kind}, {length} tokens before")
+        print("\n| cache | tokens before the first other one, % of the text | same text, % |\n|---|---|---|")
+        for row in (row for row in mine if row["part"] == "cot"):
+            print(f"worked problems, {row['cache']}: {sum(row['right']):.0f} of {len(row['right'])} right")
+        for row in (row for row in mine if row["part"] == "agreement"):
+            whole = statistics.mean(share == 1 for share in row["same"])
+            print(f"| {row['cache']} | {100 * statistics.mean(row['same']):.0f} | {100 * whole:.0f} |")
     print("\n| cache | bits | formula | of the formula | smaller than bfloat16 |\n|---|---|---|---|---|")
     for row in (row for row in found if row["part"] == "bytes"):
         ratio = row["bits"] / row["formula"]
         print(f"| {row['cache']} | {row['bits']:.3f} | {row['formula']:.3f} | {ratio:.4f} | {16 / row['bits']:.2f} |")
-    for kind, length in (("documents", 1024), ("rationales", 0), ("documents", 7680)):
-        _quality_table(
-            [row for row in found if row["part"] == "quality" and (row["kind"], row["length"]) == (kind, length)], kind
-        )
-    print("\n| cache | tokens before the first other one, % of the text | same text, % |\n|---|---|---|")
-    for row in (row for row in found if row["part"] == "agreement"):
-        whole = statistics.mean(share == 1 for share in row["same"])
-        print(f"| {row['cache']} | {100 * statistics.mean(row['same']):.0f} | {100 * whole:.0f} |")
+    for row in (row for row in found if row["part"] == "bandwidth"):
+        print(f"\nreading memory: {row['bytes'] / statistics.median(row['seconds']) / 1e9:.1f} GB/s")
+
+
+def _prefill_table(timed: Sequence[dict[str, Any]]) -> None:
+    print("\n| dtype | tokens | cache | prefill | of DynamicCache | peak growth, MiB |\n|---|---|---|---|---|---|")
+    for row in timed:
+        key = (row["dtype"], row["tokens"])
+        plain = next(r for r in timed if (r["dtype"], r["tokens"]) == key and r["cache"] == "DynamicCache")
+        ratio, peak = quotient(row["seconds"], plain["seconds"]), row["peak"] / 2**20
+        print(f"| {key[0]} | {key[1]} | {row['cache']} | {spread(row['seconds'])} | {ratio} | {peak:.0f} |")
 
 
 def _decode_table(found: Sequence[dict[str, Any]], dtype: str) -> None:
@@ -279,23 +339,19 @@ def _quality_table(found: Sequence[dict[str, Any]], kind: str) -> None:
     print("\n".join(line for _, line in sorted(lines)))
 
 
-PARTS: dict[str, Callable[[], None]] = {
-    "cost": cost,
-    "bandwidth": bandwidth,
-    "bytes": sizes,
-    "quality": quality,
-    "agreement": agreement,
-    "table": table,
-}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=list(PARTS), default=[])
+    names = ["cost", "bandwidth", "bytes", "quality", "agreement", "table"]
+    parser.add_argument("parts", nargs="*", choices=[*names, "cot"], default=[])
+    parser.add_argument("--model", default="demo", help="cost, quality and agreement of another model")
+    given = parser.parse_args(argv)
     quiet_upstream()
-    for part in parser.parse_args(argv).parts or PARTS:
-        PARTS[part]()
+    parts: dict[str, Callable[[], None]] = {"bandwidth": bandwidth, "bytes": sizes, "table": table}
+    of_model = {"cost": cost, "quality": quality, "agreement": agreement, "cot": cot}
+    parts |= {name: partial(function, given.model) for name, function in of_model.items()}
+    for part in given.parts or names:
+        parts[part]()
 
 
 if __name__ == "__main__":
