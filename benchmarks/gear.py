@@ -224,7 +224,8 @@ def quality(source: str = "demo") -> None:
             for name, values in found.items():
                 bits = values.report.get("bits", 8 * values.report["bytes"] / elements)
                 keep({"part": "quality", "model": called(source), "kind": kind, "length": length, "text": number,
-                      "cache": name, "bits": bits, "worse": statistics.mean(values.nll) - exact, "kl": statistics.mean(values.kl),
+                      "cache": name, "bits": bits, "worse": statistics.mean(values.nll) - exact,
+                      "kl": statistics.mean(values.kl),
                       "agrees": statistics.mean(values.agrees), "nll": exact})  # fmt: skip
 
 
