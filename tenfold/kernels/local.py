@@ -1,0 +1,249 @@
+"""Attention to a local span of keys in linear time: queries in tiles, each against the few tiles of keys it can reach.
+
+Never a mask of all queries and all keys: a tile has one of its own, shared by all tiles where rows are plain, and made
+from positions where they are padded or packed. MASFormer specification, section 2 (item 3 and the block-local kernel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+CHUNK = 2**24
+"""Scores of the tiles that are worked on at once: it bounds the copies of keys and values."""
+
+LONG = 128
+"""Spans from here on are read in tiles of a quarter: smaller tiles would leave the matrix products too small."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which earlier keys a query sees; causality is always and-ed in. Positions count the real tokens of a document.
+
+    Args:
+        pattern: ``sliding``: the last ``size`` keys, itself among them; ``block``: its own block of ``size`` positions
+            and the ``previous`` ones before it.
+        size: 1 or more.
+        previous: blocks to the left; ``block`` only.
+        sinks: so many first keys are always seen.
+    """
+
+    pattern: Literal["sliding", "block"]
+    size: int
+    previous: int = 1
+    sinks: int = 0
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether queries at some positions see keys at others; the two broadcast.
+
+        >>> Span("block", 3, previous=0).sees(torch.arange(4)[:, None], torch.arange(4)).int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
+        """
+        near = self.near(query, key)
+        return (key <= query) & (near | (key < self.sinks) if self.sinks else near)
+
+    def near(self, query: Tensor, key: Tensor) -> Tensor:
+        """The same without causality and sinks."""
+        if self.pattern == "sliding":
+            return query - key < self.size
+        return query.div(self.size, rounding_mode="floor") - key.div(self.size, rounding_mode="floor") <= self.previous
+
+    @property
+    def reach(self) -> int:
+        """Keys of the past that a query may need, besides itself and the sinks."""
+        return self.size - 1 if self.pattern == "sliding" else (self.previous + 1) * self.size - 1
+
+    def pairs(self, n: int) -> int:
+        """Visible pairs of query and key among ``n`` tokens, without sinks.
+
+        >>> [Span("block", 3, 0).pairs(10), Span("block", 3, 1).pairs(10), Span("sliding", 3).pairs(10)]
+        [19, 40, 27]
+        """
+        if self.pattern == "sliding":
+            window = min(self.size, n)
+            return n * window - window * (window - 1) // 2
+        total = 0
+        for start in range(0, n, self.size):
+            length = min(self.size, n - start)
+            total += length * (length + 1) // 2 + length * min(start, self.previous * self.size)
+        return total
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: Span,
+    scale: float,
+    positions: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """Attention of each query to its span.
+
+    Args:
+        query: ``[batch, heads, queries, channels]``; the queries are the last tokens of the keys.
+        key: ``[batch, kv_heads, keys, channels]``; ``kv_heads`` divides ``heads``.
+        value: as ``key``.
+        span: what a query sees.
+        scale: factor of the scores.
+        positions: of the keys within their documents, ``[batch, keys]``, negative for padding; None where all rows are
+            ``0, 1, 2, ...``.
+        documents: a number for each key's document, ``[batch, keys]``; None for one document a row.
+
+    Returns:
+        ``[batch, heads, queries, channels]``; rows of padding give zeros.
+
+    >>> x = torch.randn(1, 2, 7, 4)
+    >>> torch.equal(local_attention(x, x, x, Span("sliding", 1), 1.0), x)
+    True
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if positions is None and queries == keys and keys <= span.size:
+        return _causal(query, key, value, scale)
+    if positions is None and queries == keys and not span.sinks:
+        return _plain(query, key, value, span, scale)
+    if positions is None:
+        positions = torch.arange(keys, device=query.device).expand(query.shape[0], -1)
+    return _positioned(query, key, value, span, scale, positions, documents)
+
+
+def _tile(size: int) -> int:
+    """Queries of a tile: a quarter of a long span, so that a tile reads 1.25 spans of keys and not 2."""
+    return size if size < LONG else -(-size // 4)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float) -> Tensor:
+    """Rows that start at position 0 and hold one document: every tile but the first few has the same mask."""
+    if span.pattern == "block" and span.previous == 0:
+        return _folded(query, key, value, span.size, scale)
+    size = span.size if span.pattern == "block" else _tile(span.size)
+    back = span.previous if span.pattern == "block" else -(-span.reach // size)
+    count = query.shape[2]
+    tiles = -(-count // size)
+    index = torch.arange(size, device=query.device)
+    column = torch.arange(-back * size, size, device=query.device)
+    mask = span.sees(index[:, None], column)
+    key, value = (pad(part, (0, 0, back * size, tiles * size - count)) for part in (key, value))
+    query = pad(query, (0, 0, 0, tiles * size - count))
+    outputs = []
+    for start, stop in _steps(query, size * (back + 1) * size, tiles):
+        tile = query[:, :, start * size : stop * size].unflatten(2, (stop - start, size))
+        near = [
+            part[:, :, start * size : (stop + back) * size].unfold(2, (back + 1) * size, size).mT
+            for part in (key, value)
+        ]
+        seen = mask.expand(stop - start, -1, -1)
+        if start < back:  # before the first token there is nothing
+            first = torch.arange(start, stop, device=query.device)[:, None, None] * size
+            seen = seen & (column + first >= 0)
+        outputs.append(_attend(tile, near[0], near[1], seen, scale))
+    return torch.cat(outputs, 2)[:, :, :count]
+
+
+def _folded(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
+    """Blocks that see nothing but themselves are a larger batch of causal attention, without any mask."""
+    count = query.shape[2]
+    whole = count // size * size
+    parts = [part[:, :, :whole].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    output = _causal(parts[0], parts[1], parts[2], scale)
+    output = output.unflatten(0, (query.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    if whole == count:
+        return output
+    rest = [part[:, :, whole:] for part in (query, key, value)]
+    last = _causal(rest[0], rest[1], rest[2], scale)
+    return torch.cat([output, last], 2)
+
+
+def _positioned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: Span,
+    scale: float,
+    positions: Tensor,
+    documents: Tensor | None,
+) -> Tensor:
+    """Any rows: tiles by array place, masks from positions. Blocks of a row may begin anywhere within a tile."""
+    queries, keys = query.shape[2], key.shape[2]
+    documents = torch.zeros_like(positions) if documents is None else documents
+    size = min(_tile(span.size), queries)
+    back = -(-span.reach // size)  # tiles of keys before a tile of queries
+    tiles, offset = -(-queries // size), keys - queries
+    skip, left, right = max(0, offset - back * size), max(0, back * size - offset), tiles * size - queries
+    far = _sinks(positions, span.sinks)
+    asked = [pad(x[:, offset:], (0, right), value=-1) for x in (positions, documents)]
+    held = [pad(x[:, skip:], (left, right), value=-1) for x in (positions, documents)]
+    query = pad(query, (0, 0, 0, right))
+    near = [pad(x[:, :, skip:], (0, 0, left, right)) for x in (key, value)]
+    width = (back + 1) * size
+    outputs = []
+    for start, stop in _steps(query, size * (width + far.shape[1]), tiles):
+        count, columns = stop - start, slice(start * size, (stop + back) * size)
+        tile = query[:, :, start * size : stop * size].unflatten(2, (count, size))
+        parts = [x[:, :, columns].unfold(2, width, size).mT for x in near]
+        place, document = (x[:, start * size : stop * size].view(-1, count, size, 1) for x in asked)
+        its_place, its_document = (x[:, columns].unfold(1, width, size).unsqueeze(2) for x in held)
+        seen = span.sees(place, its_place) & (its_place >= 0) & (document == its_document)
+        if far.shape[1]:
+            index = far.clamp(min=0)
+            beyond = [x.take_along_dim(index[:, None, :, None], 2) for x in (key, value)]
+            parts = [
+                torch.cat([x[:, :, None].expand(-1, -1, count, -1, -1), y], 3)
+                for x, y in zip(beyond, parts, strict=True)
+            ]
+            # A sink among the near keys is seen there.
+            first = skip - left + size * torch.arange(start, stop, device=far.device)[None, :, None, None]
+            outside = (far[:, None, None] >= 0) & (far[:, None, None] < first)
+            same = documents.gather(1, index)[:, None, None] == document
+            earlier = positions.gather(1, index)[:, None, None] <= place
+            seen = torch.cat([outside & same & earlier, seen], -1)
+        outputs.append(_attend(tile, parts[0], parts[1], seen, scale))
+    return torch.cat(outputs, 2)[:, :, :queries]
+
+
+def _sinks(positions: Tensor, sinks: int) -> Tensor:
+    """Array places of the first keys of every document, ``[batch, most]``, filled up with -1."""
+    chosen = (positions >= 0) & (positions < sinks)
+    most = int(chosen.sum(1).max()) if sinks else 0
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return torch.where(chosen.gather(1, order), order, -1)
+
+
+def _steps(query: Tensor, scores: int, tiles: int) -> list[tuple[int, int]]:
+    """Intervals of tiles that are worked on at once."""
+    step = max(1, CHUNK // (query.shape[0] * query.shape[1] * scores))
+    return [(start, min(start + step, tiles)) for start in range(0, tiles, step)]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention of tiles.
+
+    Args:
+        query: ``[batch, heads, tiles, size, channels]``.
+        key: ``[batch, kv_heads, tiles, width, channels]``.
+        value: as ``key``.
+        seen: ``[tiles, size, width]`` or ``[batch, tiles, size, width]``, bool.
+        scale: factor of the scores.
+
+    Returns:
+        ``[batch, heads, tiles * size, channels]``; queries that see nothing give zeros.
+    """
+    batch, heads, tiles, size, _ = query.shape
+    parts = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    seen = seen.expand(batch, *seen.shape[-3:]).flatten(0, 1)[:, None]
+    some = seen.any(-1, keepdim=True)
+    # A query that sees nothing must not divide by nothing: it looks at all, and its result is dropped.
+    folded_query, folded_key, folded_value = parts
+    output = scaled_dot_product_attention(
+        folded_query, folded_key, folded_value, attn_mask=seen | ~some, scale=scale, enable_gqa=True
+    )
+    output = output.masked_fill(~some, 0)
+    return output.unflatten(0, (batch, tiles)).transpose(1, 2).reshape(batch, heads, tiles * size, -1)
