@@ -1,0 +1,119 @@
+"""MASFormer: full attention in a few layers, local attention in the rest (Zhang et al. 2023, arXiv 2310.12442).
+
+>>> from tenfold.attend import masformer
+>>> from tenfold.kernels.local import Span
+>>> from tenfold.models.tiny import tiny_model
+>>> model = tiny_model("llama").model
+>>> handle = masformer.convert(model, full_layers=[0], span=Span("sliding", 16, sinks=4))
+>>> handle.report()["full layers"]
+[0]
+>>> handle.revert()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tenfold.attend.attention import self_attentions
+from tenfold.attend.spans import FIELD, NAME
+from tenfold.errors import ConfigError, ModelError
+from tenfold.kernels.local import Span
+
+Placement = Literal["bottom", "top", "middle", "interleave"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted model, until it is reverted.
+
+    Args:
+        model: the same object that was given.
+        full_layers: with full attention, ascending.
+        span: of all others.
+        before: the implementation that the model had.
+    """
+
+    model: Any
+    full_layers: tuple[int, ...]
+    span: Span
+    before: str
+
+    def revert(self) -> None:
+        """Put the model back as it was: bit-identical outputs."""
+        config = _decoder(self.model)
+        delattr(config, FIELD)
+        config._attn_implementation = self.before
+
+    def report(self, tokens: int = 8192) -> dict[str, Any]:
+        """What was converted, and the share of visible pairs that is left at a length (specification, item 6)."""
+        layers = len(self_attentions(self.model))
+        ratio = self.span.pairs(tokens) / (tokens * (tokens + 1) // 2)
+        full = len(self.full_layers)
+        return {
+            "full layers": list(self.full_layers),
+            "local layers": layers - full,
+            "span": asdict(self.span),
+            "tokens": tokens,
+            "pairs": (full + (layers - full) * ratio) / layers,
+        }
+
+
+def convert(model: Any, *, full_layers: Sequence[int], span: Span) -> Converted:
+    """Give every layer that is not listed a local span.
+
+    No parameter changes; the spans lie in the model's configuration as ``tenfold_span`` and are saved with it.
+
+    Args:
+        model: a decoder on transformers' attention interface, with full attention in all layers.
+        full_layers: layers that keep full attention.
+        span: of the others.
+
+    Returns:
+        A handle that reverts it.
+
+    Raises:
+        ConfigError: a layer that the model does not have; a span below 1.
+        ModelError: a model that is converted already, has spans of its own, or is not on the attention interface.
+    """
+    layers = self_attentions(model)
+    unknown = sorted(set(full_layers) - set(layers))
+    if unknown:
+        raise ConfigError(
+            f"full_layers: {unknown[0]}; the model has layers {min(layers)} to {max(layers)}",
+            remedy="correct the layer",
+        )
+    if span.size < 1 or span.previous < 0 or span.sinks < 0:
+        raise ConfigError(
+            f"span: {span} has a number that is too small", remedy="give a size of 1 or more, others of 0 or more"
+        )
+    config = _decoder(model)
+    if getattr(config, FIELD, None) is not None:
+        raise ModelError("the model is converted already", remedy="revert it first")
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise ModelError(
+            f"{config.model_type}: some of its layers have spans of their own", remedy="take a model of full attention"
+        )
+    handle = Converted(model, tuple(sorted(set(full_layers))), span, config._attn_implementation)
+    setattr(config, FIELD, {"full_layers": list(handle.full_layers), **asdict(span)})
+    config._attn_implementation = NAME
+    return handle
+
+
+def place(placement: Placement, full: int, layers: int) -> tuple[int, ...]:
+    """Layers that keep full attention, by a fixed rule; the paper's is the bottom.
+
+    >>> place("bottom", 2, 8), place("top", 2, 8), place("middle", 2, 8), place("interleave", 2, 8)
+    ((0, 1), (6, 7), (3, 4), (0, 4))
+    """
+    if not 0 <= full <= layers:
+        raise ConfigError(f"full layers: {full} of {layers}", remedy=f"give 0 to {layers}")
+    starts = {"bottom": 0, "top": layers - full, "middle": (layers - full) // 2}
+    if placement in starts:
+        return tuple(range(starts[placement], starts[placement] + full))
+    return tuple(number * layers // full for number in range(full))
+
+
+def _decoder(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)

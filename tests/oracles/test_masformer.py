@@ -1,0 +1,177 @@
+"""The oracles of the MASFormer specification, section 7, by number; those of caches, export and profile are to come."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
+
+from tenfold.attend import masformer, spans
+from tenfold.kernels.local import Span, local_attention
+from tenfold.models.tiny import tiny_model
+
+PATTERNS = [
+    Span("block", 8, 0),
+    Span("block", 8, 1),
+    Span("sliding", 8),
+    Span("sliding", 8, sinks=3),
+    Span("block", 8, 1, 2),
+]
+KINDS = ["llama", "qwen3", "gpt2"]
+
+
+def test_01_pair_counts():
+    for (n, b), expected in {(10, 3): (19, 40, 27), (12, 4): (30, 62, 42), (37, 8): (159, 391, 268)}.items():
+        assert (Span("block", b, 0).pairs(n), Span("block", b, 1).pairs(n), Span("sliding", b).pairs(n)) == expected
+    assert Span("sliding", 10).pairs(10) == 55
+
+
+def test_02_closed_values():
+    h, i, d = torch.meshgrid(*(torch.arange(1, n + 1, dtype=torch.float64) for n in (2, 10, 4)), indexing="ij")
+    q, k, v = (torch.sin(0.10 * h * i * d)[None], torch.cos(0.07 * h * i * d)[None], torch.sin(0.13 * h * i * d)[None])
+    full = scaled_dot_product_attention(q, k, v, is_causal=True)
+    cases = [
+        (full, (0.628563, 0.747848, 0.386585, 0.013801), 37.904055),
+        (Span("sliding", 3), (0.914560, 0.706093, -0.334931, -0.911461), 32.527339),
+        (Span("block", 3, 0), (0.963558, 0.515501, -0.687766, -0.883455), 29.392615),
+        (Span("block", 3, 1), (0.882837, 0.772812, -0.148485, -0.801513), 34.678054),
+        (Span("block", 3, 1, 1), (0.753299, 0.684115, -0.057562, -0.578212), 34.889916),
+    ]
+    for span, last, total in cases:
+        found = span if isinstance(span, torch.Tensor) else local_attention(q, k, v, span, 0.5)
+        assert found[0, 0, -1].tolist() == pytest.approx(last, abs=1e-6)
+        assert float(found.sum()) == pytest.approx(total, abs=1e-6)
+
+
+@torch.no_grad()
+def logits(model, **inputs):
+    return model.eval()(use_cache=False, **inputs).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_04_a_span_that_holds_all_is_the_unmodified_model(kind):
+    model = tiny_model(kind).model
+    ids = torch.randint(10, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    before = logits(model, input_ids=ids)
+    for full, span in (([0, 1], Span("sliding", 3)), ([], Span("sliding", 40)), ([], Span("block", 40, 0))):
+        handle = masformer.convert(model, full_layers=full, span=span)
+        torch.testing.assert_close(logits(model, input_ids=ids), before, atol=1e-5, rtol=0)
+        handle.revert()
+    handle = masformer.convert(model, full_layers=[0], span=Span("sliding", 4))
+    assert not torch.allclose(logits(model, input_ids=ids), before, atol=1e-3)
+    handle.revert()
+    assert torch.equal(logits(model, input_ids=ids), before)
+    assert not hasattr(model.config, spans.FIELD)
+
+
+def test_05_a_window_of_one_is_the_value_itself():
+    model = tiny_model("llama").model
+    masformer.convert(model, full_layers=[1], span=Span("sliding", 1))
+    seen = {}
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.register_forward_hook(lambda module, args, output: seen.update(value=output))
+    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.update(output=args[0]))
+    logits(model, input_ids=torch.arange(5, 25)[None])
+    value = seen["value"].unflatten(-1, (2, 16)).repeat_interleave(2, -2).flatten(-2)
+    torch.testing.assert_close(seen["output"], value, atol=1e-6, rtol=0)
+
+
+def test_06_locality():
+    ids = torch.randint(10, 200, (1, 64), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[0, 0] += 1
+
+    def changed(full, span):
+        model = tiny_model("llama", num_hidden_layers=3).model
+        masformer.convert(model, full_layers=full, span=span)
+        difference = (logits(model, input_ids=ids) - logits(model, input_ids=other)).abs().amax((0, 2))
+        return difference > 0
+
+    assert not changed([], Span("block", 8, 0))[8:].any()
+    assert not changed([], Span("block", 8, 1))[8 * 4 :].any()
+    assert changed([], Span("block", 8, 1))[8:16].any()
+    assert not changed([], Span("sliding", 8))[1 + 3 * 7 :].any()
+    assert changed([1], Span("block", 8, 0))[32:].any()
+
+
+@pytest.mark.parametrize("span", PATTERNS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_07_incremental_is_the_whole(kind, span):
+    """On the model's own cache of all keys; small caches are to come."""
+    model = tiny_model(kind).model
+    masformer.convert(model, full_layers=[1], span=span)
+    ids = torch.randint(10, 200, (2, 26), generator=torch.Generator().manual_seed(0))
+    whole = logits(model, input_ids=ids)
+    for pieces in ((7, *[1] * 19), (8, *[1] * 18), (9, *[1] * 17), (10, 10, 6)):
+        cache, found = None, []
+        for part in ids.split(pieces, 1):
+            with torch.no_grad():
+                output = model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache, found = output.past_key_values, [*found, output.logits]
+        torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("span", PATTERNS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_10_left_padding(kind, span):
+    opened = tiny_model(kind)
+    masformer.convert(opened.model, full_layers=[1], span=span)
+    ids = torch.randint(10, 200, (1, 30), generator=torch.Generator().manual_seed(0))
+    alone = logits(opened.model, input_ids=ids)
+    keys = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    written = opened.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **keys)[:, 30:]
+    for pads in range(0, span.size, 3):
+        padded = torch.cat([torch.zeros(1, pads, dtype=torch.int64), ids], 1)
+        rows = torch.cat([padded, torch.randint(10, 200, padded.shape)])
+        mask = torch.ones_like(rows)
+        mask[0, :pads] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        found = logits(opened.model, input_ids=rows, attention_mask=mask, position_ids=positions)[:1, pads:]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+        found = opened.model.generate(input_ids=rows, attention_mask=mask, **keys)[:1, rows.shape[1] :]
+        assert torch.equal(found, written)
+
+
+@pytest.mark.parametrize("span", PATTERNS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_11_packed_documents(kind, span):
+    model = tiny_model(kind).model
+    masformer.convert(model, full_layers=[1], span=span)
+    first, second = torch.randint(10, 200, (1, 40), generator=torch.Generator().manual_seed(0)).split((22, 18), 1)
+    positions = torch.cat([torch.arange(22), torch.arange(18)])[None]
+    packed = logits(model, input_ids=torch.cat([first, second], 1), position_ids=positions)
+    apart = torch.cat([logits(model, input_ids=part) for part in (first, second)], 1)
+    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=0)
+
+
+def test_13_layer_types_alone_would_change_nothing():
+    """Why the converter does not write them into a Llama: its forward pass ignores them."""
+    ids = torch.arange(5, 45)[None]
+    plain = tiny_model("llama").model
+    typed = tiny_model("llama", layer_types=["sliding_attention", "full_attention"], sliding_window=8).model
+    assert isinstance(typed.config, LlamaConfig)
+    assert torch.equal(logits(plain, input_ids=ids), logits(typed, input_ids=ids))
+    masformer.convert(plain, full_layers=[1], span=Span("sliding", 8))
+    assert getattr(plain.config, "layer_types", None) is None
+
+
+def test_14_the_mask_arrives(monkeypatch):
+    model = tiny_model("llama").model
+    masformer.convert(model, full_layers=[1], span=Span("sliding", 4))
+    seen = []
+    original = spans.spanned
+
+    def spy(module, query, key, value, attention_mask, **arguments):
+        seen.append(attention_mask)
+        return original(module, query, key, value, attention_mask, **arguments)
+
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(spans.NAME, spy)
+    try:
+        mask = torch.ones(2, 12, dtype=torch.int64)
+        logits(model, input_ids=torch.arange(5, 29).view(2, 12), attention_mask=mask)
+        mask[0, :3] = 0
+        logits(model, input_ids=torch.arange(5, 29).view(2, 12), attention_mask=mask)
+    finally:
+        AttentionInterface.register(spans.NAME, original)
+    assert [None if m is None else tuple(m.shape) for m in seen] == [None, None, (2, 12), (2, 12)]
