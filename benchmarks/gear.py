@@ -53,7 +53,7 @@ QUALITY = (
     *(f"{variant}:{bits}" for bits in (2, 3, 4) for variant in ("gear", "plain", "gear-l", "gear-full")),
     *("gear:K3V2", "gear:K4V3", "gear:8", "plain:4,backbone=kcvt", "gear-full:4,backbone=kcvt"),
 )
-TEXTS = 24
+TEXTS = 12
 FEW = ("gear:4", "gear:K4V3", "gear:2", "gear-full:4", "plain:4")
 LONG = {"demo": 7680}
 """Contexts of the long documents; other models than the embedded one read more."""
@@ -206,7 +206,7 @@ def quality(source: str = "demo") -> None:
     for kind, length, count in (
         ("documents", 1024, TEXTS),
         ("rationales", 0, TEXTS),
-        ("documents", LONG.get(source, 12288), 4),
+        ("documents", LONG.get(source, 12288), 3),
     ):
         chosen = made if length <= 1024 else {name: made[name] for name in FEW}
         if length:

@@ -20,6 +20,7 @@ _EXPORTS = {
     "pasta": "tenfold.attend.pasta",
     "autopasta": "tenfold.attend.autopasta",
     "gear": "tenfold.cache.gear",
+    "masformer": "tenfold.attend.masformer",
     "open_model": "tenfold.models.open:open_model",
     "layer_map": "tenfold.models.layer_map:layer_map",
     "read_rows": "tenfold.data.read:read_rows",

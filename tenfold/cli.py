@@ -21,6 +21,7 @@ from tenfold.errors import ConfigError, TenfoldError
 
 MODEL_VERBS = {
     "adapt": ("adalora", "fine-tune within a parameter budget"),
+    "lengthen": ("masformer", "local attention in most layers: long context at near-linear cost"),
     "steer": ("pasta", "emphasise marked text, or find the attention heads for it (tenfold steer profile MODEL)"),
     "generate": ("generate", "let the model write"),
     "evaluate": ("evaluate", "measure the model: perplexity, speed, memory, questions, standard tasks"),
@@ -39,6 +40,7 @@ EXAMPLES = {
     "env": "tenfold env",
     "adapt": "tenfold adapt demo --method adalora --data python-reference --budget 0.4% --tokens 24000\n"
     "tenfold adapt Qwen/Qwen3-0.6B --data my.jsonl --rank 8 --targets attention --out runs/mine",
+    "lengthen": "tenfold lengthen demo --data python-reference --budget 25% --window 256 --out runs/long",
     "steer": "tenfold steer profile demo --out runs/heads\n"
     'tenfold steer demo --prompts "Name a fruit that is not red. <mark>Answer in one word.</mark>"\n'
     "tenfold steer demo --profile runs/heads/01-profile/profile/profile.json --tasks conflict evidence\n"

@@ -36,6 +36,7 @@ from tenfold.attend.marks import (
     in_chat,
 )
 from tenfold.attend.profiles import Profile, load_profile, save_profile
+from tenfold.attend.spans import span_of
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.biased import KeyBias
 
@@ -320,6 +321,9 @@ def _heads(
 
 def reach(module: Any) -> int | None:
     """How many keys, itself included, the last query of an attention module sees; None without a window."""
+    span = span_of(module.config, module.layer_idx)
+    if span is not None:
+        return span.reach + 1
     kinds = getattr(module.config, "layer_types", None)
     if kinds is not None:
         fields = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}

@@ -6,6 +6,7 @@ from positions where they are padded or packed. MASFormer specification, section
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,49 @@ class Span:
         return total
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a small cache hands to the attention function in the place of keys and values.
+
+    Args:
+        keys: ``[batch, kv_heads, keys, channels]``, in order of the text; the last are those of this call.
+        values: as ``keys``.
+        span: for which the keys were chosen.
+        tokens: of the whole text so far.
+        places: of the keys in the text, ``[batch, keys]``, -1 where a row has no key; None where they are all of it.
+        finish: to be called with what is no padding, ``[batch, tokens]`` bool or None for all, once the outputs are
+            there: only then is it known which keys are sinks.
+    """
+
+    keys: Tensor
+    values: Tensor
+    span: Span
+    tokens: int
+    places: Tensor | None
+    finish: Callable[[Tensor | None], None]
+
+
+def real_positions(seen: Tensor) -> Tensor:
+    """Positions of the real tokens of rows, ``[batch, tokens]``; padding has -1.
+
+    >>> real_positions(torch.tensor([[False, True, True]])).tolist()
+    [[-1, 0, 1]]
+    """
+    seen = seen.long()
+    return torch.where(seen > 0, seen.cumsum(1) - 1, -1)
+
+
+def held_positions(places: Tensor, seen: Tensor | None) -> Tensor:
+    """Positions of keys at some places of the text, ``[batch, keys]``; -1 for padding and where there is no key.
+
+    >>> held_positions(torch.tensor([[-1, 2, 3]]), torch.tensor([[False, True, True, True]])).tolist()
+    [[-1, 1, 2]]
+    """
+    if seen is None:
+        return places
+    return torch.where(places >= 0, real_positions(seen).gather(1, places.clamp(min=0)), -1)
+
+
 def local_attention(
     query: Tensor,
     key: Tensor,
@@ -90,8 +134,8 @@ def local_attention(
         value: as ``key``.
         span: what a query sees.
         scale: factor of the scores.
-        positions: of the keys within their documents, ``[batch, keys]``, negative for padding; None where all rows are
-            ``0, 1, 2, ...``.
+        positions: of the keys within their documents, ``[batch, keys]``, negative for padding, rising with gaps where
+            keys that no query sees are left out; None where all rows are ``0, 1, 2, ...``.
         documents: a number for each key's document, ``[batch, keys]``; None for one document a row.
 
     Returns:
@@ -108,6 +152,8 @@ def local_attention(
         return _plain(query, key, value, span, scale)
     if positions is None:
         positions = torch.arange(keys, device=query.device).expand(query.shape[0], -1)
+    if queries <= _tile(span.size) and keys <= span.sinks + span.reach + queries:
+        return _dense(query, key, value, span, scale, positions, documents)
     return _positioned(query, key, value, span, scale, positions, documents)
 
 
@@ -124,28 +170,32 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float) 
     """Rows that start at position 0 and hold one document: every tile but the first few has the same mask."""
     if span.pattern == "block" and span.previous == 0:
         return _folded(query, key, value, span.size, scale)
-    size = span.size if span.pattern == "block" else _tile(span.size)
-    back = span.previous if span.pattern == "block" else -(-span.reach // size)
+    # A stride is a block, or a tile of a window; a tile of a block reads no keys beyond its own end.
+    tile = _tile(span.size)
+    stride = span.size if span.pattern == "block" else tile
+    back = span.previous if span.pattern == "block" else -(-span.reach // stride)
     count = query.shape[2]
-    tiles = -(-count // size)
-    index = torch.arange(size, device=query.device)
-    column = torch.arange(-back * size, size, device=query.device)
+    strides = -(-count // stride)
+    index = torch.arange(stride, device=query.device)
+    column = torch.arange(-back * stride, stride, device=query.device)
     mask = span.sees(index[:, None], column)
-    key, value = (pad(part, (0, 0, back * size, tiles * size - count)) for part in (key, value))
-    query = pad(query, (0, 0, 0, tiles * size - count))
+    key, value = (pad(part, (0, 0, back * stride, strides * stride - count)) for part in (key, value))
+    query = pad(query, (0, 0, 0, strides * stride - count)).unflatten(2, (strides, stride))
     outputs = []
-    for start, stop in _steps(query, size * (back + 1) * size, tiles):
-        tile = query[:, :, start * size : stop * size].unflatten(2, (stop - start, size))
-        near = [
-            part[:, :, start * size : (stop + back) * size].unfold(2, (back + 1) * size, size).mT
-            for part in (key, value)
-        ]
-        seen = mask.expand(stop - start, -1, -1)
-        if start < back:  # before the first token there is nothing
-            first = torch.arange(start, stop, device=query.device)[:, None, None] * size
-            seen = seen & (column + first >= 0)
-        outputs.append(_attend(tile, near[0], near[1], seen, scale))
-    return torch.cat(outputs, 2)[:, :, :count]
+    for start, stop in _steps(query, tile * (back + 1) * stride, strides):
+        near = [part[:, :, start * stride : (stop + back) * stride] for part in (key, value)]
+        first = torch.arange(start, stop, device=query.device)[:, None, None] * stride
+        rows = []
+        for top in range(0, stride, tile):
+            bottom = min(top + tile, stride)
+            width = back * stride + bottom
+            seen = mask[top:bottom, :width].expand(stop - start, -1, -1)
+            if start < back:  # before the first token there is nothing
+                seen = seen & (column[:width] + first >= 0)
+            keys, values = (part.unfold(2, (back + 1) * stride, stride).mT[..., :width, :] for part in near)
+            rows.append(_attend(query[:, :, start:stop, top:bottom], keys, values, seen, scale))
+        outputs.append(torch.cat(rows, 3))
+    return torch.cat(outputs, 2).flatten(2, 3)[:, :, :count]
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
@@ -162,6 +212,23 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) 
     return torch.cat([output, last], 2)
 
 
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: Span,
+    scale: float,
+    positions: Tensor,
+    documents: Tensor | None,
+) -> Tensor:
+    """So few rows and keys, as in decoding, that one tile is all of them."""
+    asked = positions[:, -query.shape[2] :, None]
+    seen = span.sees(asked, positions[:, None]) & (positions >= 0)[:, None]
+    if documents is not None:
+        seen = seen & (documents[:, -query.shape[2] :, None] == documents[:, None])
+    return _attend(query[:, :, None], key[:, :, None], value[:, :, None], seen[:, None], scale)[:, :, 0]
+
+
 def _positioned(
     query: Tensor,
     key: Tensor,
@@ -171,14 +238,17 @@ def _positioned(
     positions: Tensor,
     documents: Tensor | None,
 ) -> Tensor:
-    """Any rows: tiles by array place, masks from positions. Blocks of a row may begin anywhere within a tile."""
+    """Any rows: tiles by array place, masks from positions. Blocks of a row may begin anywhere within a tile.
+
+    Keys that are left out bring others closer: what is near by position is near by place.
+    """
     queries, keys = query.shape[2], key.shape[2]
     documents = torch.zeros_like(positions) if documents is None else documents
     size = min(_tile(span.size), queries)
     back = -(-span.reach // size)  # tiles of keys before a tile of queries
     tiles, offset = -(-queries // size), keys - queries
     skip, left, right = max(0, offset - back * size), max(0, back * size - offset), tiles * size - queries
-    far = _sinks(positions, span.sinks)
+    far = first_keys(positions, span.sinks)
     asked = [pad(x[:, offset:], (0, right), value=-1) for x in (positions, documents)]
     held = [pad(x[:, skip:], (left, right), value=-1) for x in (positions, documents)]
     query = pad(query, (0, 0, 0, right))
@@ -206,10 +276,10 @@ def _positioned(
             earlier = positions.gather(1, index)[:, None, None] <= place
             seen = torch.cat([outside & same & earlier, seen], -1)
         outputs.append(_attend(tile, parts[0], parts[1], seen, scale))
-    return torch.cat(outputs, 2)[:, :, :queries]
+    return torch.cat(outputs, 2).flatten(2, 3)[:, :, :queries]
 
 
-def _sinks(positions: Tensor, sinks: int) -> Tensor:
+def first_keys(positions: Tensor, sinks: int) -> Tensor:
     """Array places of the first keys of every document, ``[batch, most]``, filled up with -1."""
     chosen = (positions >= 0) & (positions < sinks)
     most = int(chosen.sum(1).max()) if sinks else 0
@@ -234,9 +304,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: floa
         scale: factor of the scores.
 
     Returns:
-        ``[batch, heads, tiles * size, channels]``; queries that see nothing give zeros.
+        As ``query``; queries that see nothing give zeros.
     """
-    batch, heads, tiles, size, _ = query.shape
+    batch, tiles = query.shape[0], query.shape[2]
     parts = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     seen = seen.expand(batch, *seen.shape[-3:]).flatten(0, 1)[:, None]
     some = seen.any(-1, keepdim=True)
@@ -246,4 +316,4 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: floa
         folded_query, folded_key, folded_value, attn_mask=seen | ~some, scale=scale, enable_gqa=True
     )
     output = output.masked_fill(~some, 0)
-    return output.unflatten(0, (batch, tiles)).transpose(1, 2).reshape(batch, heads, tiles * size, -1)
+    return output.unflatten(0, (batch, tiles)).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from tenfold.models.heads import PEFT_TASKS, auto_class, check_loaded
 from tenfold.models.opened import Opened, Task, check_task, describe, settle_padding
 from tenfold.models.source import Located, check_weights, content_hash, hub_error, read_json, resolve, weights_hash
 from tenfold.models.tiny import tiny_model
+
+FINISHERS = {"tenfold_span": "tenfold.attend.native:restore"}
+"""Fields of a saved configuration that ask for something once the model is loaded, and what does it: a function of the
+model in a later room, so known by its name alone."""
 
 
 def open_model(
@@ -77,6 +82,7 @@ def open_model(
         resolved = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
         labels = 1 if task == "reward" else num_labels
         model, tokenizer = _load(located, resolved, task, labels, options, placing)
+    _finish(model)
     # A hub id's commit is the one that was loaded: asking again could meet a newer one.
     commit = getattr(model.config, "_commit_hash", None) if located.kind == "hub" else None
     weights = commit or weights_hash(located, revision)
@@ -169,6 +175,15 @@ def _load(
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise _explain(located, folder, error) from error
     return model, tokenizer
+
+
+def _finish(model: Any) -> None:
+    """Do what fields of the configuration ask for: what tenfold did to the model before it was saved."""
+    config = model.config.get_text_config(decoder=True)
+    for field, reference in FINISHERS.items():
+        if getattr(config, field, None) is not None:
+            module, _, name = reference.partition(":")
+            getattr(importlib.import_module(module), name)(model)
 
 
 def _explain(located: Located, folder: str, error: Exception) -> Exception:

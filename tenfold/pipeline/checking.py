@@ -10,6 +10,7 @@ from tenfold.config.base import Config
 from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.gear import GearConfig
 from tenfold.config.generate import GenerateConfig
+from tenfold.config.masformer import MasformerConfig
 from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields, untagged
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError, DataError, MissingDependencyError
@@ -48,6 +49,8 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
         _check_tagged(config, rows, where)
     if isinstance(config, AutoPastaConfig) and rows is not None:
         _check_kind(rows, ("question",), where)
+    if isinstance(config, MasformerConfig):
+        _check_kind(rows, ("text",), f"{where}: profiling layers")
     if isinstance(config, GearConfig):
         _check_kind(rows, ("text",), f"{where}: comparing caches")
     if isinstance(config, GenerateConfig) and config.context is not None and not config.context.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tenfold.attend.native import save_native
 from tenfold.config.export import ExportConfig
 from tenfold.errors import ConfigError
 from tenfold.models.export import merge, push_to_hub, save_adapter, save_model
@@ -26,7 +27,7 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
         model = merge(opened.model) if adapted else opened.model
         if config.save_dtype is not None:
             model = model.to(getattr(torch, config.save_dtype))
-        save_model(model, opened.tokenizer, folder)
+        (save_native if config.form == "native" else save_model)(model, opened.tokenizer, folder)
     if config.push_to_hub:
         push_to_hub(folder, config.push_to_hub)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -34,5 +35,5 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
         attached={"form": config.form, "bytes": size},
         artefact=folder.name,
         # An adapter that is only copied changes nothing for the stages that follow.
-        continues_with="model" if config.form == "merged" else None,
+        continues_with=None if config.form == "adapter" else "model",
     )

@@ -91,6 +91,12 @@ BUILT_IN: Mapping[str, Stage] = {
         config="tenfold.config.evaluate:EvaluateConfig",
         run="tenfold.pipeline.evaluating:run_evaluate",
     ),
+    "masformer": Stage(
+        verb="lengthen",
+        summary="MASFormer: full attention where it matters, local attention in the other layers",
+        config="tenfold.config.masformer:MasformerConfig",
+        run="tenfold.pipeline.lengthening:run_masformer",
+    ),
     "gear": Stage(
         verb="evaluate",
         summary="GEAR: a KV cache in 2 to 4 bits; quality against bytes, time against context",

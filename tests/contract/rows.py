@@ -206,3 +206,50 @@ CACHING = {
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What the contract needs to know of a method that gives layers a span: see `test_spans.py`."""
+
+    name: str
+    """The registered stage."""
+    keys: dict[str, Any]
+    """Keys of its configuration for a run of seconds on a tiny model; ``data`` is added."""
+    models: tuple[str, ...]
+    """Tiny models that it must work on."""
+    attach: Callable[[Any], Any]
+    """``(model) -> handle`` with ``report()`` and ``revert()``; layer 1 stays full."""
+    impossible: tuple[dict[str, Any], ...]
+    """Keys with values that must be refused."""
+
+
+def _masformer(model: Any) -> Any:
+    from tenfold.attend import masformer
+    from tenfold.kernels.local import Span
+
+    return masformer.convert(model, full_layers=[1], span=Span("sliding", 4))
+
+
+SPANS = {
+    row.name: row
+    for row in (
+        Spans(
+            "masformer",
+            {"budget": "50%", "window": 16, "passage": 24, "passages": 2},
+            tuple(kind for kind in _ALL if kind != "gemma3"),  # it has spans of its own
+            _masformer,
+            (
+                {"budget": "3ms"},
+                {"window": 0},
+                {"previous": -1},
+                {"sinks": -1},
+                {"placement": "nowhere"},
+                {"pattern": "diagonal"},
+                {"passages": 0},
+                {"passage": 1},
+                {"budget": "50%", "full_layers": [1]},
+            ),
+        ),
+    )
+}

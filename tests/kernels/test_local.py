@@ -100,3 +100,18 @@ def test_pairs_are_those_of_the_mask(span, n):
     plain = Span(span.pattern, span.size, span.previous)
     index = torch.arange(n)
     assert plain.pairs(n) == int(plain.sees(index[:, None], index).sum())
+
+
+@pytest.mark.parametrize("queries", [1, 5, 40, 150])
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_keys_that_no_query_sees_may_be_left_out(span, queries):
+    q, k, v = inputs(queries, 450)
+    pads = torch.tensor([0, 9])
+    positions = torch.arange(450) - pads[:, None]
+    places = torch.cat(
+        [pads[:, None] + torch.arange(span.sinks), torch.arange(450 - queries - span.reach, 450).expand(2, -1)], 1
+    )
+    kept = [x.take_along_dim(places[:, None, :, None], 2) for x in (k, v)]
+    found = local_attention(q, *kept, span, 0.3, positions.gather(1, places))
+    expected = dense(q, k, v, span, 0.3, positions)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)

@@ -1,11 +1,12 @@
-"""The oracles of the MASFormer specification, section 7, by number; those of caches, export and profile are to come."""
+"""The oracles of the MASFormer specification, section 7, by number; those of export and profile are to come."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tenfold.attend import masformer, spans
+from tenfold.attend import masformer, native, spans
+from tenfold.cache.spans import SpanCache, SpanLayer, formula_bytes
 from tenfold.kernels.local import Span, local_attention
 from tenfold.models.tiny import tiny_model
 
@@ -93,21 +94,62 @@ def test_06_locality():
     assert changed([1], Span("block", 8, 0))[32:].any()
 
 
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("span", PATTERNS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_07_incremental_is_the_whole(kind, span):
-    """On the model's own cache of all keys; small caches are to come."""
+def test_07_incremental_is_the_whole(kind, span, small):
+    """On the model's own cache of all keys, and on the small one."""
     model = tiny_model(kind).model
     masformer.convert(model, full_layers=[1], span=span)
     ids = torch.randint(10, 200, (2, 26), generator=torch.Generator().manual_seed(0))
     whole = logits(model, input_ids=ids)
-    for pieces in ((7, *[1] * 19), (8, *[1] * 18), (9, *[1] * 17), (10, 10, 6)):
-        cache, found = None, []
+    for pieces in ((7, *[1] * 19), (8, *[1] * 18), (9, *[1] * 17), (10, 10, 6), (16, 10)):
+        cache, found = SpanCache(model.config) if small else None, []
         for part in ids.split(pieces, 1):
             with torch.no_grad():
                 output = model(input_ids=part, past_key_values=cache, use_cache=True)
             cache, found = output.past_key_values, [*found, output.logits]
         torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-5, rtol=0)
+
+
+def test_08_cache_length():
+    def grown(span, steps):
+        layer = SpanLayer(span, 0, lambda: True)
+        for step in steps:
+            held, _ = layer.update(*torch.randn(2, 1, 2, step, 4))
+            held.finish(None)
+            yield layer, held
+
+    for t, (layer, _) in enumerate(grown(Span("sliding", 6), [1] * 12), 1):
+        assert layer.keys.shape[2] == min(t, 5)
+    block = Span("block", 4, 1)
+    visible = []
+    for t, (_, held) in enumerate(grown(block, [1] * 12)):
+        places = torch.arange(t + 1) if held.places is None else held.places[0]
+        visible.append(int(block.sees(torch.tensor(t), places).sum()))
+    assert visible == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
+    for span in (Span("sliding", 8), Span("sliding", 8, sinks=3), block):
+        layer, _ = next(grown(span, [500]))
+        ideal = 2 * (span.reach + span.sinks) * 4 * 4
+        assert layer.keys.untyped_storage().nbytes() == layer.values.untyped_storage().nbytes() == ideal
+
+
+def test_09_bytes():
+    smol = LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    smol.tenfold_span = {"full_layers": [7, 8, 17, 18, 20, 23], "pattern": "sliding", "size": 1024}
+    assert formula_bytes(smol, 8192, spans=False) == pytest.approx(188.7e6, rel=1e-3)
+    assert formula_bytes(smol, 8192) == pytest.approx(56.6e6, rel=1e-3)
+    model = tiny_model("llama", num_hidden_layers=4).model
+    masformer.convert(model, full_layers=[2], span=Span("sliding", 16, sinks=2))
+    cache = SpanCache(model.config)
+    with torch.no_grad():
+        model(input_ids=torch.randint(10, 200, (3, 200)), past_key_values=cache)
+    report = cache.report()
+    assert report["tokens"] == 200
+    assert report["formula bytes"] == 2 * 3 * 2 * 16 * 4 * (200 + 3 * 17)
+    assert report["dense bytes"] == 2 * 3 * 2 * 16 * 4 * 4 * 200
+    assert report["formula bytes"] <= report["bytes"] < 1.01 * report["formula bytes"]
+    assert report["bytes"] == report["local bytes"] + report["full bytes"]
 
 
 @pytest.mark.parametrize("span", PATTERNS, ids=str)
@@ -143,6 +185,21 @@ def test_11_packed_documents(kind, span):
     torch.testing.assert_close(packed, apart, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("full", "exact"), [((0, 1), True), ((1,), False), ((), False)])
+def test_12_a_llama_saved_as_a_ministral(tmp_path, full, exact):
+    opened = tiny_model("llama")
+    ids = torch.randint(10, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    before = logits(opened.model, input_ids=ids)
+    masformer.convert(opened.model, full_layers=full, span=Span("sliding", 8))
+    folder = native.save_native(opened.model, opened.tokenizer, tmp_path / "native")
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert stock.config.model_type == "ministral"
+    assert stock.config.sliding_window == 8
+    found = logits(stock, input_ids=ids)
+    torch.testing.assert_close(found, logits(opened.model, input_ids=ids), atol=1e-5, rtol=0)
+    assert bool(torch.equal(found, before)) is exact
+
+
 def test_13_layer_types_alone_would_change_nothing():
     """Why the converter does not write them into a Llama: its forward pass ignores them."""
     ids = torch.arange(5, 45)[None]
@@ -175,3 +232,22 @@ def test_14_the_mask_arrives(monkeypatch):
     finally:
         AttentionInterface.register(spans.NAME, original)
     assert [None if m is None else tuple(m.shape) for m in seen] == [None, None, (2, 12), (2, 12)]
+
+
+def test_marks_beyond_a_span_are_refused_and_full_layers_are_steered():
+    from tenfold import pasta
+    from tenfold.errors import TenfoldError
+
+    opened = tiny_model("llama")
+    masformer.convert(opened.model, full_layers=[1], span=Span("sliding", 8))
+    text = "It was <mark>red</mark>, she said, and nobody in the town believed a word of it."
+    marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text)])
+    plain = logits(opened.model, **marks.inputs)
+    with pasta.steer(opened.model, marks, heads={1: [0]}):
+        assert not torch.allclose(logits(opened.model, **marks.inputs), plain, atol=1e-4)
+    with pytest.raises(TenfoldError, match="layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
+        pass
+    near = pasta.encode(opened.tokenizer, [pasta.from_tags("It was <mark>red</mark>.")])
+    with pasta.steer(opened.model, near, heads={0: [1]}):
+        steered = logits(opened.model, **near.inputs)
+    assert not torch.allclose(steered, logits(opened.model, **near.inputs), atol=1e-4)

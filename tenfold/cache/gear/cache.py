@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,22 +54,9 @@ class GearCache(Cache):
                 f"{decoder.model_type}: no layer of full attention, so there is nothing to pack",
                 remedy="keep the model's own cache: it is small already",
             )
-        unknown = sorted(set(settings.layer_bits) - set(full))
-        if unknown:
-            raise ModelError(
-                f"layer_bits: layers {unknown} are none of full attention", remedy=f"layers that are packed: {full}"
-            )
-        heads = decoder.num_attention_heads
-        self.kv_heads: int = getattr(decoder, "num_key_value_heads", None) or heads
-        self.head_dim: int = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
-        self.settings = within_budget(settings, layers=len(full), channels=self.head_dim, kv_heads=self.kv_heads)
-
-        def views() -> bool:
-            name = str(decoder._attn_implementation)
-            return name.startswith(PREFIX) and base_implementation(decoder) != "flex_attention"
-
-        for index in full:
-            layers[index] = GearLayer(self.settings, index, views)
+        self.kv_heads, self.head_dim = head_sizes(decoder)
+        for index, layer in gear_layers(decoder, settings, full).items():
+            layers[index], self.settings = layer, layer.config
         super().__init__(layers=layers)
 
     @property
@@ -115,6 +102,43 @@ class GearCache(Cache):
 
 
 _PART_NAMES = ("codes", "scales", "low rank", "outliers", "exact")
+
+
+def head_sizes(decoder: Any) -> tuple[int, int]:
+    """Heads of keys and values, and the channels of each, by a decoder's configuration."""
+    heads = decoder.num_attention_heads
+    kv_heads: int = getattr(decoder, "num_key_value_heads", None) or heads
+    head_dim: int = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
+    return kv_heads, head_dim
+
+
+def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dict[int, GearLayer]:
+    """Packed layers of a cache.
+
+    Args:
+        decoder: the configuration of the model's decoder; its attention implementation is looked up at each call.
+        settings: how to store.
+        full: indices of the layers of full attention.
+
+    Returns:
+        By index, each with the settings that a budget left.
+
+    Raises:
+        ModelError: ``layer_bits`` for a layer that is not among them.
+    """
+    unknown = sorted(set(settings.layer_bits) - set(full))
+    if unknown:
+        raise ModelError(
+            f"layer_bits: layers {unknown} are none of full attention", remedy=f"layers that are packed: {list(full)}"
+        )
+    kv_heads, head_dim = head_sizes(decoder)
+    settings = within_budget(settings, layers=len(full), channels=head_dim, kv_heads=kv_heads)
+
+    def views() -> bool:
+        name = str(decoder._attn_implementation)
+        return name.startswith(PREFIX) and base_implementation(decoder) != "flex_attention"
+
+    return {index: GearLayer(settings, index, views) for index in full}
 
 
 @contextmanager

@@ -97,6 +97,7 @@ class GearLayer(CacheLayerMixin):
         self.finish(None, started)
         return tensors
 
+    @torch.no_grad()
     def finish(self, keep: Tensor | None, started: bool = True) -> None:
         """Pack what the buffer has too much of, after the attention of this call.
 

@@ -1,0 +1,302 @@
+"""The small cache of a model with spans: local layers keep only the keys that a later query can still see.
+
+>>> from tenfold.attend import masformer
+>>> from tenfold.kernels.local import Span
+>>> from tenfold.models.tiny import tiny_model
+>>> opened = tiny_model("llama")
+>>> handle = masformer.convert(opened.model, full_layers=[0], span=Span("sliding", 8, sinks=2))
+>>> cache = SpanCache(opened.model.config)
+>>> ids = opened.tokenizer("a text that is longer than the span of its local layer", return_tensors="pt")
+>>> _ = opened.model(**ids, past_key_values=cache)
+>>> cache.layers[0].keys.shape[2], cache.layers[1].keys.shape[2]
+(54, 9)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from tenfold.attend.spans import FIELD, NAME, span_of
+from tenfold.cache.gear.cache import gear_layers, head_sizes
+from tenfold.cache.gear.layer import GearLayer
+from tenfold.config.gear import CacheConfig
+from tenfold.errors import ModelError
+from tenfold.evaluate.memory import stored_bytes
+from tenfold.kernels.local import Held, Span, first_keys, held_positions
+
+
+class SpanLayer(CacheLayerMixin):
+    """Keys and values of one local layer: sinks first, then the last keys, without a gap among these.
+
+    Nothing is dropped before the attention of a call is done: only the attention function knows the padding, and with
+    it which tokens of a row are its sinks.
+
+    Args:
+        span: what a query of the layer sees.
+        index: of the layer, for errors.
+        reads: whether the model's attention function takes `Held` now.
+    """
+
+    is_sliding = False
+    """Not to transformers: it would make a mask of its own for the layer, and nothing reads one."""
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, span: Span, index: int, reads: Callable[[], bool]) -> None:
+        super().__init__()
+        self.span, self.index, self.reads = span, index, reads
+        self.record_past = False
+        self.tokens = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and shapes from the first keys and values; they may have no tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.sinks = torch.empty(len(key_states), 0, dtype=torch.int64, device=self.device)
+        """Places in the text of the first keys that are held, ``[batch, sinks]``; -1 where a row has fewer."""
+        self.seen: Tensor | None = None
+        """What is no padding, ``[batch, tokens]``, while keys are kept that are yet to be sorted out."""
+        self.tokens = 0
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Append keys and values; hand over what this call attends to.
+
+        Args:
+            key_states: ``[batch, kv_heads, tokens, channels]``.
+            value_states: as ``key_states``.
+            *args: what else transformers passes.
+            **kwargs: likewise.
+
+        Returns:
+            Twice what is held, for the attention function of spans.
+
+        Raises:
+            ModelError: the model is not converted now; another batch size than before.
+        """
+        if not self.reads():
+            raise ModelError(
+                f"layer {self.index}: a cache of {self.span}, and the model's attention is not {NAME!r}",
+                remedy="convert the model (tenfold.attend.masformer.convert), or take its own cache",
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(key_states) != len(self.keys):
+            raise ModelError(
+                f"layer {self.index}: {len(key_states)} rows after {len(self.keys)}",
+                remedy="one cache is for one batch: call cache.reset(), or make another",
+            )
+        # Joining copies, so that nothing keeps the storage of a larger tensor alive.
+        self.keys = torch.cat([self.keys, key_states], 2)
+        self.values = torch.cat([self.values, value_states], 2)
+        self.tokens += key_states.shape[2]
+        whole = self.keys.shape[2] == self.tokens
+        held = Held(self.keys, self.values, self.span, self.tokens, None if whole else self.places(), self.finish)
+        return held, held
+
+    def places(self) -> Tensor:
+        """Of the held keys in the text, ``[batch, keys]``; -1 where a row has no key."""
+        last = torch.arange(self._start, self.tokens, device=self.sinks.device)
+        return torch.cat([self.sinks, last.expand(len(self.sinks), -1)], 1)
+
+    @property
+    def _start(self) -> int:
+        """Place of the first of the last keys."""
+        return self.tokens - (self.keys.shape[2] - self.sinks.shape[1])
+
+    def finish(self, seen: Tensor | None) -> None:
+        """Drop what no later query sees, after the attention of this call.
+
+        Args:
+            seen: what is no padding, ``[batch, tokens]``, bool; None is all.
+        """
+        if self.record_past:
+            self.seen = seen
+        else:
+            self._drop(seen)
+
+    def _drop(self, seen: Tensor | None) -> None:
+        """Copies, never views: one would keep the whole prompt alive."""
+        before = self.keys.shape[2] - self.span.reach
+        if before <= self.sinks.shape[1]:
+            return
+        places = self.places()[:, :before]
+        columns = first_keys(held_positions(places, seen), self.span.sinks)
+        index = columns.clamp(min=0)
+        self.sinks = torch.where(columns >= 0, places.gather(1, index), -1)
+        index = index[:, None, :, None]
+        self.keys = torch.cat([self.keys[:, :, :before].take_along_dim(index, 2), self.keys[:, :, before:]], 2)
+        self.values = torch.cat([self.values[:, :, :before].take_along_dim(index, 2), self.values[:, :, before:]], 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Those of the whole text: a mask of padding shall arrive uncut."""
+        return self.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """All tokens seen, not only those that are held."""
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """From now on nothing is dropped before `crop` has said which tokens stay."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, and drop what is out of reach then.
+
+        Args:
+            tokens_to_remove: 0 or negative, as transformers gives it.
+
+        Raises:
+            ValueError: a positive number, or more tokens than there are.
+            RuntimeError: keys that would be seen again were dropped.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        left = self.tokens + tokens_to_remove
+        if left < 0:
+            raise ValueError(f"crop({tokens_to_remove}): the cache has {self.tokens} tokens")
+        if not self.is_initialized:
+            return
+        if tokens_to_remove:
+            if self._start > max(0, left - self.span.reach):
+                raise RuntimeError(
+                    f"crop({tokens_to_remove}): layer {self.index} has dropped keys that would be seen again. Call "
+                    "activate_past_recording() before the tokens that may be removed."
+                )
+            self.keys, self.values = (x[:, :, :tokens_to_remove].clone() for x in (self.keys, self.values))
+            self.tokens = left
+        self._drop(None if self.seen is None else self.seen[:, :left])
+        self.seen = None
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        self.keys, self.values, self.sinks = change(self.keys), change(self.values), change(self.sinks)
+        self.seen = None if self.seen is None else change(self.seen)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch by index, for beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def offload(self) -> None:
+        """To the CPU."""
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Back to the layer's device."""
+        self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized, self.tokens = False, 0
+        self.keys = self.values = self.sinks = self.seen = None  # type: ignore[assignment]
+
+
+class SpanCache(Cache):
+    """A cache for ``past_key_values=`` of a converted model: local layers keep a constant number of keys.
+
+    Args:
+        config: the configuration of a model that `tenfold.attend.masformer.convert` has converted.
+        kv: how layers of full attention are packed; None keeps their keys and values as they are.
+
+    Raises:
+        ModelError: the model is not converted; ``kv``, and no layer has full attention.
+    """
+
+    def __init__(self, config: Any, kv: CacheConfig | None = None) -> None:
+        decoder = config.get_text_config(decoder=True)
+        if getattr(decoder, FIELD, None) is None:
+            raise ModelError(
+                f"{decoder.model_type}: the model has no spans",
+                remedy="convert it first (tenfold.attend.masformer.convert), or take its own cache",
+            )
+        self.config = decoder
+
+        def reads() -> bool:
+            return bool(decoder._attn_implementation == NAME)
+
+        layers: list[Any] = list(DynamicCache(config=config).layers)
+        full = []
+        for index in range(len(layers)):
+            span = span_of(decoder, index)
+            if span is None:
+                full.append(index)
+            else:
+                layers[index] = SpanLayer(span, index, reads)
+        if kv is not None:
+            if not full:
+                raise ModelError(
+                    "kv: no layer of full attention, so there is nothing to pack",
+                    remedy="leave kv out: local layers keep few keys, exactly",
+                )
+            for index, layer in gear_layers(decoder, kv, full).items():
+                layers[index] = layer
+        super().__init__(layers=layers)
+
+    def report(self) -> dict[str, Any]:
+        """What is stored, measured on the tensors' storage, beside what the formula says.
+
+        Returns:
+            ``tokens`` of a row; ``bytes``, of which ``local bytes`` and ``full bytes``; ``formula bytes`` of local and
+            unpacked full layers (specification, oracle 9, with sinks); ``dense bytes`` of a cache without spans.
+        """
+        local = [layer for layer in self.layers if isinstance(layer, SpanLayer)]
+        full = [layer for layer in self.layers if not isinstance(layer, SpanLayer)]
+        sample = next((_sample(layer) for layer in self.layers if layer.is_initialized), torch.empty(0))
+        shape = {"tokens": self.get_seq_length(), "batch": len(sample), "itemsize": sample.element_size()}
+        parts = {"local bytes": stored_bytes(local), "full bytes": stored_bytes(full)}
+        return {
+            "tokens": shape["tokens"],
+            "bytes": sum(parts.values()),
+            **parts,
+            "formula bytes": formula_bytes(self.config, **shape),
+            "dense bytes": formula_bytes(self.config, **shape, spans=False),
+        }
+
+
+def _sample(layer: Any) -> Tensor:
+    """A tensor of the batch and dtype of a layer."""
+    found: Tensor = layer.buffer[0] if isinstance(layer, GearLayer) else layer.keys
+    return found
+
+
+def formula_bytes(config: Any, tokens: int, *, batch: int = 1, itemsize: int = 2, spans: bool = True) -> int:
+    """Bytes of keys and values: all tokens in full layers, what is in reach and sinks in the others.
+
+    Args:
+        config: of a converted model; of any decoder where ``spans`` is False.
+        tokens: of a row.
+        batch: rows.
+        itemsize: bytes of a number.
+        spans: False for a cache of all tokens in all layers.
+
+    >>> from types import SimpleNamespace
+    >>> qwen = SimpleNamespace(num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, hidden_size=896)
+    >>> qwen.get_text_config = lambda decoder: qwen
+    >>> qwen.tenfold_span = {"full_layers": [0, 1, 2, 3, 4, 5], "pattern": "sliding", "size": 1024}
+    >>> formula_bytes(qwen, 32768, spans=False), formula_bytes(qwen, 32768)
+    (402653184, 110091264)
+    """
+    decoder = config.get_text_config(decoder=True)
+    found = [span_of(decoder, layer) if spans else None for layer in range(decoder.num_hidden_layers)]
+    kept = sum(tokens if span is None else min(tokens, span.reach + span.sinks) for span in found)
+    kv_heads, head_dim = head_sizes(decoder)
+    return 2 * batch * kv_heads * head_dim * itemsize * kept

@@ -1,0 +1,60 @@
+"""MASFormer: which layers keep full attention, and what the others see."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.data import DataFields
+
+
+class MasformerConfig(DataFields):
+    """Full attention in a few layers, local attention in the rest (Zhang et al. 2023, arXiv 2310.12442).
+
+    ``data`` has texts: layers are profiled on passages of its first part, and the model is measured on the rest.
+    """
+
+    budget: BudgetText = "25%"
+    """Layers that keep full attention: a share of all, or a count such as ``6``."""
+    full_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """The layers themselves, instead of ``budget`` and ``placement``."""
+    placement: Literal["profile", "bottom", "top", "middle", "interleave"] = "profile"
+    """Which layers: ``profile`` finds those that lose most; the paper's is ``bottom``, with training afterwards."""
+    pattern: Literal["sliding", "block"] = "sliding"
+    """``sliding``: the last ``window`` tokens; ``block``: the own block of ``window`` tokens and ``previous`` before it
+    (the paper's)."""
+    window: Annotated[int, Field(ge=1)] = 1024
+    """Span in tokens, the token itself among them. Sensible: 64 to 4096."""
+    previous: Annotated[int, Field(ge=0)] = 1
+    """Blocks to the left that a token sees; ``block`` only."""
+    sinks: Annotated[int, Field(ge=0)] = 4
+    """First tokens that every token sees (not in the paper; decisive without training)."""
+    passages: Annotated[int, Field(ge=1)] = 3
+    """Texts that layers are profiled on, and as many that the model is measured on."""
+    passage: Annotated[int, Field(ge=8)] = 384
+    """Tokens of a passage that comes twice; the second copy is scored, which needs copying from afar."""
+    between: Annotated[int, Field(ge=1)] | None = None
+    """Tokens between the copies. Default: so many that no local layer reaches from the second to the first."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if parse_budget(self.budget).unit not in ("share", "count"):
+            raise ValueError(f"budget: {self.budget} is no share of layers: write 25% or a count such as 6")
+        if self.full_layers is not None and ("placement" in self.model_fields_set or "budget" in self.model_fields_set):
+            # A resolved recipe spells defaults out, so what counts is whether a value is another one.
+            for key in ("placement", "budget"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key}: full_layers names the layers already: leave {key} out")
+        return self
+
+    def count(self, layers: int) -> int:
+        """Layers of full attention out of so many.
+
+        >>> MasformerConfig(budget="25%").count(30), MasformerConfig(budget="6").count(30)
+        (8, 6)
+        """
+        budget = parse_budget(self.budget)
+        return math.ceil(budget.amount * layers) if budget.unit == "share" else int(budget.amount)

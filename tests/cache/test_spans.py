@@ -1,0 +1,307 @@
+"""A small cache in use: whatever a model does on it, it does as on a cache of all keys."""
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from tenfold import pasta
+from tenfold.attend import masformer
+from tenfold.attend.mass import attention_mass
+from tenfold.cache.gear.layer import GearLayer
+from tenfold.cache.spans import SpanCache, SpanLayer
+from tenfold.config.gear import CacheConfig
+from tenfold.errors import ModelError
+from tenfold.evaluate.memory import stored_bytes
+from tenfold.kernels.local import Span
+from tenfold.models.tiny import tiny_model
+
+SPANS = [
+    Span("sliding", 8),
+    Span("sliding", 8, sinks=3),
+    Span("sliding", 1, sinks=2),
+    Span("block", 4, 0, 2),
+    Span("block", 4, 1, 3),
+]
+SINKS = SPANS[1]
+
+
+def converted(span=SINKS, kind="llama", full=(1,), **keys):
+    opened = tiny_model(kind, num_hidden_layers=3, **keys) if kind != "gpt2" else tiny_model(kind, n_layer=3)
+    masformer.convert(opened.model, full_layers=list(full), span=span)
+    return opened
+
+
+def padded(lengths=(30, 19, 3)):
+    """Rows of several lengths, padded on the left; the last is almost nothing but padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 200, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def written(opened, cache, inputs, tokens=20, **keys):
+    config = GenerationConfig(
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **keys,
+    )
+    found = opened.model.generate(**inputs, past_key_values=cache, generation_config=config)
+    return found.sequences, torch.stack(found.logits)
+
+
+def check_same(opened, inputs, **keys):
+    """Generates on both caches, compares, and returns the small one."""
+    cache = SpanCache(opened.model.config)
+    expected = written(opened, DynamicCache(config=opened.model.config), inputs, **keys)
+    found = written(opened, cache, inputs, **keys)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
+    return cache
+
+
+def held(cache):
+    return [layer.keys.shape[2] for layer in cache.layers if isinstance(layer, SpanLayer)]
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_padded_rows(kind, span):
+    cache = check_same(converted(span, kind), padded())
+    assert held(cache) == [span.reach + span.sinks] * 2
+    assert cache.get_seq_length() == 49
+
+
+def test_sinks_of_a_row_are_its_first_real_tokens():
+    opened = converted()
+    cache = SpanCache(opened.model.config)
+    with torch.no_grad():
+        opened.model(**padded(), past_key_values=cache)
+    # Of the third row everything is still within reach.
+    assert cache.layers[0].sinks.tolist() == [[0, 1, 2], [11, 12, 13], [-1, -1, -1]]
+    assert cache.layers[0].places()[:, 3:].tolist() == [list(range(23, 30))] * 3
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_beams(span):
+    check_same(converted(span), padded((20, 13)), num_beams=3, num_return_sequences=2)
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+@pytest.mark.parametrize("step", [1, 7, 25])
+def test_a_prompt_in_pieces(span, step):
+    opened, inputs = converted(span), padded((60, 41, 2))
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    found = []
+    cache = SpanCache(opened.model.config)
+    with torch.no_grad():
+        whole = opened.model(**inputs, position_ids=positions, use_cache=False).logits
+        for start in range(0, 60, step):
+            part = slice(start, start + step)
+            found.append(
+                opened.model(
+                    input_ids=inputs["input_ids"][:, part],
+                    attention_mask=inputs["attention_mask"][:, : part.stop],
+                    position_ids=positions[:, part],
+                    past_key_values=cache,
+                ).logits
+            )
+    seen = inputs["attention_mask"].bool()
+    torch.testing.assert_close(torch.cat(found, 1)[seen], whole[seen], atol=1e-5, rtol=0)
+
+
+def test_prefill_chunks_of_generate():
+    check_same(converted(), padded((40, 22)), prefill_chunk_size=9)
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_assisted_decoding(span):
+    opened = converted(span)
+    ids = torch.tensor([[5, 6, 7, 8] * 6])
+    plain = written(opened, DynamicCache(config=opened.model.config), {"input_ids": ids}, 30)
+    cache = SpanCache(opened.model.config)
+    assisted = written(opened, cache, {"input_ids": ids}, 30, prompt_lookup_num_tokens=4)
+    assert torch.equal(assisted[0], plain[0])
+    torch.testing.assert_close(assisted[1], plain[1], atol=1e-5, rtol=0)
+    assert max(held(cache)) <= span.reach + span.sinks
+
+
+def run(opened, cache, ids, mask):
+    """One call on top of a cache."""
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return opened.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_crop_while_recording(span):
+    opened, inputs = converted(span), padded((40, 25, 12))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache, other = SpanCache(opened.model.config), DynamicCache(config=opened.model.config)
+    for each in (cache, other):
+        run(opened, each, ids[:, :14], mask[:, :14])
+        each.activate_past_recording()
+        run(opened, each, ids[:, 14:30], mask[:, :30])
+        run(opened, each, ids[:, 30:36], mask[:, :36])
+        each.crop(-9)
+    assert max(held(cache)) <= span.reach + span.sinks
+    for each in (cache, other):
+        assert each.get_seq_length() == 27
+    for stop in (32, 33, 40):
+        start = cache.get_seq_length()
+        found, expected = (run(opened, each, ids[:, start:stop], mask[:, :stop]) for each in (cache, other))
+        seen = mask[:, start:stop].bool()
+        torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=0)
+
+
+def test_crop_of_what_is_gone():
+    layer = SpanLayer(Span("sliding", 8), 0, lambda: True)
+    layer.crop(0)
+    layer.update(*torch.randn(2, 1, 2, 5, 4))[0].finish(None)
+    layer.crop(-2)  # nothing was dropped yet
+    assert layer.get_seq_length() == layer.keys.shape[2] == 3
+    layer.update(*torch.randn(2, 1, 2, 20, 4))[0].finish(None)
+    layer.crop(0)
+    with pytest.raises(RuntimeError, match=r"crop\(-1\): layer 0 has dropped keys .* activate_past_recording"):
+        layer.crop(-1)
+    with pytest.raises(ValueError, match="negative"):
+        layer.crop(1)
+    with pytest.raises(ValueError, match="has 23 tokens"):
+        layer.crop(-24)
+    layer.activate_past_recording()
+    layer.update(*torch.randn(2, 1, 2, 4, 4))[0].finish(None)
+    with pytest.raises(RuntimeError, match="dropped"):
+        layer.crop(-5)
+    layer.crop(-4)
+    assert layer.get_seq_length() == 23
+    assert layer.keys.shape[2] == 7
+
+
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_storage_after_a_long_prompt_is_what_is_held(span):
+    opened = converted(span, "gpt2")  # its keys and values are views of one product
+    cache = SpanCache(opened.model.config)
+    ids = torch.randint(10, 200, (2, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for part in (ids[:, :298], ids[:, 298:299], ids[:, 299:]):
+            opened.model(input_ids=part, past_key_values=cache)
+            kept = span.reach + span.sinks
+            ideal = 2 * 2 * 4 * 16 * 4 * kept
+            for layer in (cache.layers[0], cache.layers[2]):
+                assert stored_bytes([layer.keys, layer.values]) == ideal
+                assert stored_bytes(layer) <= ideal + 8 * 2 * span.sinks
+    report = cache.report()
+    assert report["bytes"] == stored_bytes(cache.layers)
+    assert report["full bytes"] == 2 * 2 * 4 * 16 * 4 * 300
+
+
+def test_rows_reset_and_offload():
+    opened, inputs = converted(), padded()
+    cache = SpanCache(opened.model.config)
+    expected = written(opened, DynamicCache(config=opened.model.config), inputs, 5)[1]
+    for _ in range(2):
+        found = written(opened, cache, inputs, 5)[1]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        for layer in cache.layers:
+            layer.offload()
+            layer.prefetch()
+        cache.reset()
+        assert cache.get_seq_length() == cache.report()["bytes"] == 0
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    caches = SpanCache(opened.model.config), DynamicCache(config=opened.model.config)
+    results = []
+    for each in caches:
+        run(opened, each, ids[:, :25], mask[:, :25])
+        each.batch_select_indices(torch.tensor([2, 0]))
+        each.batch_repeat_interleave(2)
+        rows = torch.tensor([2, 2, 0, 0])
+        results.append(run(opened, each, ids[rows, 25:], mask[rows]))
+    seen = mask[rows, 25:].bool()
+    torch.testing.assert_close(results[0][seen], results[1][seen], atol=1e-5, rtol=0)
+
+
+def test_packed_full_layers():
+    opened, inputs = converted(), padded((60, 41))
+    expected = written(opened, DynamicCache(config=opened.model.config), inputs)
+    for bits, close in ((16, 2e-3), (4, 0.5)):
+        kv = CacheConfig(bits=bits, kernel="torch", buffer=16, variant="plain")
+        cache = SpanCache(opened.model.config, kv)
+        found = written(opened, cache, inputs)
+        torch.testing.assert_close(found[1][:8], expected[1][:8], atol=close, rtol=0)
+        layer = cache.layers[1]
+        assert isinstance(layer, GearLayer)
+        assert layer.packed_tokens >= 48
+        assert held(cache) == [10, 10]
+    assert cache.report()["full bytes"] < 0.5 * 2 * 2 * 2 * 16 * 4 * 79
+
+
+@pytest.mark.parametrize("heads", [{1: [0, 2]}, {0: [1], 1: [0], 2: [3]}])
+def test_steering_while_decoding(heads):
+    opened = converted(Span("sliding", 40, sinks=3))
+    texts = ["It was <mark>red</mark>, she said, and nobody believed it.", "A <mark>blue</mark> one."]
+    opened.tokenizer.padding_side = "left"
+    marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text) for text in texts])
+    plain = written(opened, DynamicCache(config=opened.model.config), marks.inputs)[1]
+    # While decoding the marks leave the span of local layers; whatever is still seen is biased alike.
+    with pasta.steer(opened.model, marks, heads=heads):
+        cache = check_same(opened, marks.inputs)
+        steered = written(opened, SpanCache(opened.model.config), marks.inputs)[1]
+    assert float((steered - plain).abs().max()) > 1e-2
+    assert held(cache) == [42, 42]
+
+
+def test_half_precision():
+    opened = converted()
+    opened.model.to(torch.bfloat16)
+    cache = SpanCache(opened.model.config)
+    found = written(opened, cache, padded(), 5)[1]
+    expected = written(opened, DynamicCache(config=opened.model.config), padded(), 5)[1]
+    torch.testing.assert_close(found, expected, atol=3e-2, rtol=0)
+    assert cache.layers[0].keys.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_meant_is_refused():
+    opened = tiny_model("llama")
+    with pytest.raises(ModelError, match=r"(?s)no spans.*convert"):
+        SpanCache(opened.model.config)
+    handle = masformer.convert(opened.model, full_layers=[], span=SINKS)
+    with pytest.raises(ModelError, match="nothing to pack"):
+        SpanCache(opened.model.config, CacheConfig(bits=4))
+    cache = SpanCache(opened.model.config)
+    ids = torch.arange(5, 35)[None]
+    with torch.no_grad():
+        opened.model(input_ids=ids, past_key_values=cache)
+        with pytest.raises(ModelError, match="2 rows after 1"):
+            opened.model(input_ids=ids.expand(2, -1), past_key_values=cache)
+        with pytest.raises(ModelError, match="four dimensions"):
+            opened.model(input_ids=ids, attention_mask=torch.ones(1, 1, 30, 60).bool(), past_key_values=cache)
+        handle.revert()
+        with pytest.raises(ModelError, match="is not 'tenfold_span'"):
+            opened.model(input_ids=ids, past_key_values=cache)
+        masformer.convert(opened.model, full_layers=[0], span=Span("block", 8))
+        with pytest.raises(ModelError, match=r"layer 0: its cache was made for .* and the layer has full attention"):
+            opened.model(input_ids=ids, past_key_values=cache)
+        with pytest.raises(ModelError, match=r"layer_bits: layers \[1\] are none of full attention"):
+            SpanCache(opened.model.config, CacheConfig(bits=4, layer_bits={1: (2, 2)}))
+
+
+def test_pictures_need_all_keys():
+    opened = converted()
+    text = "It was <mark>red</mark>, she said, and nobody believed it."
+    marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text)])
+    assert attention_mass(opened.model, marks).shape == (3, 4)  # without a cache
+    cache = SpanCache(opened.model.config)
+    looked = []
+
+    def hook(module, args, kwargs):
+        return args, {**kwargs, "probe": lambda *given: looked.append(given[0])}
+
+    opened.model.model.layers[0].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        opened.model(**marks.inputs, past_key_values=cache)
+        assert looked == [0]
+        with pytest.raises(ModelError, match=r"layer 0: a picture of attention needs all .* keys"):
+            opened.model(input_ids=torch.tensor([[5]]), past_key_values=cache)

@@ -1,0 +1,113 @@
+"""What a stage does that gives layers a span: one row in `rows.py` gives all of these tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from tenfold.config.data import DataFields
+from tenfold.errors import ConfigError, DataError
+from tenfold.models.open import open_model
+from tenfold.models.tiny import tiny_model
+from tenfold.pipeline import run as runner
+from tenfold.pipeline.recipe import resolve
+from tenfold.pipeline.stages import stage
+
+from .rows import SPANS
+
+ROOT = Path(__file__).parents[2]
+KINDS = [(name, kind) for name, row in SPANS.items() for kind in row.models]
+IDS = torch.arange(5, 85).reshape(2, 40)
+
+
+@pytest.fixture(params=SPANS)
+def row(request):
+    return SPANS[request.param]
+
+
+@pytest.fixture
+def recipe(row, number_rows):
+    return {"model": "tiny:llama", "stages": [{"use": row.name, "data": str(number_rows), **row.keys}]}
+
+
+def execute(recipe, out):
+    return runner.run(resolve(recipe, "contract"), out, Console(quiet=True))
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_attaching_reports_and_detaching_leaves_no_trace(name, kind):
+    model = tiny_model(kind).model
+    before, implementation = logits(model), model.config._attn_implementation
+    handle = SPANS[name].attach(model)
+    assert handle.report()["full layers"] == [1]
+    assert handle.report()["local layers"] == 1
+    assert not torch.allclose(logits(model), before, atol=1e-4)
+    handle.revert()
+    assert torch.equal(logits(model), before)
+    assert model.config._attn_implementation == implementation
+    assert not [hook for m in model.modules() for hook in (*m._forward_hooks, *m._forward_pre_hooks)]
+
+
+def test_impossible_values_are_refused(row):
+    for values in row.impossible:
+        with pytest.raises(ConfigError, match=next(iter(values))):
+            stage(row.name).config_class().parse({**row.keys, **values}, "contract")
+
+
+def test_the_artefact_is_the_converted_model_and_its_weights_are_the_old_ones(row, recipe, tmp_path):
+    (summary,) = execute(recipe, tmp_path / "run")
+    assert summary.continues_with == "model"
+    assert len(summary.attached["full layers"]) == 1
+    assert {"before", "after"} <= {result.subject for result in summary.results}
+    base = open_model("tiny:llama").model
+    converted = open_model(tmp_path / "run" / f"01-{row.name}" / "model").model
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in converted.state_dict().items())
+    assert not torch.allclose(logits(converted), logits(base), atol=1e-4)
+
+
+def test_interrupted_halfway_it_ends_as_if_it_never_was(row, recipe, tmp_path, monkeypatch):
+    def figures(summaries):
+        metrics = [(r.task, r.subject, m) for s in summaries for r in s.results for m in r.metrics]
+        return [(task, subject, m.name, m.value) for task, subject, m in metrics if m.kind == "figure"]
+
+    whole = execute(recipe, tmp_path / "whole")
+    from tenfold.pipeline import lengthening
+
+    def stop(*args, **keys):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lengthening, "save_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            execute(recipe, tmp_path / "cut")
+    assert not (tmp_path / "cut" / f"01-{row.name}").exists()
+    again = execute(recipe, tmp_path / "cut")
+    assert figures(whole) == figures(again)
+    assert whole[0].attached == again[0].attached
+
+
+def test_runs_in_bfloat16(row, recipe, tmp_path):
+    (summary,) = execute({**recipe, "dtype": "bfloat16"}, tmp_path / "run")
+    assert summary.results
+
+
+def test_too_little_text_is_said_before_anything_is_measured(row, recipe, tmp_path):
+    recipe["stages"][0]["passages"] = 10**4
+    with pytest.raises(DataError, match="fewer or shorter passages"):
+        execute(recipe, tmp_path / "run")
+
+
+def test_what_the_house_asks_of_a_method_is_there(row):
+    page = (ROOT / f"docs/methods/{row.name}.md").read_text()
+    for key in set(stage(row.name).config_class().model_fields) - set(DataFields.model_fields):
+        assert f"`{key}`" in page, f"docs/methods/{row.name}.md does not explain {key}"
+    assert (ROOT / f"tests/oracles/test_{row.name}.py").exists()
+    used = [yaml.safe_load(path.read_text()) for path in (ROOT / "recipes").glob("*.yaml")]
+    assert any(entry["use"] == row.name for recipe in used for entry in recipe["stages"])
