@@ -201,7 +201,6 @@ def _on_view(
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """Attention on a compressed cache; as long as nothing of it is packed, it is that on its exact tensors."""
-    mask = _dense_mask(attention_mask, query.shape[2], view.tokens)
     if not view.packed or probe is not None:  # a picture is drawn from whole tensors: it is no part of generating
         tensors = view.tensors()
         given = {"base": base, "key_bias": key_bias, "probe": probe, **arguments}
@@ -211,17 +210,21 @@ def _on_view(
         if key_bias:
             _refuse(module, "eager", key_bias, arguments)
         scale = arguments.get("scaling")
-        output = attend(
-            query,
-            view,
-            mask,
-            query.shape[-1] ** -0.5 if scale is None else scale,
-            bias=sum_biases(key_bias, query.to(torch.promote_types(query.dtype, torch.float32))) if key_bias else None,
-            lift=partial(lift, key_bias[0], query.shape[1]) if key_bias and key_bias[0].target is not None else None,
-            softcap=arguments.get("softcap"),
-            sinks=arguments.get("s_aux"),
-        ).transpose(1, 2)
-    view.finish(None if mask is None else _seen_keys(mask))
+        with torch.autocast(query.device.type, enabled=False):  # it computes in float32
+            bias = sum_biases(key_bias, query.to(torch.promote_types(query.dtype, torch.float32))) if key_bias else None
+            output = attend(
+                query,
+                view,
+                _dense_mask(attention_mask, query.shape[2], view.tokens),
+                query.shape[-1] ** -0.5 if scale is None else scale,
+                bias=bias,
+                lift=partial(lift, key_bias[0], query.shape[1])
+                if key_bias and key_bias[0].target is not None
+                else None,
+                softcap=arguments.get("softcap"),
+                sinks=arguments.get("s_aux"),
+            ).transpose(1, 2)
+    view.finish(partial(_seen_keys, attention_mask, view.tokens))
     return output, weights
 
 
@@ -237,10 +240,17 @@ def _dense_mask(mask: Any, queries: int, keys: int) -> Tensor | None:
     return seen & seen.new_ones(queries, keys).tril(keys - queries)
 
 
-def _seen_keys(mask: Tensor) -> Tensor:
-    """Keys that the last query sees in some head: ``[batch, keys]``; what is padding is not among them."""
-    last = mask[:, :, -1]
-    return (last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2).any(1)
+def _seen_keys(mask: Tensor | None, keys: int) -> Tensor | None:
+    """Keys that some query of some head sees: ``[batch or 1, keys]``, None for all; padding is not among them."""
+    if mask is None:
+        return None
+    mask = mask[..., :keys]
+    if mask.dtype.is_floating_point:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    if mask.ndim == 2:
+        return mask.bool()
+    # Most often the last query sees all, and the rest of a large mask need not be read.
+    return None if bool(mask[:, :, -1].any(1).all()) else mask.bool().any(2).any(1)
 
 
 def _refuse(module: nn.Module, base: str, key_bias: tuple[KeyBias, ...], arguments: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ class CacheConfig(Config):
             amount = parse_budget(self.budget)
             if amount.unit not in ("bits", "bytes/token") or amount.amount <= 0:
                 raise ValueError(f"budget: {self.budget} is none of a cache: write 3.5bits or 9KiB/token")
-            given = [name for name in ("bits", "key_bits", "value_bits") if getattr(self, name) is not None]
+            given = [name for name in ("bits", "key_bits", "value_bits", "layer_bits") if getattr(self, name)]
             if given or self.variant != "best":
                 raise ValueError(f"budget chooses the format: leave out {', '.join(given) or 'variant'}")
         if self.variant in ("gear-l", "plain") and self.s:
@@ -114,7 +114,7 @@ def parse_kv(text: str) -> CacheConfig:
     >>> parse_kv("gear-full:K4V2,backbone=kcvt,s=0.01").model_dump(exclude_defaults=True)
     {'variant': 'gear', 'key_bits': 4, 'value_bits': 2, 'backbone': 'kcvt', 's': 0.01}
     """
-    head, *options = text.split(",")
+    head, *options = re.split(r",(?![^{\[]*[}\]])", text)  # not at the commas of {0: [8, 8]}
     name, _, amount = head.partition(":")
     if name not in VARIANTS or not amount or not all("=" in option for option in options):
         raise ConfigError(
@@ -126,10 +126,15 @@ def parse_kv(text: str) -> CacheConfig:
     if widths:
         values: dict[str, Any] = {"key_bits": int(widths[1]), "value_bits": int(widths[2])}
     else:
-        values = {"bits": int(amount)} if amount.isdigit() else {"budget": amount}
+        values = {"bits": int(amount)} if re.fullmatch("[0-9]+", amount) else {"budget": amount}
     for option in options:
         key, _, value = option.partition("=")
-        values[key] = yaml.safe_load(value)
+        if key in ("variant", "bits", "key_bits", "value_bits", "budget"):
+            raise ConfigError(f"{text!r}: {key} is said before the comma already", remedy="leave it out behind it")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{text!r}: {key}={value} cannot be read", remedy=f"write {key}=VALUE") from None
     return CacheConfig.parse({"variant": VARIANTS[name], **values}, text)
 
 

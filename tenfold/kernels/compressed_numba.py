@@ -7,6 +7,7 @@ unpacked token is used for all queries of its group of heads. Loops run over who
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from tenfold.kernels.compressed import RAW, Side
 PIECE = 256
 """Tokens of one piece of work."""
 _EMPTY = np.zeros((0, 0, 0, 0, 0), np.uint16)
+_MOST: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # set when numba is loaded
 _OPTIONS: dict[str, Any] = {"fastmath": True, "nogil": True, "cache": True}
 
 
@@ -126,8 +128,9 @@ def _key_scores(bits: int, channels: int) -> Any:
 
 
 @lru_cache
-def _value_sums(bits: int, channels: int) -> Any:
-    """``found[work, rows, channels]``, a part of the sum from each piece, for values with one scale a token."""
+def _value_sums(bits: int, channels: int, group: int) -> Any:
+    """``found[work, rows, channels]``, a part of the sum from each piece, for values whose channels share scales."""
+    groups = -(-channels // group)
 
     @numba.njit(parallel=True, **_OPTIONS)
     def kernel(weights, codes, scale, zero, left, right, pieces, found):  # type: ignore[no-untyped-def]
@@ -141,21 +144,21 @@ def _value_sums(bits: int, channels: int) -> Any:
             buffer = np.empty(channels, np.float32)
             sums = np.zeros((rows, channels), np.float32)
             turned = np.zeros((rows, rank), np.float32)
-            offset = np.zeros(rows, np.float32)
+            offset = np.zeros((rows, groups), np.float32)
             for t in range(piece * PIECE, min(tokens, (piece + 1) * PIECE)):
                 _unpack(codes, n, b, h, t, bits, channels, buffer)
-                step, low = _half(scale[n, b, own, t, 0]), _half(zero[n, b, own, t, 0])
                 for r in range(rows):
                     weight = weights[b, h, r, n * tokens + t]
-                    offset[r] += weight * low
-                    scaled = weight * step
-                    for j in range(channels):
-                        sums[r, j] += scaled * buffer[j]
+                    for c in range(groups):
+                        offset[r, c] += weight * _half(zero[n, b, own, t, c])
+                        scaled = weight * _half(scale[n, b, own, t, c])
+                        for j in range(c * group, min(channels, (c + 1) * group)):
+                            sums[r, j] += scaled * buffer[j]
                     for k in range(rank):
                         turned[r, k] += weight * _half(left[n, b, h, t, k])
             for r in range(rows):
                 for j in range(channels):
-                    total = sums[r, j] + offset[r]
+                    total = sums[r, j] + offset[r, j // group]
                     for k in range(rank):
                         total += turned[r, k] * _half(right[n, b, h, j, k])
                     found[work, r, j] = total
@@ -229,8 +232,9 @@ def _raw_sums(weights, values, pieces, found):  # type: ignore[no-untyped-def]
 
 def scores(side: Side, query: Tensor) -> Tensor:
     """As `tenfold.kernels.compressed.scores`; what these kernels do not read goes there."""
-    if not _reads(side, query) or (side.bits != RAW and side.axis != -2):
+    if not _reads(side, query, -2):
         return compressed.scores(side, query)
+    _share_threads()
     pieces = -(-side.length // PIECE)
     given = query.numpy()
     found = np.empty((*query.shape[:3], side.blocks * side.length), np.float32)
@@ -245,8 +249,9 @@ def scores(side: Side, query: Tensor) -> Tensor:
 
 def combine(side: Side, weights: Tensor) -> Tensor:
     """As `tenfold.kernels.compressed.combine`; what these kernels do not read goes there."""
-    if not _reads(side, weights) or (side.bits != RAW and (side.axis != -1 or side.group < side.channels)):
+    if not _reads(side, weights, -1):
         return compressed.combine(side, weights)
+    _share_threads()
     pieces = -(-side.length // PIECE)
     batch, heads, rows = weights.shape[:3]
     found = np.empty((side.blocks * batch * heads * pieces, rows, side.channels), np.float32)
@@ -254,20 +259,35 @@ def combine(side: Side, weights: Tensor) -> Tensor:
         _raw_sums(weights.numpy(), _bits(side.codes), pieces, found)
     else:
         given = weights.numpy()
-        _value_sums(side.bits, side.channels)(given, *_parts(side), pieces, found)
+        _value_sums(side.bits, side.channels, side.group)(given, *_parts(side), pieces, found)
         if side.delta is not None and side.place is not None:
             _value_outliers(given, _bits(side.delta), side.place.numpy(), pieces, found)
     return torch.from_numpy(found).view(side.blocks, batch, heads, pieces, rows, -1).sum((0, 3))
 
 
-def _reads(side: Side, numbers: Tensor) -> bool:
-    """Whether the kernels know these formats: float32 numbers, and float16 beside the codes."""
-    if numbers.dtype != torch.float32 or numbers.requires_grad or side.channels % 8:
+def _reads(side: Side, numbers: Tensor, axis: int) -> bool:
+    """Whether the kernels know these formats; a format that they do not know is said once."""
+    if numbers.dtype != torch.float32 or numbers.requires_grad:
         return False
     if side.bits == RAW:
-        return side.codes.dtype == torch.bfloat16
+        return side.codes.dtype == torch.bfloat16  # float32 is what a simulated cache holds
     kinds = (side.scale, side.zero, side.left, side.right, side.delta)
-    return all(part is None or part.dtype == torch.float16 for part in kinds)
+    if side.axis != axis or side.channels % 8:
+        return _slowly(f"scales along dimension {side.axis} of heads of {side.channels} channels")
+    if any(part is not None and part.dtype != torch.float16 for part in kinds):
+        return _slowly("numbers beyond float16")
+    return True
+
+
+@lru_cache
+def _slowly(what: str) -> bool:
+    warnings.warn(f"numba does not read {what}: torch reads it, which saves memory but no time", stacklevel=2)
+    return False
+
+
+def _share_threads() -> None:
+    """As many threads as torch uses: numba would start its own number, and change torch's with it."""
+    numba.set_num_threads(min(torch.get_num_threads(), _MOST))
 
 
 def _bits(tensor: Tensor) -> Any:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tenfold.errors import ModelError
 from tenfold.kernels.biased import attention_with_lse, biased_mask
 from tenfold.kernels.compressed import REFERENCE, Functions, Side
 
@@ -33,8 +35,8 @@ class View:
         buffer: exact keys and values of the last tokens, those of this call among them.
         rotation: orthogonal ``[channels, channels]`` by which packed keys and values were multiplied; None for none.
         functions: the implementation that reads the packed form.
-        finish: to be called with the keys that may be seen, ``[batch, tokens]`` bool or None for all, once the outputs
-            are there; the buffer may be packed then.
+        finish: to be called once the outputs are there, for the buffer may be packed then; with a function that gives
+            the keys that some query sees, ``[batch or 1, tokens]`` bool or None for all.
     """
 
     first: tuple[Tensor, Tensor]
@@ -42,7 +44,7 @@ class View:
     buffer: tuple[Tensor, Tensor]
     rotation: Tensor | None = None
     functions: Functions = REFERENCE
-    finish: Callable[[Tensor | None], None] = lambda keep: None
+    finish: Callable[[Callable[[], Tensor | None]], None] = lambda seen: None
 
     @property
     def tokens(self) -> int:
@@ -52,14 +54,34 @@ class View:
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Keys and values as a cache without compression would hand them over: expanded, with the stored error."""
-        kind = self.buffer[0].dtype
-        sides = [[self.first[side]] for side in (0, 1)]
-        for pair in self.packed:
-            for side, packed in enumerate(pair):
-                dense = packed.dense(torch.promote_types(kind, torch.float32))
-                sides[side].append((dense if self.rotation is None else dense @ self.rotation.to(dense).mT).to(kind))
-        found = [torch.cat([*parts, self.buffer[side]], 2) for side, parts in enumerate(sides)]
-        return found[0], found[1]
+        if not self.packed and not self.first[0].shape[2]:
+            return self.buffer
+        kind, tokens = self.buffer[0].dtype, self.tokens
+        whole = [side.new_empty(*side.shape[:2], tokens, side.shape[3]) for side in self.buffer]
+        start = 0
+        for key, value, rotated in _chunks(self, torch.promote_types(kind, torch.float32)):
+            for side, part in zip(whole, (key, value), strict=True):
+                turned = part @ self.rotation.to(part).mT if rotated and self.rotation is not None else part
+                side[:, :, start : start + part.shape[2]] = turned.to(kind)
+            start += key.shape[2]
+        return whole[0], whole[1]
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks of keys and values that are no tensors."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ModelError(
+            f"this model asks its keys for .{name} between cache and attention: a packed cache has no tensors",
+            remedy="use a bare GearCache, outside of attach",
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any function of torch that is given a view."""
+        raise ModelError(
+            f"this model calls {getattr(function, '__name__', function)} on its keys between cache and attention",
+            remedy="use a bare GearCache, outside of attach",
+        )
 
 
 def attend(
@@ -169,7 +191,7 @@ def _by_chunks(query: Tensor, view: View, mask: Tensor | None, scale: float, bia
     for key, value, rotated in _chunks(view, query.dtype):
         columns = slice(start, start + key.shape[2])
         start = columns.stop
-        part = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool) if seen is None else seen[..., columns]
+        part = seen[..., columns] if seen is not None else key.new_ones(1, 1, 1, key.shape[2], dtype=torch.bool)
         visible = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         allowed = part.expand(-1, -1, queries, -1)
         if bias is not None:
@@ -179,7 +201,9 @@ def _by_chunks(query: Tensor, view: View, mask: Tensor | None, scale: float, bia
         output, lse = attention_with_lse(turned if rotated else query, key, value, allowed, scale)
         if rotated and view.rotation is not None:
             output = output @ view.rotation.to(output).mT
-        lse = lse.masked_fill(~visible.any(-1), -torch.inf)  # of a row that sees nothing here, the normaliser is open
+        # Of a row that sees nothing here, the normaliser is open and the output may be anything.
+        some = visible.any(-1)
+        lse, output = lse.masked_fill(~some, -torch.inf), output.masked_fill(~some[..., None], 0)
         if total is None or normaliser is None:
             total, normaliser = output, lse
             continue

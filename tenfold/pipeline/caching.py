@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from tenfold.attend.attention import installed
 from tenfold.cache.gear import CacheConfig, GearCache
 from tenfold.cache.gear.measure import Quality, measure_decoding, measure_quality
+from tenfold.cache.gear.settings import sinks_of
 from tenfold.config.gear import GearConfig, parse_kv
 from tenfold.data.rows import Text
 from tenfold.errors import ConfigError, DataError
@@ -32,16 +33,11 @@ def run_gear(config: GearConfig, context: Context) -> StageOutput:
     """The stage ``gear``; it changes nothing of the model."""
     opened = context.model.open()
     model = opened.model
-    limit = max_positions(model)
-    if limit is not None and config.context + config.scored > limit:
-        raise ConfigError(
-            f"context {config.context} and scored {config.scored} are more than the {limit} tokens of the model",
-            remedy="give a shorter context",
-        )
     made: dict[str, Callable[[], Any]] = {
         name: partial(GearCache, model.config, parse_kv(name)) for name in config.caches
     }
-    first = next(iter(made.values()))()  # refuses what cannot be before anything is measured
+    first, *_ = [make() for make in made.values()]  # refuses what cannot be before anything is measured
+    _check_lengths(model, made, config)
     texts = _pieces(opened.tokenizer, context, config)
     quality = context.remember(
         "quality", lambda: _quality(model, texts, made, config, partial(context.progress, "quality"))
@@ -50,7 +46,8 @@ def run_gear(config: GearConfig, context: Context) -> StageOutput:
     times: list[Result] = []
     for number, length in enumerate(config.timed_contexts):
         context.progress("time of a token", number, len(config.timed_contexts), f"{length} tokens")
-        static = {"static": partial(StaticCache, config=model.config, max_cache_len=length + 8 * config.steps + 64)}
+        room = length + config.repeats * (config.steps + 1)
+        static = {"static": partial(StaticCache, config=model.config, max_cache_len=room)}
         raw = {"16 bits, packed": partial(GearCache, model.config, CacheConfig(bits=16))}
         timed = own | static | raw | made
         times += context.remember(f"decode-{length}", partial(_decoding, model, timed, length, config))
@@ -79,8 +76,9 @@ def packed_caches(model: Any, kv: str) -> Iterator[tuple[Callable[[], GearCache]
         yield make, made
 
 
-def cache_note(kv: str, cache: GearCache) -> str:
-    """What a cache came to, measured."""
+def cache_note(kv: str, caches: Sequence[GearCache]) -> str:
+    """What the cache of the longest batch came to, measured."""
+    cache = max(caches, key=lambda cache: cache.get_seq_length())
     report = cache.report()
     if not report["packed tokens"]:
         return (
@@ -92,6 +90,28 @@ def cache_note(kv: str, cache: GearCache) -> str:
         f"{report['bits with buffer']:.2f} with the exact first tokens and the buffer; {report['packed tokens']} of "
         f"{report['tokens']} tokens are packed; {report['bytes'] / 2**20:.2f} MiB, read by {report['kernel']}."
     )
+
+
+def _check_lengths(model: Any, made: Mapping[str, Callable[[], Any]], config: GearConfig) -> None:
+    """What a model cannot read, and what no cache would pack."""
+    limit = max_positions(model)
+    asked = {"context": config.context + config.scored}
+    if getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) is None:  # learned positions end
+        asked["timed_contexts"] = max((0, *config.timed_contexts)) + config.repeats * (config.steps + 1)
+    for key, tokens in asked.items():
+        if limit is not None and tokens > limit:
+            raise ConfigError(
+                f"{key}: {tokens} tokens with what follows are more than the {limit} of the model",
+                remedy=f"give a smaller {key}",
+            )
+    for name, make in made.items():
+        settings = make().settings
+        needed = settings.buffer + sinks_of(settings)
+        if config.context < needed and settings.prefill != "compress":
+            raise ConfigError(
+                f"context: {name} packs nothing of {config.context} tokens, only from {needed} on",
+                remedy=f"give a context of {needed} or more, or {name},buffer=64",
+            )
 
 
 def _pieces(tokenizer: Any, context: Context, config: GearConfig) -> list[Tensor]:
@@ -176,7 +196,15 @@ def _decoding(model: Any, made: Mapping[str, Callable[[], Any]], length: int, co
 
 def _table(quality: Sequence[Result], times: Sequence[Result]) -> Table:
     lengths = sorted({result.settings["context"] for result in times})
-    columns = ("cache", "bits a number", "smaller than bfloat16", "nll difference", "KL", "same top token")
+    columns = (
+        "cache",
+        "bits a number",
+        "formula",
+        "smaller than bfloat16",
+        "nll difference",
+        "KL",
+        "same top token",
+    )
     rows = []
     names = dict.fromkeys(result.subject for result in (*quality, *times))
     for name in names:
@@ -189,7 +217,7 @@ def _table(quality: Sequence[Result], times: Sequence[Result]) -> Table:
         ]
         bits = seen.get("bits")
         cells = (seen.get("nll_difference"), seen.get("kl"), seen.get("same_top_token"))
-        rows.append((name, bits, RAW_BITS / bits if bits else None, *cells, *spent))
+        rows.append((name, bits, seen.get("formula_bits"), RAW_BITS / bits if bits else None, *cells, *spent))
     return Table(
         title="Caches", columns=(*columns, *(f"ms a token at {length}" for length in lengths)), rows=tuple(rows)
     )

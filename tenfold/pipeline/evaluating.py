@@ -111,7 +111,7 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
 
                 with packed_caches(model, config.kv) as (make, made):
                     written[f"{name}, {config.kv}"] = write(make_cache=make)
-                notes.append(f"{name}, {cache_note(config.kv, made[-1])}")
+                notes.append(f"{name}, {cache_note(config.kv, made)}")
             if config.emphasise:
                 from tenfold.pipeline.steering import emphasised
 

@@ -341,3 +341,175 @@ def test_caches_as_written_on_the_command_line():
     for wrong in ("gear", "gear:", "gear:5", "gear:fast", "quanto:4", "gear-l:3bits"):
         with pytest.raises(ConfigError):
             parse_kv(wrong)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (
+            {"bits": 2, "variant": "gear"},
+            {"bits": (2, 2), "rank": (4, 4, 2, 2), "share": (0.02, 0.02), "group": (64, 64)},
+        ),
+        ({"variant": "gear", "prefill_rank": 7, "rank": 1}, {"rank": (7, 7, 1, 1)}),
+        ({"variant": "gear", "prefill": "blocks", "prefill_rank": 3}, {"rank": (3, 3, 3, 3)}),
+        ({"variant": "gear-l", "bits": 3}, {"share": (0, 0), "rank": (4, 4, 2, 2), "bits": (3, 3)}),
+        ({"variant": "outlier-reduced", "s": 0.1}, {"share": (0.1, 0.1), "rank": (0, 0, 0, 0)}),
+        ({"variant": "plain"}, {"share": (0, 0), "rank": (0, 0, 0, 0), "bits": (4, 4), "axis": (-2, -1)}),
+        ({"key_bits": 8, "value_bits": 3}, {"bits": (8, 3)}),
+        ({"bits": 4, "value_bits": 2}, {"bits": (4, 2)}),
+        ({"loop": 5, "group_size": 32, "variant": "gear"}, {"loop": (5, 5), "group": (32, 32)}),
+        ({"backbone": "kcvt"}, {"group": (None, None), "shared": (False, True), "axis": (-2, -1)}),
+        ({"backbone": "per-token"}, {"axis": (-1, -1), "shared": (False, False)}),
+    ],
+    ids=str,
+)
+def test_each_key_reaches_the_formats(keys, expected):
+    formats = layer_formats(CacheConfig(**keys), 0)
+    all_of_them = (*formats.prompt, *formats.block)
+    for name, values in expected.items():
+        found = tuple(getattr(form, name) for form in all_of_them)
+        assert found == (values if len(values) == 4 else values * 2)
+
+
+def test_every_kind_of_scale_is_the_one_that_is_asked_for():
+    x = torch.randn(2, 2, 64, 16, generator=torch.Generator().manual_seed(0))
+    shapes = {}
+    for backbone in ("kivi", "kcvt", "per-token"):
+        forms = layer_formats(CacheConfig(backbone=backbone, group_size=8, variant="plain"), 0).prompt
+        packed = [compress(x, form, lines=lines) for form, lines in zip(forms, (-2, -1), strict=True)]
+        shapes[backbone] = [tuple(side.scale.shape[2:]) for side in packed]
+    assert shapes == {"kivi": [(2, 8, 16), (2, 64, 2)], "kcvt": [(2, 1, 16), (1, 64, 1)], "per-token": [(2, 64, 2)] * 2}
+
+
+def test_rotation_and_exact_sinks_are_there_and_help():
+    """A few large numbers and huge first tokens are what they are for."""
+    generator = torch.Generator().manual_seed(0)
+    config = tiny_model("llama", head_dim=32).model.config
+    k, v = torch.randn(2, 1, 2, 260, 32, generator=generator)
+    k += 12 * (torch.rand(k.shape, generator=generator) < 0.02)
+    k[:, :, :4] *= 20
+    errors = {}
+    for name, keys in {"best": {}, "no rotation": {"rotate": False}, "no sinks": {"sinks": 0}}.items():
+        cache = gear.GearCache(config, bits=2, **TORCH, **keys)
+        cache.update(k, v, 0)
+        found = cache.layers[0].update(k[:, :, :0], v[:, :, :0], 0)[0]
+        errors[name] = float((found - k).norm())
+        layer = cache.layers[0]
+        assert layer.first[0].shape[2] == (0 if name == "no sinks" else 4)
+        assert torch.equal(layer.first[0], k[:, :, : layer.first[0].shape[2]])
+        assert (layer.rotation is None) == (name == "no rotation")
+    assert errors["best"] < 0.9 * errors["no rotation"]
+    assert errors["best"] < 0.9 * errors["no sinks"]
+
+
+@pytest.mark.parametrize("keys", [{}, {"prefill": "compress"}, {"prefill": "blocks"}, {"variant": "gear"}], ids=str)
+def test_any_mix_of_appends_and_crops_holds_what_it_should(keys):
+    """16 bits in float32 would be exact; at 8 bits a lost or doubled token is far beyond the codes' error."""
+    config = tiny_model("llama").model.config
+    generator = torch.Generator().manual_seed(0)
+    cache, held = gear.GearCache(config, bits=8, **TORCH, **keys), torch.zeros(1, 2, 0, 16)
+    for tokens in (60, -57, 1, 17, 40, -3, -30, 5, 33, -64, 2, 50):
+        if tokens > 0:
+            new = torch.randn(1, 2, tokens, 16, generator=generator)
+            held = torch.cat([held, new], 2)
+            found = cache.update(new, new.clone(), 0)
+            for side in found:
+                torch.testing.assert_close(side, held, atol=0.06, rtol=0)
+        else:
+            cache.crop(tokens)
+            held = held[:, :, :tokens]
+        layer = cache.layers[0]
+        assert layer.get_seq_length() == held.shape[2]
+        parts = layer.stored_bytes()
+        assert parts["exact"] == stored_bytes([layer.first, layer.buffer])
+
+
+def test_recording_ends_with_a_reset():
+    opened = tiny_model("llama")
+    inputs = batch(opened, ["one two three one two three one two three one two three"])
+    with gear.attach(opened.model, bits=4, **TORCH) as cache:
+        written(opened, cache, inputs, prompt_lookup_num_tokens=3)
+        cache.reset()
+        written(opened, cache, inputs)
+    assert cache.report()["packed tokens"] >= 64
+
+
+def test_keys_that_only_earlier_queries_see_are_kept():
+    """A mask of four dimensions: two branches after one prefix. The last query sees one of them."""
+    opened = tiny_model("llama")
+    ids = torch.randint(10, 200, (2, 52), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(52, 52, dtype=torch.bool).tril()
+    mask[40:, 20:40] = False  # the second branch does not see the first
+    step = torch.ones(1, 1, 1, 53, dtype=torch.bool)
+    step[..., 40:52] = False  # and the next token continues the first
+    logits = {}
+    for name, keys in {"exact": {"buffer": 512}, "packed": {"buffer": 16, "prefill": "blocks"}}.items():
+        with torch.no_grad(), gear.attach(opened.model, bits=8, variant="plain", kernel="torch", **keys) as cache:
+            opened.model(input_ids=ids, attention_mask=mask[None, None], past_key_values=cache)
+            position = torch.full((2, 1), 40)
+            output = opened.model(
+                input_ids=ids[:, :1], attention_mask=step, position_ids=position, past_key_values=cache
+            )
+        logits[name] = output.logits
+    torch.testing.assert_close(logits["packed"], logits["exact"], atol=5e-3, rtol=0)
+
+
+def test_autocast_does_not_reach_the_packed_form():
+    opened = tiny_model("llama")
+    for keys in (KEYS, {**TORCH, "bits": 4}):
+        results = []
+        for bare in (True, False):
+            with torch.autocast("cpu", torch.bfloat16), gear.attach(opened.model, **keys) as cache:
+                chosen = gear.GearCache(opened.model.config, **keys) if bare else cache
+                results.append(written(opened, chosen).logits[2])
+        torch.testing.assert_close(results[0], results[1], atol=0.05, rtol=0)
+
+
+def test_models_that_look_at_their_keys_are_told_what_to_do():
+    view = View(*[(torch.zeros(1, 1, 0, 8),) * 2, (), (torch.zeros(1, 1, 3, 8),) * 2])
+    with pytest.raises(ModelError, match=r"\.shape between cache and attention"):
+        view.shape  # noqa: B018
+    with pytest.raises(ModelError, match="chunk on its keys"):
+        torch.chunk(view, 2)
+
+
+def test_the_steered_mass_is_that_on_the_exact_cache():
+    """One decoding step, probed: the share of attention that each head gives to the marks."""
+    opened = tiny_model("llama")
+    text = "It was <mark>red</mark>, she said, and nobody believed that the mill had ever been <mark>painted</mark>."
+    marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text)])
+    masses = {}
+    for name, keys in {"exact": {"buffer": 512}, "packed": {"buffer": 16}}.items():
+        seen = {}
+
+        def probe(layer, value, read, seen=seen):
+            marked = torch.zeros(*value.shape[:3], 16)
+            marked[:, :, : marks.marked.shape[1]] = marks.marked[:, None, :, None].float()
+            seen[layer] = read(marked)[0, -1, :, 0]
+
+        hook = [
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs: (args, {**kwargs, "probe": probe}), with_kwargs=True
+            )
+            for module in (layer.self_attn for layer in opened.model.model.layers)
+        ]
+        steered = pasta.steer(opened.model, marks, heads={0: [1], 1: [0, 3]}, alpha=0.01)
+        with torch.no_grad(), gear.attach(opened.model, bits=8, kernel="torch", **keys) as cache, steered:
+            opened.model(**marks.inputs, past_key_values=cache)
+            opened.model(input_ids=torch.tensor([[33]]), past_key_values=cache)
+        for handle in hook:
+            handle.remove()
+        masses[name] = torch.stack([seen[0], seen[1]])
+    assert float(masses["exact"][0, 1]) > 3 * float(masses["exact"][0, 0])
+    torch.testing.assert_close(masses["packed"], masses["exact"], atol=5e-3, rtol=0)
+
+
+def test_settings_in_one_word_or_by_name_but_not_both():
+    config = tiny_model("llama").model.config
+    assert gear.GearCache(config, "gear-l:2").settings == CacheConfig(bits=2, variant="gear-l")
+    with pytest.raises(ConfigError, match="settings and bits"):
+        gear.GearCache(config, CacheConfig(bits=2), bits=8)
+    assert parse_kv("gear:4,layer_bits={0: [8, 8]}").layer_bits == {0: (8, 8)}
+    for wrong in ("gear:4,buffer=[", "gear:\u00b2", "gear:4,bits=8", "gear:3.5bits,layer_bits={0: [8, 8]}"):
+        with pytest.raises(ConfigError):
+            parse_kv(wrong)

@@ -1,5 +1,6 @@
 """Every implementation that reads packed codes against the dense product with what they stand for."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from tenfold.kernels.compressed import RAW, choose
 
 FORMS = [
     *(Format(bits, -2, 64) for bits in (2, 3, 4, 8, RAW)),
+    Format(4, -2, 16),
     *(Format(bits, -2, 40, rank=3, share=0.03) for bits in (2, 3)),
     Format(4, -2, None, rank=1, share=0.3),
     Format(4, -1, 16, rank=2, share=0.02),
@@ -43,6 +45,7 @@ def test_torch(form, tokens, rows):
     check(compressed.REFERENCE, form, tokens, 24, rows)
 
 
+@pytest.mark.filterwarnings("ignore:numba does not read")
 @pytest.mark.parametrize(("form", "tokens"), [*itertools.product(FORMS, [64, 300])])
 def test_numba(form, tokens):
     pytest.importorskip("numba")
@@ -53,15 +56,33 @@ def test_numba(form, tokens):
 
 def test_numba_leaves_to_torch_what_it_does_not_read():
     pytest.importorskip("numba")
+    from tenfold.kernels.compressed_numba import _slowly
+
     functions = choose("numba", torch.device("cpu"))
     x, query = torch.randn(1, 1, 64, 12), torch.randn(1, 1, 3, 12)
-    for side, given in (
-        (compress(x, Format(4, -2, 64), lines=-2), query),  # 12 channels fill no byte of a plane of one bit
-        (compress(x * 1e6, Format(4, -2, 64), lines=-2), query),  # scales in float32
-        (compress(x.double(), Format(4, -2, 64), lines=-2), query.double()),
+    wide = torch.randn(1, 1, 64, 16) * 1e6
+    for side, given, said in (
+        (compress(x, Format(4, -2, 64), lines=-2), query, "heads of 12 channels"),  # they fill no byte of one bit each
+        (compress(wide, Format(4, -2, 64), lines=-2), torch.randn(1, 1, 3, 16), "beyond float16"),
+        (compress(x.double(), Format(4, -2, 64), lines=-2), query.double(), None),
     ):
         expected = given @ side.dense(given.dtype).mT
-        torch.testing.assert_close(functions.scores(side, given), expected, rtol=1e-4, atol=1e-3)
+        _slowly.cache_clear()
+        with pytest.warns(UserWarning, match=said) if said else contextlib.nullcontext():
+            found = functions.scores(side, given)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_numba_leaves_the_threads_of_torch_alone():
+    pytest.importorskip("numba")
+    side = compress(torch.randn(1, 2, 64, 16), Format(4, -2, 64), lines=-2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        choose("numba", torch.device("cpu")).scores(side, torch.randn(1, 2, 3, 16))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_numba_reads_every_float16():

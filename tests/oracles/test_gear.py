@@ -1,5 +1,6 @@
 """The oracles of the GEAR specification, section 7, in its order."""
 
+import itertools
 import math
 
 import pytest
@@ -119,9 +120,9 @@ def test_03_ordering(side, bits):
         if share:
             assert packed.delta.numel() == {"K": 128, "V": 256}[side]
     assert found["plain"] > found["L2"] > found["L4"] > found["GEAR"]
-    for name, expected in HALF[side, bits].items():  # as it is stored: 16 bits beside the codes, power iteration
+    for name, expected in HALF[side, bits].items():  # as it is stored, with 16 bits beside the codes
         rank, share = PARTS[name]
-        packed = compress(x.float(), make(bits, rank=rank, share=share, loop=None), lines=lines)
+        packed = compress(x.float(), make(bits, rank=rank, share=share), lines=lines)
         assert packed.scale.dtype == torch.float16
         assert error(packed, x) == pytest.approx(expected, rel=0.005)
 
@@ -196,7 +197,7 @@ def attention(side_k, side_v, query, dtype=torch.float64):
         (K[:, :, :0].to(dtype), V[:, :, :0].to(dtype)),
     )
     mask = torch.ones(1, 1, query.shape[2], 64, dtype=torch.bool)
-    # softcap so large that it is none: the written-out form is meant, also for many queries
+    # a lift of nothing asks for the written-out form, also for many queries
     return attend(query.to(dtype), view, mask, 32**-0.5, lift=torch.zeros_like)
 
 
@@ -364,7 +365,7 @@ def test_15_metadata_rounding():
 
 
 def test_16_nothing_is_packed_twice():
-    cache = gear.GearCache(tiny_model("llama").model.config, bits=3, variant="gear", buffer=16)
+    cache = gear.GearCache(tiny_model("llama").model.config, bits=3, variant="gear", buffer=16, prefill="blocks")
     generator = torch.Generator().manual_seed(0)
     before = None
     for _ in range(9):
@@ -375,12 +376,14 @@ def test_16_nothing_is_packed_twice():
         assert before is None or all(torch.equal(a, b) for a, b in zip(before, first, strict=True))
         before = first
     assert layer.packed_tokens == layer.get_seq_length() == 144
+    assert layer.packed[0][0].blocks == 9  # block 0 was appended to eight times
 
 
 @pytest.mark.parametrize("removed", [3, 10, 16, 20, 37, 64, 70])
-def test_17_crop(removed):
+@pytest.mark.parametrize("extra", [{}, {"sinks": 4, "rotate": True}], ids=["gear", "with sinks"])
+def test_17_crop(removed, extra):
     config = tiny_model("llama").model.config
-    keys = {"bits": 4, "variant": "gear", "buffer": 16, "group_size": 16}
+    keys = {"bits": 4, "variant": "gear", "buffer": 16, "group_size": 16, **extra}
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 1, 2, 70, 16, generator=generator)
     cache = gear.GearCache(config, **keys)
@@ -402,21 +405,25 @@ def test_17_crop(removed):
     assert torch.equal(appended[0][:, :, -5:], k[:, :, :5])
 
 
-def test_17_rejected_tokens_leave_no_trace():
+@pytest.mark.parametrize("prefill", ["tail", "compress", "blocks"])
+@pytest.mark.parametrize("opening", [6, 50])
+def test_17_rejected_tokens_leave_no_trace(prefill, opening):
     config = tiny_model("llama").model.config
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 1, 2, 120, 16, generator=generator)
     guess, _ = torch.randn(2, 1, 2, 9, 16, generator=generator)
-    straight, verified = (gear.GearCache(config, bits=2, variant="gear", buffer=16) for _ in range(2))
+    straight, verified = (gear.GearCache(config, bits=2, variant="gear", buffer=16, prefill=prefill) for _ in range(2))
     verified.activate_past_recording()
-    for start in range(0, 120, 6):
-        part = slice(start, start + 6)
+    starts = [0, *range(opening, 120, 6), 120]
+    for start, stop in itertools.pairwise(starts):
+        part = slice(start, stop)
         straight.update(k[:, :, part], v[:, :, part], 0)
-        verified.update(torch.cat([k[:, :, part], guess], 2), torch.cat([v[:, :, part], guess], 2), 0)
-        verified.crop(-9)
-        if start == 0:
+        if start == 0:  # a prompt is read before anything is guessed
+            verified.update(k[:, :, part], v[:, :, part], 0)
             verified.update(guess, guess, 0)
-            verified.crop(-9)
+        else:
+            verified.update(torch.cat([k[:, :, part], guess], 2), torch.cat([v[:, :, part], guess], 2), 0)
+        verified.crop(-9)
     first, second = straight.layers[0], verified.layers[0]
     assert first.packed_tokens == second.packed_tokens > 0
     for pair, other in zip(first.packed, second.packed, strict=True):

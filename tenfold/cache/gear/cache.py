@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from transformers import Cache, DynamicCache
@@ -12,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 from tenfold.attend.attention import PREFIX, base_implementation, installed
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.gear.settings import within_budget
-from tenfold.config.gear import CacheConfig
-from tenfold.errors import ModelError
+from tenfold.config.gear import CacheConfig, parse_kv
+from tenfold.errors import ConfigError, ModelError
 
 
 class GearCache(Cache):
@@ -25,7 +26,7 @@ class GearCache(Cache):
 
     Args:
         config: the model's configuration.
-        settings: how to store; or its keys by name.
+        settings: how to store, also as a word such as ``gear:4``; or its keys by name.
         **keys: as in `tenfold.config.gear.CacheConfig`.
 
     Raises:
@@ -40,7 +41,11 @@ class GearCache(Cache):
     (57, 48)
     """
 
-    def __init__(self, config: Any, settings: CacheConfig | None = None, **keys: Any) -> None:
+    def __init__(self, config: Any, settings: CacheConfig | str | None = None, **keys: Any) -> None:
+        if settings is not None and keys:
+            raise ConfigError(f"cache: settings and {', '.join(keys)}", remedy="give one or the other")
+        if isinstance(settings, str):
+            settings = parse_kv(settings)
         settings = settings or CacheConfig.parse(keys, "cache")
         decoder = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
@@ -54,7 +59,6 @@ class GearCache(Cache):
                 f"{decoder.model_type}: no layer of full attention, so there is nothing to pack",
                 remedy="keep the model's own cache: it is small already",
             )
-        self.kv_heads, self.head_dim = head_sizes(decoder)
         for index, layer in gear_layers(decoder, settings, full).items():
             layers[index], self.settings = layer, layer.config
         super().__init__(layers=layers)
@@ -71,7 +75,8 @@ class GearCache(Cache):
             ``mode``; ``tokens`` and ``packed tokens`` of a row; ``bytes`` of the packed layers, and by part; ``packed
             bytes``, ``exact bytes`` (first tokens and buffer); ``bits`` per packed number, measured, and ``formula
             bits``; ``bits with buffer`` per number of the cache. Under ``simulate`` nothing is packed: bytes are those
-            of the plain numbers, and ``bits`` is what the formula says.
+            of the plain numbers, and ``bits`` is what the formula says. ``reads``: ``views`` where attention reads
+            the packed form now, ``tensors`` where layers are expanded for the moment of their attention.
         """
         layers = [layer for layer in self.packed_layers if layer.is_initialized]
         parts = {name: sum(layer.stored_bytes()[name] for layer in layers) for name in _PART_NAMES}
@@ -82,8 +87,10 @@ class GearCache(Cache):
             for number, (keys, values) in enumerate(layer.packed):
                 count = batch * kv_heads * keys.blocks * keys.length * (keys.channels + values.channels)
                 elements += count
-                formula += count * layer.formats.element_bits(keys.length, keys.channels, kv_heads, later=number > 0)
-            total += batch * kv_heads * layer.get_seq_length() * 2 * self.head_dim
+                later = number > 0 or not layer.lead
+                formula += count * layer.formats.element_bits(keys.length, keys.channels, kv_heads, later=later)
+            channels = sum(side.shape[3] for side in layer.buffer)
+            total += batch * kv_heads * layer.get_seq_length() * channels
         bits = formula / elements if self.settings.mode == "simulate" and elements else None
         measured = 8 * packed_bytes / elements if elements else 0.0
         return {
@@ -98,6 +105,7 @@ class GearCache(Cache):
             "formula bits": formula / elements if elements else 0.0,
             "bits with buffer": 8 * (packed_bytes + parts["exact"]) / total if total else 0.0,
             "kernel": layers[0].functions.name if layers else None,
+            "reads": "views" if layers and layers[0].views() else "tensors",
         }
 
 
@@ -110,6 +118,12 @@ def head_sizes(decoder: Any) -> tuple[int, int]:
     kv_heads: int = getattr(decoder, "num_key_value_heads", None) or heads
     head_dim: int = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
     return kv_heads, head_dim
+
+
+def _reads_views(decoder: Any) -> bool:
+    """Whether our attention function stands before the model's own now."""
+    name = str(decoder._attn_implementation)
+    return name.startswith(PREFIX) and base_implementation(decoder) != "flex_attention"
 
 
 def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dict[int, GearLayer]:
@@ -131,25 +145,23 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
         raise ModelError(
             f"layer_bits: layers {unknown} are none of full attention", remedy=f"layers that are packed: {list(full)}"
         )
-    kv_heads, head_dim = head_sizes(decoder)
-    settings = within_budget(settings, layers=len(full), channels=head_dim, kv_heads=kv_heads)
-
-    def views() -> bool:
-        name = str(decoder._attn_implementation)
-        return name.startswith(PREFIX) and base_implementation(decoder) != "flex_attention"
+    if settings.budget is not None:
+        kv_heads, head_dim = head_sizes(decoder)
+        settings = within_budget(settings, layers=len(full), channels=head_dim, kv_heads=kv_heads)
+    views = partial(_reads_views, decoder)
 
     return {index: GearLayer(settings, index, views) for index in full}
 
 
 @contextmanager
-def attach(model: Any, settings: CacheConfig | None = None, **keys: Any) -> Iterator[GearCache]:
+def attach(model: Any, settings: CacheConfig | str | None = None, **keys: Any) -> Iterator[GearCache]:
     """A cache for the model, whose attention reads the packed form while the block runs.
 
     ``cache.reset()`` empties it for another text. Leaving restores the model's attention, also after an exception.
 
     Args:
         model: a decoder on transformers' attention interface, on sdpa, eager or flash.
-        settings: how to store; or its keys by name.
+        settings: how to store, also as a word such as ``gear:4``; or its keys by name.
         **keys: as in `tenfold.config.gear.CacheConfig`.
 
     Yields:

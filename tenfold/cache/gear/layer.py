@@ -21,6 +21,9 @@ from tenfold.errors import ModelError
 from tenfold.kernels.compressed import RAW, Functions, Side, choose
 from tenfold.kernels.view import View
 
+PIECE = 1024
+"""Tokens whose blocks are packed at once: it bounds the float32 copies."""
+
 
 class GearLayer(CacheLayerMixin):
     """Keys and values of one attention layer.
@@ -40,6 +43,10 @@ class GearLayer(CacheLayerMixin):
         self.config, self.index, self.views = config, index, views
         self.formats: LayerFormats = layer_formats(config, index)
         self.record_past = False
+        self.opening = 0
+        """Tokens of the first call: the prompt, or its first piece."""
+        self.lead = False
+        """Whether the first packed block is the prompt's."""
         self.packed: tuple[tuple[Side, Side], ...] = ()
         self.packed_tokens = 0
         """Tokens that went through the quantiser so far."""
@@ -85,59 +92,79 @@ class GearLayer(CacheLayerMixin):
                     f"layer {self.index}: {name} {tuple(new.shape)} {new.dtype} after {tuple(old.shape)} {old.dtype}",
                     remedy="one cache is for one batch: call cache.reset(), or make another",
                 )
-        started = self.get_seq_length() > 0
-        buffer = (torch.cat([self.buffer[0], key_states], 2), torch.cat([self.buffer[1], value_states], 2))
-        self.buffer = buffer
-        view = View(
-            self.first, self.packed, buffer, self.rotation, self.functions, lambda keep: self.finish(keep, started)
-        )
+        if self.get_seq_length() == 0:
+            self.opening = key_states.shape[2]
+        self.buffer = (torch.cat([self.buffer[0], key_states], 2), torch.cat([self.buffer[1], value_states], 2))
+        view = View(self.first, self.packed, self.buffer, self.rotation, self.functions, self.finish)
         if self.views():
             return view, view
-        tensors = view.tensors() if self.packed else buffer
-        self.finish(None, started)
+        tensors = view.tensors()
+        self.finish()
         return tensors
 
-    @torch.no_grad()
-    def finish(self, keep: Tensor | None, started: bool = True) -> None:
+    def finish(self, seen: Callable[[], Tensor | None] = lambda: None) -> None:
         """Pack what the buffer has too much of, after the attention of this call.
 
         Args:
-            keep: ``[batch, tokens]``, bool: tokens of the whole cache that are no padding; None is all.
-            started: whether there were tokens before this call: the paper packs all of a prompt.
+            seen: gives the tokens of the whole cache that are no padding, ``[batch or 1, tokens]``, bool, or None for
+                all; it is called only when something is packed.
         """
         if self.record_past:
             return
-        length, size = self.buffer[0].shape[2], self.config.buffer
-        whole = self.config.prefill == "compress" and not started and length > 1
-        sinks = max(0, sinks_of(self.config) - self.first[0].shape[2]) if not self.packed else 0
-        tokens = length - sinks if whole else (length - sinks) // size * size
-        if tokens <= 0:
+        sinks = self._missing_sinks()
+        plan = self._plan(self.buffer[0].shape[2] - sinks)
+        if not plan:
             return
-        stop = sinks + tokens
-        blocks = [side[:, :, sinks:stop] for side in self.buffer]
-        kept = None if keep is None else keep[:, -length:][:, sinks:stop]
-        self._check_finite(blocks, kept)
-        single = self.config.prefill != "blocks" and not self.packed
-        packed = self._pack(blocks, kept, 1 if single else tokens // size)
-        last = self.packed[-1] if self.packed else None
-        if last is not None and all(old.like(new) for old, new in zip(last, packed, strict=True)):
-            packed, self.packed = (last[0].append(packed[0]), last[1].append(packed[1])), self.packed[:-1]
-        self.packed = (*self.packed, packed)
+        keep = seen()
+        length, stop = self.buffer[0].shape[2], sinks + sum(tokens for tokens, _, _ in plan)
+        kept = None if keep is None else keep[:, -length:].expand(self.buffer[0].shape[0], -1)
+        self._check_finite(
+            [side[:, :, sinks:stop] for side in self.buffer], None if kept is None else kept[:, sinks:stop]
+        )
+        packed, place = self.packed, sinks
+        # Packing is arithmetic in float32, without a graph, whatever the model's forward pass is wrapped in.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for tokens, blocks, forms in plan:
+                part = slice(place, place + tokens)
+                sides = [
+                    self._pack_side(side[:, :, part], form, lines, None if kept is None else kept[:, part], blocks)
+                    for side, form, lines in zip(self.buffer, forms, (KEYS, VALUES), strict=True)
+                ]
+                packed, place = _appended(packed, (sides[0], sides[1])), place + tokens
+        self.lead = plan[0][2] is self.formats.prompt if not self.packed else self.lead
+        self.packed = packed
         if sinks:
             self.first = (self._joined(0, sinks), self._joined(1, sinks))
         self.buffer = (self.buffer[0][:, :, stop:].clone(), self.buffer[1][:, :, stop:].clone())  # frees the rest
-        self.packed_tokens += tokens
+        self.packed_tokens += stop - sinks
+
+    def _missing_sinks(self) -> int:
+        """First tokens that are to stay exact and lie in the buffer yet."""
+        return 0 if self.packed else max(0, sinks_of(self.config) - self.first[0].shape[2])
+
+    def _plan(self, tokens: int) -> list[tuple[int, int, tuple[Format, Format]]]:
+        """What of so many tokens is packed: tokens, number of blocks, formats.
+
+        It follows from the length of the first call and from the tokens since, not from when it is asked: a cache that
+        packs late, because it records its past, packs the same blocks.
+        """
+        size = self.config.buffer
+        plan: list[tuple[int, int, tuple[Format, Format]]] = []
+        if self.config.prefill != "blocks" and not self.packed and self.opening > 1:
+            lead = max(0, min(self.opening - self.first[0].shape[2] - self._missing_sinks(), tokens))
+            lead = lead if self.config.prefill == "compress" else lead // size * size
+            if lead:
+                plan.append((lead, 1, self.formats.prompt))
+                tokens -= lead
+        step = max(1, PIECE // size)
+        blocks = tokens // size
+        for start in range(0, blocks, step):
+            count = min(step, blocks - start)
+            plan.append((count * size, count, self.formats.block))
+        return plan
 
     def _joined(self, side: int, tokens: int) -> Tensor:
         return torch.cat([self.first[side], self.buffer[side][:, :, :tokens]], 2)
-
-    def _pack(self, sides: list[Tensor], keep: Tensor | None, blocks: int) -> tuple[Side, Side]:
-        forms = self.formats.block if self.packed else self.formats.prompt
-        found = [
-            self._pack_side(x, form, lines, keep, blocks)
-            for x, form, lines in zip(sides, forms, (KEYS, VALUES), strict=True)
-        ]
-        return found[0], found[1]
 
     def _pack_side(self, x: Tensor, form: Format, lines: int, keep: Tensor | None, blocks: int) -> Side:
         """Blocks of equal length are packed at once, as if they were rows of a batch."""
@@ -201,11 +228,12 @@ class GearLayer(CacheLayerMixin):
         inside = left - first - _tokens(self.packed)
         if inside < 0:
             self.packed = _first_tokens(self.packed, max(0, left - first))
-        self.first = (self.first[0][:, :, :left], self.first[1][:, :, :left])
+        self.opening = min(self.opening, left)
+        self.first = (self.first[0][:, :, :left].clone(), self.first[1][:, :, :left].clone())
         self.buffer = tuple(side[:, :, : max(0, inside)].clone() for side in self.buffer)  # type: ignore[assignment]
         if self.record_past:
             self.record_past = False
-            self.finish(None)
+            self.finish()
             self.record_past = True
 
     def _map(self, change: Callable[[Tensor], Tensor], change_packed: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -242,6 +270,7 @@ class GearLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.is_initialized, self.packed, self.packed_tokens = False, (), 0
+        self.record_past = False
         self.first = self.buffer = ()  # type: ignore[assignment]
 
     def stored_bytes(self) -> dict[str, int]:
@@ -265,6 +294,14 @@ _PARTS = {
     "delta": "outliers",
     "place": "outliers",
 }
+
+
+def _appended(packed: tuple[tuple[Side, Side], ...], pair: tuple[Side, Side]) -> tuple[tuple[Side, Side], ...]:
+    """With further blocks: in the last stack where they are like it, else in one of their own."""
+    if packed and all(old.like(new) for old, new in zip(packed[-1], pair, strict=True)):
+        last = packed[-1]
+        return (*packed[:-1], (last[0].append(pair[0]), last[1].append(pair[1])))
+    return (*packed, pair)
 
 
 def _tokens(packed: tuple[tuple[Side, Side], ...]) -> int:

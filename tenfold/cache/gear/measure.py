@@ -102,7 +102,7 @@ def hand_over(prompt: DynamicCache, cache: Any) -> None:
         if type(layer) is DynamicLayer:
             cache.update(layer.keys, layer.values, index)
             if hasattr(cache.layers[index], "finish"):  # after a forward pass the attention function would say this
-                cache.layers[index].finish(None, started=False)
+                cache.layers[index].finish()
         else:
             cache.layers[index] = copy.deepcopy(layer)
 
@@ -172,4 +172,4 @@ def _fill(model: Any, cache: Any, tokens: int, batch: int, generator: torch.Gene
         keys, values = torch.randn(shape, generator=generator, device=generator.device).to(model.dtype)
         cache.update(keys, values, index)
         if hasattr(cache.layers[index], "finish"):
-            cache.layers[index].finish(None, started=False)
+            cache.layers[index].finish()

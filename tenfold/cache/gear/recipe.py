@@ -151,4 +151,5 @@ def element_bits(
     factors = 16 * rank * (tokens + channels) / (tokens * channels)
     line = line or (tokens if lines == -2 else channels)
     index = index or 8 * _index_type(line).itemsize
-    return form.bits + metadata + factors + 2 * outlier_count(form.share, line) / line * (16 + index)
+    codes = form.bits * (-(-channels // 8) * 8) / channels  # a token's codes fill whole bytes of every plane
+    return codes + metadata + factors + 2 * outlier_count(form.share, line) / line * (16 + index)
