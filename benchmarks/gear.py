@@ -36,6 +36,7 @@ from benchmarks.adalora import alternate, quotient, spread
 from benchmarks.pasta import rows_in
 from tenfold.attend.attention import installed
 from tenfold.cache.gear import GearCache
+from tenfold.cache.gear.cache import head_sizes
 from tenfold.cache.gear.measure import measure_decoding, measure_quality
 from tenfold.compat import quiet_upstream
 from tenfold.config.gear import parse_kv
@@ -54,7 +55,7 @@ QUALITY = (
     *("gear:K3V2", "gear:K4V3", "gear:8", "plain:4,backbone=kcvt", "gear-full:4,backbone=kcvt"),
 )
 TEXTS = 12
-FEW = ("gear:4", "gear:K4V3", "gear:2", "gear-full:4", "plain:4")
+FEW = ("gear:4", "gear:K4V3", "gear:2", "gear-full:4", "gear-full:2", "plain:4")
 LONG = {"demo": 7680}
 """Contexts of the long documents; other models than the embedded one read more."""
 
@@ -204,11 +205,11 @@ def quality(source: str = "demo") -> None:
     model, tokenizer = opened.model.eval(), opened.tokenizer
     made = {**packed(model, QUALITY), **quantized(model)}
     for kind, length, count in (
-        ("documents", 1024, TEXTS),
         ("rationales", 0, TEXTS),
+        ("documents", 1024, TEXTS),
         ("documents", LONG.get(source, 12288), 3),
     ):
-        chosen = made if length <= 1024 else {name: made[name] for name in FEW}
+        chosen = made if length == 1024 else {name: made[name] for name in FEW}
         if length:
             texts: Sequence[torch.Tensor] = documents(tokenizer, length + 256, count)
             contexts: Sequence[int] = [length] * len(texts)
@@ -218,8 +219,8 @@ def quality(source: str = "demo") -> None:
             if done(part="quality", model=called(source), kind=kind, length=length, text=number):
                 continue
             found = measure_quality(model, [text], chosen, context=[context])
-            cache = next(iter(made.values()))()
-            elements = 2 * model.config.num_hidden_layers * cache.kv_heads * cache.head_dim * context
+            kv_heads, channels = head_sizes(model.config)
+            elements = 2 * model.config.num_hidden_layers * kv_heads * channels * context
             exact = statistics.mean(found["exact"].nll)
             for name, values in found.items():
                 bits = values.report.get("bits", 8 * values.report["bytes"] / elements)
