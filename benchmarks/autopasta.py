@@ -24,8 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import rows_in
 from benchmarks.adalora import alternate, quotient, spread
-from benchmarks.pasta import DATA, interval, keep_in, rows_in, shipped
+from benchmarks.pasta import DATA, interval, keep_steered, shipped
 from tenfold.attend.autopasta import AutoPasta
 from tenfold.attend.heads import batches_of, margins
 from tenfold.attend.marks import from_spans, from_substrings
@@ -44,7 +45,7 @@ WAYS = ("direct", "iterative", "autopasta", "gold")
 
 
 rows = partial(rows_in, RESULTS)
-keep = partial(keep_in, RESULTS)
+keep = partial(keep_steered, RESULTS)
 
 
 def nq() -> None:

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
+from benchmarks import done_in, keep_in, rows_in
 from benchmarks.adalora import alternate, quotient, spread
-from benchmarks.pasta import rows_in
 from tenfold.attend.attention import installed
 from tenfold.cache.gear import GearCache
 from tenfold.cache.gear.cache import head_sizes
@@ -60,19 +60,8 @@ LONG = {"demo": 7680}
 """Contexts of the long documents; other models than the embedded one read more."""
 
 rows = partial(rows_in, RESULTS)
-
-
-def keep(row: dict[str, Any]) -> None:
-    """Append a row and say so."""
-    row = {**row, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
-
-
-def done(**keys: Any) -> bool:
-    """Whether a row with these values is there."""
-    return any(all(row.get(key) == value for key, value in keys.items()) for row in rows())
+keep = partial(keep_in, RESULTS)
+done = partial(done_in, RESULTS)
 
 
 def called(source: str) -> str:

@@ -12,7 +12,6 @@ trained here: quality is that right after conversion.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,9 +21,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import done_in, keep_in, rows_in
 from benchmarks.adalora import alternate, quotient, spread
 from benchmarks.gear import documents
-from benchmarks.pasta import rows_in
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.masformer import Placement, convert, place, profile, repeated, text_loss
 from tenfold.cache.spans import SpanCache
@@ -41,19 +40,8 @@ DENSE = 8192
 HEADS, KV_HEADS, CHANNELS = 9, 3, 64
 
 rows = partial(rows_in, RESULTS)
-
-
-def keep(row: dict[str, Any]) -> None:
-    """Append a row and say so."""
-    row = {**row, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
-
-
-def done(**keys: Any) -> bool:
-    """Whether a row with these values is there."""
-    return any(all(row.get(key) == value for key, value in keys.items()) for row in rows())
+keep = partial(keep_in, RESULTS)
+done = partial(done_in, RESULTS)
 
 
 def cost(repeats: int = 5) -> None:

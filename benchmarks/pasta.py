@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from benchmarks import keep_in, rows_in
 from benchmarks.adalora import alternate, quotient, spread
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.heads import batches_of, effects, gradients, margins, rank, steerable
@@ -57,27 +58,18 @@ EFFECT_ROWS = 200
 ALPHA = 0.01
 
 
-def rows_in(results: Path) -> list[dict[str, Any]]:
-    """What has been measured so far."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-
-
 def shipped() -> str:
     """A hash of the shipped profile: rows of another one are measured again."""
     return hashlib.sha256(profile_path("default").read_bytes()).hexdigest()[:12]
 
 
-def keep_in(results: Path, row: dict[str, Any]) -> None:
-    """Append a row and say so."""
-    results.parent.mkdir(exist_ok=True)
-    row = {**row, "profile": shipped(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print({key: value for key, value in row.items() if not isinstance(value, list)}, flush=True)
+def keep_steered(results: Path, row: dict[str, Any]) -> None:
+    """Append a row that depends on the shipped profile."""
+    keep_in(results, {**row, "profile": shipped()})
 
 
 rows = partial(rows_in, RESULTS)
-keep = partial(keep_in, RESULTS)
+keep = partial(keep_steered, RESULTS)
 
 
 # ---- cost -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from tenfold.attend.spans import FIELD, NAME, span_of
+from tenfold.cache.crop import tokens_left
 from tenfold.cache.gear.cache import gear_layers, head_sizes
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.config.gear import CacheConfig
@@ -160,11 +161,7 @@ class SpanLayer(CacheLayerMixin):
             ValueError: a positive number, or more tokens than there are.
             RuntimeError: keys that would be seen again were dropped.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        left = self.tokens + tokens_to_remove
-        if left < 0:
-            raise ValueError(f"crop({tokens_to_remove}): the cache has {self.tokens} tokens")
+        left = tokens_left(tokens_to_remove, self.tokens)
         if not self.is_initialized:
             return
         if tokens_to_remove:

@@ -108,6 +108,7 @@ def test_what_the_house_asks_of_a_method_is_there(row):
     page = (ROOT / f"docs/methods/{row.name}.md").read_text()
     for key in set(stage(row.name).config_class().model_fields) - set(DataFields.model_fields):
         assert f"`{key}`" in page, f"docs/methods/{row.name}.md does not explain {key}"
+    assert (ROOT / f"benchmarks/{row.name}.py").exists()
     assert (ROOT / f"tests/oracles/test_{row.name}.py").exists()
     used = [yaml.safe_load(path.read_text()) for path in (ROOT / "recipes").glob("*.yaml")]
     assert any(entry["use"] == row.name for recipe in used for entry in recipe["stages"])

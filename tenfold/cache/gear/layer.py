@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from tenfold.cache.crop import tokens_left
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.cache.gear.settings import KEYS, VALUES, LayerFormats, layer_formats, rotates, sinks_of
 from tenfold.config.gear import CacheConfig
@@ -217,13 +218,9 @@ class GearLayer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, or more tokens than there are.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        if not self.is_initialized:
+        if not self.is_initialized:  # a layer that shares another's keys
             return
-        left = self.get_seq_length() + tokens_to_remove
-        if left < 0:
-            raise ValueError(f"crop({tokens_to_remove}): the cache has {self.get_seq_length()} tokens")
+        left = tokens_left(tokens_to_remove, self.get_seq_length())
         first = self.first[0].shape[2]
         inside = left - first - _tokens(self.packed)
         if inside < 0:
