@@ -1,22 +1,24 @@
 """MASFormer: time and memory of local attention, of a converted model, and what conversion costs in quality.
 
     python -m benchmarks.masformer cost      # the kernel, forward and backward; an idle machine
-    python -m benchmarks.masformer model     # prefill, decoding, cache of the converted embedded model; an idle machine
-    python -m benchmarks.masformer quality   # text and far copies by placement, with and without sinks; real data
+    python -m benchmarks.masformer length    # the same from 8k to 32k tokens; an idle machine
+    python -m benchmarks.masformer model [--model FILE]  # prefill, decoding, cache when converted; an idle machine
+    python -m benchmarks.masformer quality   # text, far copies, needles by placement, with and without sinks; real data
+    python -m benchmarks.masformer recover   # what short training on other long documents gives back
     python -m benchmarks.masformer table     # what docs/methods/masformer.md shows
 
-The peers of the kernel: full causal sdpa, and what a stock sliding layer does on sdpa, a mask of all pairs. Nothing is
-trained here: quality is that right after conversion.
+The peers of the kernel: full causal sdpa, and what a stock sliding layer does on sdpa, a mask of all pairs.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import copy
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,19 +26,25 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import done_in, keep_in, rows_in
 from benchmarks.adalora import alternate, quotient, spread
 from benchmarks.gear import documents
+from tenfold.adapt import adalora, lora
+from tenfold.adapt.training import train
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.masformer import Placement, convert, place, profile, repeated, text_loss
-from tenfold.cache.spans import SpanCache
+from tenfold.attend.masformer import Placement, choose_heads, convert, place, profile_heads
+from tenfold.cache.spans import own_cache
 from tenfold.compat import quiet_upstream
-from tenfold.evaluate.inference import evaluating, prompt_ids
+from tenfold.config.adalora import AdaLoraConfig
+from tenfold.config.lora import LoraConfig
+from tenfold.data.encode import Encoded
+from tenfold.evaluate.far import copying, needle, repeated
+from tenfold.evaluate.inference import evaluating, max_positions, prompt_ids
 from tenfold.evaluate.memory import peak_growth, stored_bytes
 from tenfold.kernels.local import Span, local_attention
 from tenfold.models.open import open_model
 
 RESULTS = Path(__file__).parent / "results" / "masformer.jsonl"
-SHAPES = ((1024, 256), (2048, 256), (4096, 512), (8192, 512), (8192, 1024), (32768, 1024))
-DENSE = 8192
-"""Up to so many tokens the peers are timed as well."""
+SHAPES = ((1024, 256), (2048, 256), (4096, 512), (8192, 512), (8192, 1024))
+LENGTHS = (8192, 16384, 32768)
+"""Tokens whose times are compared, at a span of 1,024."""
 HEADS, KV_HEADS, CHANNELS = 9, 3, 64
 
 rows = partial(rows_in, RESULTS)
@@ -50,24 +58,46 @@ def cost(repeats: int = 5) -> None:
         for backward in (False, True):
             if done(part="kernel", n=n, size=size, backward=backward):
                 continue
-            query = torch.randn(1, HEADS, n, CHANNELS, requires_grad=backward)
-            key, value = (torch.randn(1, KV_HEADS, n, CHANNELS, requires_grad=backward) for _ in range(2))
-            index = torch.arange(min(n, DENSE))
+            query, key, value = _tensors(n, backward)
+            index = torch.arange(n)
             mask = ((index[:, None] >= index) & (index[:, None] - index < size))[None, None]
-            ways: dict[str, Callable[[], torch.Tensor]] = {
-                "block, own only": partial(local_attention, query, key, value, Span("block", size, 0), 0.125),
-                "block, one before": partial(local_attention, query, key, value, Span("block", size, 1), 0.125),
-                "sliding": partial(local_attention, query, key, value, Span("sliding", size), 0.125),
-                "sliding, 4 sinks": partial(local_attention, query, key, value, Span("sliding", size, sinks=4), 0.125),
-            }
             dense = partial(scaled_dot_product_attention, query, key, value, scale=0.125, enable_gqa=True)
-            if n <= DENSE:
-                ways |= {"full": partial(dense, is_causal=True), "stock sliding": partial(dense, attn_mask=mask)}
+            ways = _ways(query, key, value, size)
+            ways |= {"full": partial(dense, is_causal=True), "stock sliding": partial(dense, attn_mask=mask)}
             work = {name: partial(_run, way, backward) for name, way in ways.items()}
             for name, seconds in alternate(work, repeats).items():
                 peak = peak_growth(work[name]).growth
                 keep({"part": "kernel", "n": n, "size": size, "backward": backward, "way": name, "seconds": seconds,
                       "peak": peak})  # fmt: skip
+
+
+def length(repeats: int = 5) -> None:
+    """How time and memory of a local layer grow with the text: the lengths taking turns."""
+    for way in ("block, own only", "block, one before", "sliding", "sliding, 4 sinks"):
+        for backward in (False, True):
+            if done(part="length", way=way, backward=backward):
+                continue
+            work = {str(n): partial(_run, _ways(*_tensors(n, backward), 1024)[way], backward) for n in LENGTHS}
+            seconds = alternate(work, repeats)
+            peaks = {n: peak_growth(run).growth for n, run in work.items()}
+            keep({"part": "length", "way": way, "backward": backward, "times": seconds, "peaks": peaks})
+
+
+def _tensors(n: int, backward: bool) -> tuple[torch.Tensor, ...]:
+    query = torch.randn(1, HEADS, n, CHANNELS, requires_grad=backward)
+    return query, *(torch.randn(1, KV_HEADS, n, CHANNELS, requires_grad=backward) for _ in range(2))
+
+
+def _ways(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, size: int
+) -> dict[str, Callable[[], torch.Tensor]]:
+    spans = {
+        "block, own only": Span("block", size, 0),
+        "block, one before": Span("block", size, 1),
+        "sliding": Span("sliding", size),
+        "sliding, 4 sinks": Span("sliding", size, sinks=4),
+    }
+    return {name: partial(local_attention, query, key, value, span, 0.125) for name, span in spans.items()}
 
 
 def _run(way: Callable[[], torch.Tensor], backward: bool) -> None:
@@ -76,61 +106,146 @@ def _run(way: Callable[[], torch.Tensor], backward: bool) -> None:
         output.sum().backward()
 
 
-def model(repeats: int = 3) -> None:
-    """The embedded model with a quarter of its layers full, on its small caches, beside the unconverted one."""
-    opened = open_model("demo", device="cpu")
-    tokenizer, net = opened.tokenizer, opened.model.eval()
+def model(source: str = "demo", repeats: int = 3) -> None:
+    """A model with a quarter of its layers full, on its small cache, and the unconverted one, taking turns."""
+    opened = open_model(source, device="cpu")
+    whole = opened.model.eval()
+    name, limit = Path(source).name, max_positions(whole) or 8192
+    local = copy.deepcopy(whole)
+    layers = len(self_attentions(local))
+    convert(local, full_layers=place("interleave", quarter(layers), layers), span=Span("sliding", 1024, sinks=4))
     token = torch.tensor([[10]])
-    for tokens in (2048, 8000):
-        if done(part="model", tokens=tokens):
+    for tokens in (2048, 8000, 16000):
+        if tokens > limit or done(part="model", model=name, tokens=tokens):
             continue
-        ids = prompt_ids(tokenizer, tokens, 1, torch.device("cpu"))
-        for name in ("full", "converted"):
-            handle = None
-            if name == "converted":
-                layers = place("interleave", 8, len(self_attentions(net)))
-                handle = convert(net, full_layers=layers, span=Span("sliding", 1024, sinks=4))
-            with evaluating(net):
-                caches: list[Any] = []
+        ids = prompt_ids(opened.tokenizer, tokens, 1, torch.device("cpu"))
+        caches: dict[str, Any] = {}
 
-                def read(handle: Any = handle, ids: torch.Tensor = ids, caches: list[Any] = caches) -> None:
-                    cache = None if handle is None else SpanCache(net.config)
-                    output = net(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                    caches[:] = [output.past_key_values]
+        def read(key: str, net: Any, ids: torch.Tensor = ids, caches: dict[str, Any] = caches) -> None:
+            output = net(input_ids=ids, past_key_values=own_cache(net), use_cache=True, logits_to_keep=1)
+            caches[key] = output.past_key_values
 
-                seconds = alternate({name: read}, repeats)[name]
-                step = partial(net, input_ids=token, past_key_values=caches[0], use_cache=True)
-                decode = alternate({name: lambda step=step: step()}, 10)[name]  # type: ignore[misc]
-            keep({"part": "model", "tokens": tokens, "way": name, "prefill": seconds, "decode": decode,
-                  "cache": stored_bytes(caches[0].layers)})  # fmt: skip
-            if handle is not None:
-                handle.revert()
+        nets = {"full": whole, "converted": local}
+        with evaluating(whole), evaluating(local):
+            prefill = alternate({key: partial(read, key, net) for key, net in nets.items()}, repeats)
+            steps = {
+                key: partial(net, input_ids=token, past_key_values=caches[key], use_cache=True)
+                for key, net in nets.items()
+            }
+            decode = alternate(cast(dict[str, Callable[[], object]], steps), 15)
+        for key in nets:
+            keep({"part": "model", "model": name, "tokens": tokens, "way": key, "prefill": prefill[key],
+                  "decode": decode[key], "cache": stored_bytes(caches[key].layers)})  # fmt: skip
 
 
-def quality(size: int = 256, texts: int = 4) -> None:
-    """Text and far copies of real documents right after conversion: 8 of 30 layers full, 2k tokens."""
+SETTINGS = {2048: (256, ("all", "none", "profile", "profile of heads", "bottom", "top", "middle", "interleave")),
+            8192: (1024, ("all", "none", "profile", "profile of heads", "bottom", "interleave"))}  # fmt: skip
+"""Context -> the window of local layers, and the placements of a quarter of the layers that stay full."""
+
+
+def quality(texts: int = 4) -> None:
+    """Text, far copies and needles of real documents right after conversion.
+
+    Layers are profiled on 2k tokens of other documents with the window of 256, in both settings: a backward pass over
+    8k tokens does not fit the memory of a small machine.
+    """
     opened = open_model("demo", device="cpu")
-    net, count = opened.model.eval(), 8
-    layers = len(self_attentions(net))
-    found = documents(opened.tokenizer, 2000, 2 * texts)
-    pieces = [repeated(ids[:1600], 384, 1216)[0] for ids in found]
+    net = opened.model.eval()
     for sinks in (4, 0):
-        span = Span("sliding", size, sinks=sinks)
-        scores = profile(net, pieces[:texts], span)
-        by_profile = tuple(sorted(sorted(range(layers), key=lambda layer: -scores[layer])[:count]))
-        fixed: tuple[Placement, ...] = ("bottom", "top", "middle", "interleave")
-        chosen = {"all": tuple(range(layers)), "none": (), "profile": by_profile}
-        chosen |= {name: place(name, count, layers) for name in fixed}
-        for name, full in chosen.items():
-            if done(part="quality", placement=name, sinks=sinks):
-                continue
-            handle = convert(net, full_layers=full, span=span)
-            with evaluating(net):
-                copies = [float(text_loss(net, ids, scored)) for ids, scored in pieces[texts:]]
-                plain = [float(text_loss(net, ids[:1600], torch.arange(1600) >= 800)) for ids, _ in pieces[texts:]]
-            handle.revert()
-            keep({"part": "quality", "placement": name, "sinks": sinks, "full": list(full), "text": plain,
-                  "repeat": copies})  # fmt: skip
+        scores = _scores(opened, texts, sinks)
+        for context, (size, names) in SETTINGS.items():
+            pieces = [ids[: context - PASSAGE] for ids in documents(opened.tokenizer, context, texts)]
+            for name in names:
+                if (name == "all" and not sinks) or done(part="quality", placement=name, sinks=sinks, context=context):
+                    continue
+                full, heads = _placed(name, scores)
+                handle = convert(net, full_layers=full, span=Span("sliding", size, sinks=sinks), heads=heads)
+                measured = _measured(net, opened.tokenizer, pieces)
+                handle.revert()
+                keep({"part": "quality", "placement": name, "sinks": sinks, "context": context, "full": list(full),
+                      "heads": sum(map(len, heads.values())), "texts": texts, **measured})  # fmt: skip
+
+
+PASSAGE = 384
+"""Tokens that come twice; at least so many are left free at the end of a context."""
+
+
+def _scores(opened: Any, texts: int, sinks: int) -> list[list[float]]:
+    """What each KV head loses by a window of 256 tokens, on documents that are not measured."""
+    used = [ids[:64] for context in SETTINGS for ids in documents(opened.tokenizer, context, texts)]
+    others = [
+        ids
+        for ids in documents(opened.tokenizer, 2048, 4 * texts)
+        if not any(torch.equal(ids[:64], other) for other in used)
+    ][:texts]
+    passages = [repeated(ids[:1664], PASSAGE, 1280)[0] for ids in others]
+    return profile_heads(opened.model.eval(), passages, Span("sliding", 256, sinks=sinks))
+
+
+def quarter(layers: int) -> int:
+    """Layers, or heads, that stay full."""
+    return layers // 4
+
+
+def _placed(name: str, scores: list[list[float]]) -> tuple[tuple[int, ...], dict[int, Any]]:
+    """Full layers, and full heads of others; the scores of a layer's heads add up to its own."""
+    layers, each = len(scores), len(scores[0])
+    if name in ("all", "none"):
+        return (tuple(range(layers)) if name == "all" else ()), {}
+    if name == "profile of heads":
+        return choose_heads(scores, quarter(layers * each))
+    if name == "profile":
+        return choose_heads([[sum(row)] for row in scores], quarter(layers))
+    return place(cast(Placement, name), quarter(layers), layers), {}
+
+
+def _measured(net: Any, tokenizer: Any, pieces: Sequence[torch.Tensor]) -> dict[str, float]:
+    results = (copying(net, pieces, PASSAGE), needle(net, tokenizer, pieces))
+    return {metric.name: metric.value for result in results for metric in result.metrics}
+
+
+RECOVERIES: dict[str, tuple[AdaLoraConfig | LoraConfig, int]] = {
+    "hidden states, lora": (LoraConfig(distil=1.0, learning_rate=5e-3, budget="0.4%"), 4),
+    "hidden states, lora, no sinks": (LoraConfig(distil=1.0, learning_rate=5e-3, budget="0.4%"), 0),
+    "hidden states, adalora": (AdaLoraConfig(distil=1.0, learning_rate=1e-2, gamma=1e-3, budget="0.4%"), 4),
+    "text alone, lora": (LoraConfig(learning_rate=5e-4, budget="0.4%"), 4),
+}
+"""What a converted model is trained by, in which adapter of 0.4 % of the model, and its sinks."""
+
+
+def recover(tokens: int = 60_000, texts: int = 4) -> None:
+    """Training on other long documents after conversion: window 256, a quarter of the layers full, measured at 2k."""
+    size, _ = SETTINGS[2048]
+    for name, (recovery, sinks) in RECOVERIES.items():
+        if done(part="recover", way=name, tokens=tokens):
+            continue
+        opened = open_model("demo", device="cpu")
+        full, _ = _placed("profile", _scores(opened, texts, sinks))
+        pieces = [ids[: 2048 - PASSAGE] for ids in documents(opened.tokenizer, 2048, texts)]
+        convert(opened.model, full_layers=full, span=Span("sliding", size, sinks=sinks))
+        before = _measured(opened.model, opened.tokenizer, pieces)
+        keys = {"tokens": tokens, "max_length": 1024, "batch_size": 1, "accumulate": 2, "save_every": 10**6}
+        config = recovery.model_copy(update=keys)
+        if isinstance(config, AdaLoraConfig):
+            model = adalora.attach(opened.model, config, task="causal").model
+        else:
+            model = lora.attach(opened.model, config)
+        with tempfile.TemporaryDirectory() as folder:
+            trained = train(model, opened.tokenizer, _encoded(opened.tokenizer, tokens, texts), config,
+                            folder=Path(folder), seed=0)  # fmt: skip
+        after = _measured(model, opened.tokenizer, pieces)
+        keep({"part": "recover", "way": name, "tokens": tokens, "texts": texts, "full": list(full),
+              "seconds": trained.seconds, "before": before, "after": after})  # fmt: skip
+
+
+def _encoded(tokenizer: Any, tokens: int, texts: int) -> Encoded:
+    """Pieces of 1,024 tokens, four from each document that is not measured."""
+    used = [ids[:64] for context in SETTINGS for ids in documents(tokenizer, context, texts)]
+    others = [ids for ids in documents(tokenizer, 4096, 200) if not any(torch.equal(ids[:64], u) for u in used)]
+    pieces = [ids[start : start + 1024].tolist() for ids in others for start in range(0, 4096, 1024)]
+    examples = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in pieces]
+    count = sum(map(len, pieces))
+    return Encoded(examples, len(others), count, count - len(pieces), 0, 0, 0, ())
 
 
 def table() -> None:
@@ -151,25 +266,56 @@ def table() -> None:
         what = "forward and backward" if row["backward"] else "forward"
         cells = f"{spread(row['seconds'])} | {ratios[0]} | {ratios[1]} | {row['peak'] / 2**20:.0f} |"
         print(f"| {row['n']}, {row['size']} | {what} | {row['way']} | {cells}")
-    print("\n| tokens | model | prefill | decode | cache, MiB |\n|---|---|---|---|---|")
+    print("\n| way | pass | 8k | 32k over 8k | peak 8k, MiB | 32k over 8k |\n|---|---|---|---|---|---|")
+    for row in (row for row in found if row["part"] == "length"):
+        what = "forward and backward" if row["backward"] else "forward"
+        times = quotient(row["times"]["32768"], row["times"]["8192"])
+        peaks = row["peaks"]["32768"] / row["peaks"]["8192"]
+        first = row["peaks"]["8192"] / 2**20
+        print(f"| {row['way']} | {what} | {spread(row['times']['8192'])} | {times} | {first:.0f} | {peaks:.2f} |")
+    print("\n| model, tokens | way | prefill | of full | decode | of full | cache, MiB | smaller |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in (row for row in found if row["part"] == "model"):
-        cells = f"{spread(row['prefill'])} | {spread(row['decode'])} | {row['cache'] / 2**20:.1f} |"
-        print(f"| {row['tokens']} | {row['way']} | {cells}")
-    print("\n| full layers | sinks | text, nats/token | far copies, nats/token |\n|---|---|---|---|")
+        same = [r for r in found if r["part"] == "model" and all(r[k] == row[k] for k in ("model", "tokens"))]
+        full = next(r for r in same if r["way"] == "full")
+        cells = [f"{spread(row[key])} | {quotient(row[key], full[key])}" for key in ("prefill", "decode")]
+        size = f"{row['cache'] / 2**20:.1f} | {full['cache'] / row['cache']:.2f}"
+        print(f"| {row['model']}, {row['tokens']} | {row['way']} | {cells[0]} | {cells[1]} | {size} |")
+    print("\n| context, window | full layers | sinks | text | far copies | needle | needles found |")
+    print("|---|---|---|---|---|---|---|")
     for row in (row for row in found if row["part"] == "quality"):
         name = row["placement"] if row["placement"] != "profile" else f"profile {row['full']}"
-        print(
-            f"| {name} | {row['sinks']} | {statistics.mean(row['text']):.3f} | {statistics.mean(row['repeat']):.3f} |"
-        )
+        figures = [f"{row[key]:.3f}" for key in ("text_nll", "repeat_nll", "needle_nll")]
+        cells = " | ".join([*figures, f"{row['found'] * row['texts']:.0f} of {row['texts']}"])
+        print(f"| {row['context']}, {SETTINGS[row['context']][0]} | {name} | {row['sinks']} | {cells} |")
+    _recovered([row for row in found if row["part"] == "recover"])
+
+
+def _recovered(found: Sequence[dict[str, Any]]) -> None:
+    print("\n| trained by | tokens | minutes | text | far copies | needle |\n|---|---|---|---|---|---|")
+    for row in found:
+        cells = [
+            f"{row['before'][key]:.3f} → {row['after'][key]:.3f}" for key in ("text_nll", "repeat_nll", "needle_nll")
+        ]
+        print(f"| {row['way']} | {row['tokens']} | {row['seconds'] / 60:.0f} | {' | '.join(cells)} |")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
-    parts: dict[str, Callable[[], None]] = {"cost": cost, "model": model, "quality": quality, "table": table}
+    parts: dict[str, Callable[[], None]] = {
+        "cost": cost,
+        "length": length,
+        "model": model,
+        "quality": quality,
+        "table": table,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=list(parts), default=[])
+    parser.add_argument("--model", default="demo", help="for `model`: another model, such as a GGUF file")
     quiet_upstream()
-    for part in parser.parse_args(argv).parts or parts:
+    given = parser.parse_args(argv)
+    parts["model"] = partial(model, given.model)
+    for part in given.parts or parts:
         parts[part]()
 
 

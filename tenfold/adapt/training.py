@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
+from tenfold.adapt.distil import DistilTrainer, unconverted
 from tenfold.compat import activation_checkpointing
 from tenfold.config.training import TrainingFields
 from tenfold.data.encode import Encoded, collate
@@ -114,7 +115,8 @@ def train(
     )
     resume = last_checkpoint(folder)
     watch = _Watch(config, on_log, on_step)
-    trainer = Trainer(
+    make = partial(DistilTrainer, teacher=unconverted(model), share=config.distil) if config.distil else Trainer
+    trainer = make(
         model=model,
         args=arguments,
         train_dataset=encoded.examples,

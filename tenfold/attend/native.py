@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from tenfold.attend.masformer import Converted
-from tenfold.attend.spans import FIELD, NAME
-from tenfold.errors import ModelError
-from tenfold.kernels.local import Span
+from tenfold.attend.masformer import Converted, check_spans
+from tenfold.attend.spans import FIELD, NAME, common_span, kv_heads, own_spans
+from tenfold.errors import ConfigError, ModelError
 from tenfold.models.folders import write_folder
 from tenfold.models.heads import auto_class
 
@@ -59,6 +58,7 @@ def save_native(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bo
 
     >>> import tempfile
     >>> from tenfold.attend import masformer
+    >>> from tenfold.kernels.local import Span
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")
     >>> handle = masformer.convert(opened.model, full_layers=[0], span=Span("sliding", 16))
@@ -83,6 +83,7 @@ def native_config(model: Any) -> Any:
         ModelError: there is none; says why.
 
     >>> from tenfold.attend import masformer
+    >>> from tenfold.kernels.local import Span
     >>> from tenfold.models.tiny import tiny_model
     >>> model = tiny_model("qwen2").model
     >>> handle = masformer.convert(model, full_layers=[1], span=Span("sliding", 16))
@@ -132,19 +133,17 @@ def restore(model: Any) -> Converted:
     config = model.config.get_text_config(decoder=True)
     table: Any = getattr(config, FIELD, None)
     try:
-        full = tuple(sorted(table["full_layers"]))
-        span = Span(**{key: value for key, value in table.items() if key != "full_layers"})
-        readable = set(full) <= set(range(config.num_hidden_layers))
-    except (TypeError, KeyError, AttributeError):
-        readable = False
-    if not readable:
+        full, span = tuple(sorted(table["full_layers"])), common_span(table)
+        heads = {int(layer): own_spans(table, int(layer)) for layer in table.get("heads", {})}
+        check_spans(full, span, heads, range(config.num_hidden_layers), kv_heads(config))
+    except (TypeError, KeyError, AttributeError, ValueError, ConfigError) as error:
         raise ModelError(
             f"{FIELD} in the configuration: {table!r} cannot be read",
             remedy="upgrade tenfold, or convert the original model again",
-        )
+        ) from error
     before = config._attn_implementation
     config._attn_implementation = NAME
-    return Converted(model=model, full_layers=full, span=span, before="sdpa" if before == NAME else before)
+    return Converted(model, full, span, "sdpa" if before == NAME else before, heads)
 
 
 def _check_architecture(config: Any) -> None:

@@ -36,9 +36,10 @@ from tenfold.attend.marks import (
     in_chat,
 )
 from tenfold.attend.profiles import Profile, load_profile, save_profile
-from tenfold.attend.spans import span_of
+from tenfold.attend.spans import head_spans
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.biased import KeyBias
+from tenfold.kernels.local import FULL
 
 __all__ = [
     "Marked",
@@ -319,11 +320,19 @@ def _heads(
     return {layer: tuple(sorted(set(heads[layer]))) for layer in sorted(heads) if heads[layer]}
 
 
-def reach(module: Any) -> int | None:
-    """How many keys, itself included, the last query of an attention module sees; None without a window."""
-    span = span_of(module.config, module.layer_idx)
-    if span is not None:
-        return span.reach + 1
+def reach(module: Any, head: int | None = None) -> int | None:
+    """How many keys, itself included, the last query of an attention module sees; None without a window.
+
+    Args:
+        module: the attention module.
+        head: one of its query heads; None for that which sees least.
+    """
+    spans = head_spans(module.config, module.layer_idx)
+    if head is not None:
+        spans = (spans[head * len(spans) // module.config.num_attention_heads],)
+    least = min(span.reach for span in spans)
+    if least < FULL.reach:
+        return least + 1
     kinds = getattr(module.config, "layer_types", None)
     if kinds is not None:
         fields = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
@@ -334,17 +343,16 @@ def reach(module: Any) -> int | None:
 
 def _check_reach(attentions: Mapping[int, Any], chosen: Mapping[int, Sequence[int]], marks: Marks) -> None:
     length = marks.marked.shape[1]
-    for layer in chosen:
-        window = reach(attentions[layer])
-        if window is None:
-            continue
-        for row in range(len(marks.marked)):
-            first = min((end for _, end in marks.tokens(row)), default=None)
-            if first is not None and first <= length - window:
+    ends = [min((end for _, end in marks.tokens(row)), default=length) for row in range(len(marks.marked))]
+    first, row = min((end, row) for row, end in enumerate(ends))
+    for layer, heads in chosen.items():
+        for head in heads:
+            window = reach(attentions[layer], head)
+            if window is not None and first <= length - window:
                 raise ConfigError(
-                    f"row {row}: layer {layer} looks back {window} tokens and cannot see a mark that ends "
-                    f"{length - first} tokens before the prompt does",
-                    remedy="steer layers with full attention only, or move the marked text towards the end",
+                    f"row {row}: layer {layer} looks back {window} tokens in head {head} and cannot see a mark that "
+                    f"ends {length - first} tokens before the prompt does",
+                    remedy="steer heads with full attention only, or move the marked text towards the end",
                 )
 
 

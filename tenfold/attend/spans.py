@@ -1,4 +1,4 @@
-"""Spans of layers in the attention function: full attention in some layers, a local span in the others.
+"""Spans in the attention function: full attention in some layers or heads, a local span in the others.
 
 A model carries its spans in its configuration, ``tenfold_span``, so that they are saved with it. Its attention runs as
 ``tenfold_span``: one function, and a mask function that hands the two-dimensional padding mask through, because no mask
@@ -7,6 +7,7 @@ of all pairs shall exist. MASFormer specification, section 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,25 +20,63 @@ from transformers.modeling_utils import AttentionInterface
 from tenfold.attend.attention import PREFIX, Probe, attention
 from tenfold.errors import ModelError
 from tenfold.kernels.biased import KeyBias, with_key_channel
-from tenfold.kernels.local import Held, Span, held_positions, local_attention, real_positions
+from tenfold.kernels.local import FULL, Held, HeldHeads, Span, held_positions, local_attention, real_positions
 from tenfold.kernels.view import View
 
 NAME = f"{PREFIX}span"
 FIELD = "tenfold_span"
-"""Of the model's configuration: ``full_layers``, and the fields of `Span`."""
+"""Of the model's configuration: ``full_layers``, the fields of `Span`, perhaps ``heads``: by layer and KV head, both
+as text, the fields of another span, or null for full attention."""
 
 
-def span_of(config: Any, layer: int) -> Span | None:
-    """The span of a layer; None for full attention.
+def head_spans(config: Any, layer: int) -> tuple[Span, ...]:
+    """What each KV head of a layer sees; `FULL` where that is everything.
 
     >>> from types import SimpleNamespace
-    >>> span_of(SimpleNamespace(tenfold_span={"full_layers": [0], "pattern": "sliding", "size": 8}), 1)
-    Span(pattern='sliding', size=8, previous=1, sinks=0)
+    >>> table = {"full_layers": [0], "pattern": "sliding", "size": 8, "heads": {"1": {"0": None}}}
+    >>> config = SimpleNamespace(tenfold_span=table, num_attention_heads=4, num_key_value_heads=2)
+    >>> head_spans(config, 0) == (FULL, FULL), head_spans(config, 1) == (FULL, Span("sliding", 8))
+    (True, True)
     """
-    table = getattr(config, FIELD, None)
+    return spans_in(getattr(config, FIELD, None), layer, kv_heads(config))
+
+
+def spans_in(table: Any, layer: int, count: int) -> tuple[Span, ...]:
+    """The same by the entry of a configuration, None where there is none, and the KV heads of a layer."""
     if table is None or layer in table["full_layers"]:
-        return None
-    return Span(**{key: value for key, value in table.items() if key != "full_layers"})
+        return (FULL,) * count
+    spans = [common_span(table)] * count
+    for head, span in own_spans(table, layer).items():
+        spans[head] = span or FULL
+    return tuple(spans)
+
+
+def common_span(table: Any) -> Span:
+    """The span of all heads of local layers that have none of their own."""
+    return Span(**{key: value for key, value in table.items() if key not in ("full_layers", "heads")})
+
+
+def own_spans(table: Any, layer: int) -> dict[int, Span | None]:
+    """The KV heads of a layer with a span of their own; None is full attention."""
+    own = table.get("heads", {}).get(str(layer), {})
+    return {int(head): None if fields is None else Span(**fields) for head, fields in own.items()}
+
+
+def kv_heads(config: Any) -> int:
+    """KV heads of a layer, by a decoder's configuration."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def by_span(spans: Sequence[Span]) -> dict[Span, list[int]]:
+    """KV heads of a layer by what they see.
+
+    >>> list(by_span((FULL, Span("sliding", 8), FULL)).values())
+    [[0, 2], [1]]
+    """
+    groups: dict[Span, list[int]] = {}
+    for head, span in enumerate(spans):
+        groups.setdefault(span, []).append(head)
+    return groups
 
 
 def spanned(
@@ -51,7 +90,7 @@ def spanned(
     gate: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one layer by its span, as transformers calls it.
+    """Attention of one layer by the spans of its heads, as transformers calls it.
 
     Args:
         module: the attention module.
@@ -63,43 +102,43 @@ def spanned(
             caller, is honoured by full layers alone.
         key_bias: as in `tenfold.attend.attention.attention`.
         probe: likewise.
-        gate: share of full attention in a layer with a span, a number between 0 and 1 that may ask for a gradient;
-            the rest is local. None is 0; see `tenfold.attend.masformer.profile`.
+        gate: share of full attention in a layer with a span, between 0 and 1: a number ``[]``, or one for each KV head
+            ``[kv_heads]``, which may ask for a gradient; the rest is what the spans say. None is 0; see
+            `tenfold.attend.masformer.profile`.
         **arguments: what else transformers passes, ``position_ids`` among them.
 
     Returns:
         Output ``[batch, queries, heads, head_dim]``, and None.
 
     Raises:
-        ModelError: a mask of four dimensions or a dose of attention for a local layer; a cache made for another span.
+        ModelError: a mask of four dimensions or a dose of attention for a local layer; a cache made for other spans.
     """
     layer: Any = module.layer_idx
-    span = span_of(module.config, layer)
-    if isinstance(key, Held):
+    spans = head_spans(module.config, layer)
+    full = set(spans) == {FULL}
+    if attention_mask is not None and attention_mask.ndim == 4 and not full:
+        raise _four_dimensions(layer)
+    if isinstance(key, Held | HeldHeads):
         given = {"key_bias": key_bias, "probe": probe, "gate": gate, **arguments}
-        return _on_held(module, query, key, attention_mask, span, given)
-    keys = key.tokens if isinstance(key, View) else key.shape[2]
-    if attention_mask is not None and attention_mask.ndim == 4:
-        if span is not None:
-            raise _four_dimensions(layer)
-        mask: Tensor | None = attention_mask
-        positions = documents = None
-    else:
+        return _on_held(module, query, key, attention_mask, spans, given), None
+    if full:
         mask = attention_mask
-        positions, documents = _places(query.shape[0], query.shape[2], keys, mask, arguments.get("position_ids"))
-    if span is None:
         if mask is None or mask.ndim == 2:
-            mask = _full_mask(query, keys, positions, documents)
+            keys = key.tokens if isinstance(key, View) else key.shape[2]
+            places = _places(len(query), query.shape[2], keys, mask, arguments.get("position_ids"))
+            mask = _full_mask(query, keys, *places)
         return attention(module, query, key, value, mask, base="sdpa", key_bias=key_bias, probe=probe, **arguments)
+
+    def seeing(spans: Sequence[Span], value: Tensor) -> Tensor:
+        return _on_parts(module, query, _parts(key, value, spans), attention_mask, key_bias, arguments)
+
     if gate is not None:
-        full = _full_mask(query, keys, positions, documents)
-        whole = attention(module, query, key, value, full, base="sdpa", key_bias=key_bias, **arguments)[0]
-        local = spanned(module, query, key, value, attention_mask, key_bias, **arguments)[0]
-        return torch.lerp(local, whole, gate.to(local.dtype)), None
+        whole, local = seeing([FULL] * len(spans), value), seeing(spans, value)
+        share = gate.to(local).expand(len(spans)).repeat_interleave(query.shape[1] // len(spans))
+        return torch.lerp(local, whole, share[:, None]), None
     if probe is not None:
-        again = partial(spanned, module, query, key, attention_mask=attention_mask, key_bias=key_bias, **arguments)
-        probe(layer, value, lambda values: again(value=values)[0])
-    return _local(module, query, key, value, span, positions, documents, key_bias, arguments.get("scaling"))
+        probe(layer, value, partial(seeing, spans))
+    return seeing(spans, value), None
 
 
 def _four_dimensions(layer: int) -> ModelError:
@@ -110,55 +149,135 @@ def _four_dimensions(layer: int) -> ModelError:
 
 
 def _on_held(
-    module: nn.Module, query: Tensor, held: Held, mask: Tensor | None, span: Span | None, given: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """Attention on a small cache; as long as it holds the whole text, it is that on its tensors."""
+    module: nn.Module,
+    query: Tensor,
+    held: Held | HeldHeads,
+    mask: Tensor | None,
+    spans: Sequence[Span],
+    given: dict[str, Any],
+) -> Tensor:
+    """Attention on a small cache."""
     layer: Any = module.layer_idx
-    if span != held.span:
-        raise ModelError(
-            f"layer {layer}: its cache was made for {held.span}, and the layer has {span or 'full attention'}",
-            remedy="make another SpanCache after each conversion",
-        )
-    if mask is not None and mask.ndim == 4:
-        raise _four_dimensions(layer)
-    seen = None if mask is None else mask[:, -held.tokens :].bool()
-    if held.places is None:
-        output = spanned(module, query, held.keys, held.values, seen, **given)
-    else:
-        if given["probe"] is not None or given["gate"] is not None:
+    parts = held.parts if isinstance(held, HeldHeads) else ((list(range(len(spans))), held),)
+    for heads, part in parts:
+        if other := [head for head in heads if spans[head] != part.span]:
+            made, has = ("full attention" if span == FULL else span for span in (part.span, spans[other[0]]))
             raise ModelError(
-                f"layer {layer}: a picture of attention needs all {held.tokens} keys, and the cache holds fewer",
-                remedy="call the model with use_cache=False",
+                f"layer {layer}: its cache was made for {made}, and the layer has {has} in KV head {other[0]}",
+                remedy="make another SpanCache after each conversion",
             )
-        index = held.places.clamp(min=0)
-        biases = tuple(replace(bias, values=bias.values.take_along_dim(index, 1)) for bias in given["key_bias"])
-        positions = held_positions(held.places, seen)
-        output = _local(module, query, held.keys, held.values, held.span, positions, None, biases, given.get("scaling"))
-    held.finish(seen)
+    tokens = parts[0][1].tokens
+    seen = None if mask is None else mask[:, -tokens:].bool()
+    if given["probe"] is None and given["gate"] is None:
+        arguments = {key: value for key, value in given.items() if key not in ("key_bias", "probe", "gate")}
+        output = _on_parts(module, query, parts, seen, given["key_bias"], arguments)
+    elif all(part.places is None for _, part in parts):
+        key, value = (_joined(parts, [getattr(part, x) for _, part in parts], 1) for x in ("keys", "values"))
+        output = spanned(module, query, key, value, seen, **given)[0]
+    else:
+        raise ModelError(
+            f"layer {layer}: a picture of attention needs all {tokens} keys, and the cache holds fewer",
+            remedy="call the model with use_cache=False",
+        )
+    for _, part in parts:
+        part.finish(seen)
     return output
 
 
-def _local(
+Parts = Sequence[tuple[list[int], Held]]
+"""KV heads, and their keys and values; every head of a layer is in one part."""
+
+
+def _parts(key: Tensor, value: Tensor, spans: Sequence[Span]) -> Parts:
+    """Keys and values of a layer, ``[batch, kv_heads, keys, channels]``, apart by span."""
+    groups = by_span(spans)
+    cut = [(key, value)] if len(groups) == 1 else [(key[:, heads], value[:, heads]) for heads in groups.values()]
+    return [
+        (heads, Held(*tensors, span, key.shape[2], None, lambda seen: None))
+        for (span, heads), tensors in zip(groups.items(), cut, strict=True)
+    ]
+
+
+def _joined(parts: Parts, tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Tensors of the parts in one, in the order of the KV heads, which are dimension ``dim``."""
+    if len(tensors) == 1:
+        return tensors[0]
+    order = torch.tensor([head for heads, _ in parts for head in heads], device=tensors[0].device).argsort()
+    return torch.cat(list(tensors), dim).index_select(dim, order)
+
+
+def _on_parts(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    span: Span,
-    positions: Tensor | None,
-    documents: Tensor | None,
+    parts: Parts,
+    seen: Tensor | None,
     key_bias: tuple[KeyBias, ...],
-    scaling: float | None,
-) -> tuple[Tensor, None]:
-    """Local attention with biases of keys; as `spanned` returns it."""
+    arguments: dict[str, Any],
+) -> Tensor:
+    """Attention of each part with its own queries and biases; ``[batch, queries, heads, head_dim]``."""
+    tokens, count = parts[0][1].tokens, sum(len(heads) for heads, _ in parts)
+    plain = _places(len(query), query.shape[2], tokens, seen, arguments.get("position_ids"))
+    grouped = query.unflatten(1, (count, -1))
+    outputs = []
+    for heads, part in parts:
+        its, biases, places = query, key_bias, plain
+        if len(parts) > 1:
+            its, biases = grouped[:, heads].flatten(1, 2), _biases_of(key_bias, heads, grouped.shape[2])
+        if part.places is not None:
+            index = part.places.clamp(min=0)
+            biases = tuple(replace(bias, values=bias.values.take_along_dim(index, 1)) for bias in biases)
+            places = held_positions(part.places, seen), None
+        if _sees_all(query, part, seen):
+            output = attention(module, its, part.keys, part.values, None, base="sdpa", key_bias=biases, **arguments)[0]
+        else:
+            output = _of_span(module, its, part, places, biases, arguments)
+        outputs.append(output.unflatten(2, (len(heads), -1)))
+    return _joined(parts, outputs, 2).flatten(2, 3)
+
+
+def _biases_of(key_bias: tuple[KeyBias, ...], heads: list[int], each: int) -> tuple[KeyBias, ...]:
+    """Biases for the queries of some KV heads, ``each`` of which has so many; without those that concern none."""
+    found = []
+    for bias in key_bias:
+        own = torch.tensor(heads)[:, None] * each + torch.arange(each)
+        same = bias.heads[:, None] == own.flatten().to(bias.heads.device)
+        kept = same.any(1)
+        if bool(kept.any()):
+            weights = None if bias.weights is None else bias.weights[..., kept]
+            found.append(replace(bias, heads=same[kept].int().argmax(1), weights=weights))
+    return tuple(found)
+
+
+def _of_span(
+    module: nn.Module,
+    query: Tensor,
+    part: Held,
+    places: tuple[Tensor | None, Tensor | None],
+    key_bias: tuple[KeyBias, ...],
+    arguments: dict[str, Any],
+) -> Tensor:
+    """Attention of heads of one span, with biases of keys; ``[batch, queries, heads, head_dim]``."""
+    key, value = part.keys, part.values
+    if part.span == FULL:
+        mask = _full_mask(query, key.shape[2], *places)
+        return attention(module, query, key, value, mask, base="sdpa", key_bias=key_bias, **arguments)[0]
     layer: Any = module.layer_idx
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = arguments.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     size = value.shape[-1]
     for bias in key_bias:
         if bias.target is not None:
             raise ModelError(f"layer {layer}: target_mass, and this layer has a span", remedy="use alpha")
         query, key, value = with_key_channel(query, key, value, scale, bias)
-    output = local_attention(query, key, value, span, scale, positions, documents)
-    return output[..., :size].transpose(1, 2).contiguous(), None
+    output = local_attention(query, key, value, part.span, scale, *places)
+    return output[..., :size].transpose(1, 2).contiguous()
+
+
+def _sees_all(query: Tensor, part: Held, seen: Tensor | None) -> bool:
+    """Whether one query, without padding, sees all that a small cache holds: then there is nothing to mask."""
+    span, keys = part.span, part.keys.shape[2]
+    alone = seen is None and query.shape[2] == 1
+    return alone and span.pattern == "sliding" and keys <= span.sinks + span.size
 
 
 def _places(

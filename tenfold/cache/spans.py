@@ -1,4 +1,4 @@
-"""The small cache of a model with spans: local layers keep only the keys that a later query can still see.
+"""The small cache of a model with spans: local layers and heads keep only the keys that a later query can still see.
 
 >>> from tenfold.attend import masformer
 >>> from tenfold.kernels.local import Span
@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from tenfold.attend.spans import FIELD, NAME, span_of
+from tenfold.attend.spans import FIELD, NAME, by_span, head_spans
 from tenfold.cache.crop import tokens_left
 from tenfold.cache.gear.cache import gear_layers, head_sizes
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
 from tenfold.evaluate.memory import stored_bytes
-from tenfold.kernels.local import Held, Span, first_keys, held_positions
+from tenfold.kernels.local import FULL, Held, HeldHeads, Span, first_keys, held_positions
 
 
 class SpanLayer(CacheLayerMixin):
@@ -63,6 +63,7 @@ class SpanLayer(CacheLayerMixin):
         """Places in the text of the first keys that are held, ``[batch, sinks]``; -1 where a row has fewer."""
         self.seen: Tensor | None = None
         """What is no padding, ``[batch, tokens]``, while keys are kept that are yet to be sorted out."""
+        self.padded = False
         self.tokens = 0
         self.is_initialized = True
 
@@ -126,6 +127,14 @@ class SpanLayer(CacheLayerMixin):
         """Copies, never views: one would keep the whole prompt alive."""
         before = self.keys.shape[2] - self.span.reach
         if before <= self.sinks.shape[1]:
+            return
+        self.padded |= seen is not None
+        if not self.padded:  # the first keys that are held are the sinks, or will be
+            count = min(self.span.sinks, before)
+            self.sinks = torch.arange(count, device=self.device).expand(len(self.keys), -1)
+            self.keys, self.values = (
+                torch.cat([x[:, :, :count], x[:, :, before:]], 2) for x in (self.keys, self.values)
+            )
             return
         places = self.places()[:, :before]
         columns = first_keys(held_positions(places, seen), self.span.sinks)
@@ -207,8 +216,87 @@ class SpanLayer(CacheLayerMixin):
         self.keys = self.values = self.sinks = self.seen = None  # type: ignore[assignment]
 
 
+class HeadSpanLayer(CacheLayerMixin):
+    """Keys and values of a layer whose KV heads see different spans: a `SpanLayer` for the heads of each.
+
+    Args:
+        groups: a span, and the KV heads that have it; those of `FULL` keep everything.
+        index: of the layer, for errors.
+        reads: whether the model's attention function takes `HeldHeads` now.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, groups: Mapping[Span, list[int]], index: int, reads: Callable[[], bool]) -> None:
+        super().__init__()
+        self.parts = [(heads, SpanLayer(span, index, reads)) for span, heads in groups.items()]
+
+    def _each(self, act: Callable[[SpanLayer], Any]) -> None:
+        for _, layer in self.parts:
+            act(layer)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As `SpanLayer.lazy_initialization`."""
+        for heads, layer in self.parts:
+            layer.lazy_initialization(key_states[:, heads], value_states[:, heads])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As `SpanLayer.update`, with every head in the order of the model."""
+        held = [(heads, layer.update(key_states[:, heads], value_states[:, heads])[0]) for heads, layer in self.parts]
+        self.is_initialized = True
+        return HeldHeads(tuple(held)), HeldHeads(tuple(held))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Those of the whole text."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """All tokens seen, not only those that are held."""
+        return self.parts[0][1].get_seq_length()
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """As `SpanLayer.activate_past_recording`."""
+        self._each(SpanLayer.activate_past_recording)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `SpanLayer.crop`."""
+        self._each(lambda layer: layer.crop(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch by index, for beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._each(lambda layer: layer.batch_select_indices(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self._each(lambda layer: layer.batch_repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """To the CPU."""
+        self._each(SpanLayer.offload)
+
+    def prefetch(self) -> None:
+        """Back to the layer's device."""
+        self._each(SpanLayer.prefetch)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._each(SpanLayer.reset)
+        self.is_initialized = False
+
+
 class SpanCache(Cache):
-    """A cache for ``past_key_values=`` of a converted model: local layers keep a constant number of keys.
+    """A cache for ``past_key_values=`` of a converted model: local layers and heads keep a constant number of keys.
 
     Args:
         config: the configuration of a model that `tenfold.attend.masformer.convert` has converted.
@@ -233,11 +321,13 @@ class SpanCache(Cache):
         layers: list[Any] = list(DynamicCache(config=config).layers)
         full = []
         for index in range(len(layers)):
-            span = span_of(decoder, index)
-            if span is None:
+            groups = by_span(head_spans(decoder, index))
+            if len(groups) > 1:
+                layers[index] = HeadSpanLayer(groups, index, reads)
+            elif FULL in groups:
                 full.append(index)
             else:
-                layers[index] = SpanLayer(span, index, reads)
+                layers[index] = SpanLayer(next(iter(groups)), index, reads)
         if kv is not None:
             if not full:
                 raise ModelError(
@@ -252,12 +342,14 @@ class SpanCache(Cache):
         """What is stored, measured on the tensors' storage, beside what the formula says.
 
         Returns:
-            ``tokens`` of a row; ``bytes``, of which ``local bytes`` and ``full bytes``; ``formula bytes`` of local and
-            unpacked full layers (specification, oracle 9, with sinks); ``dense bytes`` of a cache without spans.
+            ``tokens`` of a row; ``bytes``, of which ``local bytes`` and ``full bytes``, by layers and heads; ``formula
+            bytes`` of local and unpacked full ones (specification, oracle 9, with sinks); ``dense bytes`` of a cache
+            without spans.
         """
-        local = [layer for layer in self.layers if isinstance(layer, SpanLayer)]
-        full = [layer for layer in self.layers if not isinstance(layer, SpanLayer)]
-        sample = next((_sample(layer) for layer in self.layers if layer.is_initialized), torch.empty(0))
+        stores = list(self._stores())
+        local = [store for store in stores if _is_local(store)]
+        full = [store for store in stores if not _is_local(store)]
+        sample = next((_sample(store) for store in stores if store.is_initialized), torch.empty(0))
         shape = {"tokens": self.get_seq_length(), "batch": len(sample), "itemsize": sample.element_size()}
         parts = {"local bytes": stored_bytes(local), "full bytes": stored_bytes(full)}
         return {
@@ -268,6 +360,18 @@ class SpanCache(Cache):
             "dense bytes": formula_bytes(self.config, **shape, spans=False),
         }
 
+    def _stores(self) -> Iterator[Any]:
+        """Layers, and for those of several spans their parts."""
+        for layer in self.layers:
+            if isinstance(layer, HeadSpanLayer):
+                yield from (part for _, part in layer.parts)
+            else:
+                yield layer
+
+
+def _is_local(store: Any) -> bool:
+    return isinstance(store, SpanLayer) and store.span != FULL
+
 
 def _sample(layer: Any) -> Tensor:
     """A tensor of the batch and dtype of a layer."""
@@ -276,7 +380,7 @@ def _sample(layer: Any) -> Tensor:
 
 
 def formula_bytes(config: Any, tokens: int, *, batch: int = 1, itemsize: int = 2, spans: bool = True) -> int:
-    """Bytes of keys and values: all tokens in full layers, what is in reach and sinks in the others.
+    """Bytes of keys and values: all tokens in full layers and heads, what is in reach and sinks in the others.
 
     Args:
         config: of a converted model; of any decoder where ``spans`` is False.
@@ -293,7 +397,22 @@ def formula_bytes(config: Any, tokens: int, *, batch: int = 1, itemsize: int = 2
     (402653184, 110091264)
     """
     decoder = config.get_text_config(decoder=True)
-    found = [span_of(decoder, layer) if spans else None for layer in range(decoder.num_hidden_layers)]
-    kept = sum(tokens if span is None else min(tokens, span.reach + span.sinks) for span in found)
     kv_heads, head_dim = head_sizes(decoder)
-    return 2 * batch * kv_heads * head_dim * itemsize * kept
+    kept = decoder.num_hidden_layers * kv_heads * tokens
+    if spans:
+        found = [span for layer in range(decoder.num_hidden_layers) for span in head_spans(decoder, layer)]
+        kept = sum(min(tokens, span.reach + span.sinks) for span in found)
+    return 2 * batch * head_dim * itemsize * kept
+
+
+def own_cache(model: Any, kv: CacheConfig | None = None) -> SpanCache | None:
+    """The small cache of a model that has spans now; None for any other model, whose own cache will do.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> own_cache(tiny_model("llama").model) is None
+    True
+    """
+    decoder = model.config.get_text_config(decoder=True)
+    if getattr(decoder, FIELD, None) is None or decoder._attn_implementation != NAME:
+        return None
+    return SpanCache(model.config, kv)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
 
-TASKS = ("perplexity", "speed", "memory", "multiple_choice", "question_answering")
+TASKS = ("perplexity", "copying", "needle", "speed", "memory", "multiple_choice", "question_answering")
 
 
 class EvaluateConfig(DataFields):
@@ -19,8 +19,9 @@ class EvaluateConfig(DataFields):
     """
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("perplexity", "speed", "memory")
-    """``perplexity``, ``speed``, ``memory``, ``multiple_choice``, ``question_answering``, or ``lm_eval:NAME`` for a
-    task of lm-evaluation-harness."""
+    """``perplexity``, ``copying`` (passages that come twice, far apart), ``needle`` (a number somewhere in a long
+    text), ``speed``, ``memory``, ``multiple_choice``, ``question_answering``, or ``lm_eval:NAME`` for a task of
+    lm-evaluation-harness."""
     split: Literal["all", "held-out"] = "all"
     """Which rows of ``data`` are measured; ``held-out`` by default where an earlier stage read the same data."""
     baseline: bool = True
@@ -31,6 +32,12 @@ class EvaluateConfig(DataFields):
     """Tokens by which the window moves. Default: half of ``max_length``."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """Sequences per forward pass."""
+    passages: Annotated[int, Field(ge=1)] = 4
+    """Texts of ``copying`` and ``needle``, spread evenly over the data."""
+    passage: Annotated[int, Field(ge=8)] = 256
+    """Tokens of a passage that comes twice."""
+    between: Annotated[int, Field(ge=1)] = 1024
+    """Tokens between its copies; the two together are the length of the text that a needle is hidden in."""
     prompt_tokens: Annotated[int, Field(ge=1)] = 512
     """Length of the prompt whose prefill is timed."""
     new_tokens: Annotated[int, Field(ge=2)] = 32

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
+from tenfold.errors import ConfigError
 
 
 class MasformerConfig(DataFields):
@@ -18,7 +18,10 @@ class MasformerConfig(DataFields):
     """
 
     budget: BudgetText = "25%"
-    """Layers that keep full attention: a share of all, or a count such as ``6``."""
+    """Layers, or heads, that keep full attention: a share of all, or a count such as ``6``."""
+    by: Literal["layers", "heads"] = "layers"
+    """Whether whole layers keep full attention or single KV heads, which ``profile`` alone can find (not in the
+    paper)."""
     full_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """The layers themselves, instead of ``budget`` and ``placement``."""
     placement: Literal["profile", "bottom", "top", "middle", "interleave"] = "profile"
@@ -43,6 +46,8 @@ class MasformerConfig(DataFields):
     def _fits(self) -> Self:
         if parse_budget(self.budget).unit not in ("share", "count"):
             raise ValueError(f"budget: {self.budget} is no share of layers: write 25% or a count such as 6")
+        if self.by == "heads" and (self.full_layers is not None or self.placement != "profile"):
+            raise ValueError("by: heads are found by placement profile: leave full_layers and placement out")
         if self.full_layers is not None and ("placement" in self.model_fields_set or "budget" in self.model_fields_set):
             # A resolved recipe spells defaults out, so what counts is whether a value is another one.
             for key in ("placement", "budget"):
@@ -51,10 +56,18 @@ class MasformerConfig(DataFields):
         return self
 
     def count(self, layers: int) -> int:
-        """Layers of full attention out of so many.
+        """Layers, or heads, of full attention out of so many: at most what the budget says, one at least.
 
         >>> MasformerConfig(budget="25%").count(30), MasformerConfig(budget="6").count(30)
-        (8, 6)
+        (7, 6)
         """
         budget = parse_budget(self.budget)
-        return math.ceil(budget.amount * layers) if budget.unit == "share" else int(budget.amount)
+        # A share that buys something buys one at least; the sum keeps 0.29 * 100 from becoming 28.
+        count = (
+            max(budget.amount > 0, int(budget.amount * layers + 1e-9)) if budget.unit == "share" else int(budget.amount)
+        )
+        if count > layers:
+            raise ConfigError(
+                f"budget: {self.budget} is {count} {self.by} of {layers}", remedy=f"give at most {layers}"
+            )
+        return count

@@ -26,6 +26,11 @@ class TrainingFields(DataFields):
     """Tokens per sequence; what is longer is cut, and what was cut is counted."""
     packing: bool = True
     """Fill each sequence with several rows (text rows only)."""
+    boundaries: bool = False
+    """Keep packed rows apart: a token sees those of its own row only."""
+    distil: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """For models with local spans: share of the loss that is the distance to the hidden states that the model has with
+    full attention; 1 needs no label at all. The rest is the loss on the text."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -24,7 +24,8 @@ class Encoded:
 
     Args:
         examples: ``{"input_ids": [...], "labels": [...]}`` each; a label of -100 is not learned. The first token of an
-            example is never learned, since nothing precedes it.
+            example is never learned, since nothing precedes it. With document boundaries also ``position_ids``, which
+            begin again at each row.
         rows: rows given.
         tokens: tokens in ``examples``.
         trained_tokens: labels other than -100.
@@ -49,7 +50,15 @@ class Encoded:
         return len(self.examples)
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int, packing: bool, chat: bool | None = None) -> Encoded:
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    packing: bool,
+    boundaries: bool = False,
+    chat: bool | None = None,
+) -> Encoded:
     """Turn rows of text, completions or conversations into token examples.
 
     * Text: every token is learned. An end-of-text token follows each row.
@@ -58,15 +67,16 @@ def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int, packing: boo
     * Chat: only the assistant's turns are learned.
 
     With ``packing``, rows of text are joined and cut into sequences of ``max_length``; the last, shorter one is kept,
-    so no token is lost. Attention then crosses the borders of rows within a sequence: the end-of-text token marks them,
-    and no document mask is used. Rows of other kinds are never packed. Without packing, what is longer than
-    ``max_length`` loses its end.
+    so no token is lost. Attention then crosses the borders of rows within a sequence, which the end-of-text token
+    marks; with ``boundaries`` it does not, as positions begin again at each row, and a row's first token is not
+    learned. Rows of other kinds are never packed. Without packing, what is longer than ``max_length`` loses its end.
 
     Args:
         rows: rows of one of these kinds.
         tokenizer: a transformers tokenizer.
         max_length: tokens per sequence, 3 or more.
         packing: join rows of text.
+        boundaries: keep joined rows apart: a token sees those of its own row only.
         chat: whether completions use the chat template; by default where the tokenizer has one.
 
     Raises:
@@ -86,7 +96,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int, packing: boo
         raise ModelError("the tokenizer has no end-of-text token", remedy="set tokenizer.eos_token")
     pairs = [_tokens(row, tokenizer, eos, chat) for row in rows]
     if packing and isinstance(rows[0], Text):
-        examples = _pack([ids for ids, _ in pairs], max_length)
+        examples = _pack([ids for ids, _ in pairs], max_length, boundaries)
         return _count(rows, examples, truncated=0, cut=0, left_out=0)
     examples, cuts, left_out = [], [], 0
     for ids, learned in pairs:
@@ -129,14 +139,25 @@ def _example(ids: list[int], learned: list[bool]) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": [IGNORED, *labels[1:]]}
 
 
-def _pack(documents: list[list[int]], max_length: int) -> list[dict[str, list[int]]]:
+def _pack(documents: list[list[int]], max_length: int, boundaries: bool) -> list[dict[str, list[int]]]:
     stream = [token for ids in documents for token in ids]
     borders = [*range(0, len(stream), max_length), len(stream)]
     if len(borders) > 2 and borders[-1] - borders[-2] == 1:
         # A sequence of one token has nothing to predict and its mean loss is NaN: lend it one of its neighbour's.
         borders[-2] -= 1
-    pieces = [stream[start:end] for start, end in itertools.pairwise(borders)]
-    return [_example(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
+    pieces = [(start, end) for start, end in itertools.pairwise(borders) if end - start > 1]
+    if not boundaries:
+        return [_example(stream[start:end], [True] * (end - start)) for start, end in pieces]
+    begins = set(itertools.accumulate((len(ids) for ids in documents), initial=0))
+    examples = []
+    for start, end in pieces:
+        positions: list[int] = []
+        for at in range(start, end):
+            # A row that goes on from the sequence before begins again, too: what it continues is not there.
+            positions.append(0 if at == start or at in begins else positions[-1] + 1)
+        example = _example(stream[start:end], [position > 0 for position in positions])
+        examples.append({**example, "position_ids": positions})
+    return [example for example in examples if any(label != IGNORED for label in example["labels"])]
 
 
 def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None) -> tuple[list[int], list[bool]]:
@@ -250,7 +271,9 @@ def collate(examples: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, 
         pad_id: the token to fill with.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels`` (-100 on padding), each ``[batch, tokens]``, int64.
+        ``input_ids``, ``attention_mask`` and ``labels`` (-100 on padding), each ``[batch, tokens]``, int64; with
+        document boundaries ``position_ids`` instead of the mask, 0 on padding, which is a document of its own then:
+        transformers looks for documents only where no mask is given.
 
     >>> collate([{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7], "labels": [-100]}], pad_id=0)["labels"]
     tensor([[-100,    6],
@@ -259,9 +282,12 @@ def collate(examples: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, 
     import torch
 
     length = max(len(example["input_ids"]) for example in examples)
-    rows = [(example["input_ids"], example["labels"], length - len(example["input_ids"])) for example in examples]
-    return {
-        "input_ids": torch.tensor([ids + [pad_id] * short for ids, _, short in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * short for ids, _, short in rows]),
-        "labels": torch.tensor([labels + [IGNORED] * short for _, labels, short in rows]),
-    }
+
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([example[key] + [fill] * (length - len(example[key])) for example in examples])
+
+    batch = {"input_ids": padded("input_ids", pad_id), "labels": padded("labels", IGNORED)}
+    if "position_ids" in examples[0]:
+        return {**batch, "position_ids": padded("position_ids", 0)}
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    return {**batch, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}

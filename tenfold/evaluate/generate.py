@@ -41,7 +41,7 @@ def generate(
         chat: whether to use the chat template; by default where the tokenizer has one.
         seed: of the sampling.
         batch_size: prompts at once, padded on the left.
-        make_cache: makes the cache of a batch; by default the model's own.
+        make_cache: makes the cache of a batch; by default, and where it gives None, the model's own.
 
     Returns:
         The new text of each prompt, special tokens left out.
@@ -70,8 +70,9 @@ def generate(
     with evaluating(model), _seeded(seed if temperature else None, device):
         for start in range(0, len(prompts), batch_size):
             batch = _left_padded(tokenizer, prompts[start : start + batch_size], special=not chat, device=device)
-            cache = {} if make_cache is None else {"past_key_values": make_cache()}
-            texts += _continue(model, tokenizer, {**batch, **cache}, config)
+            cache = None if make_cache is None else make_cache()
+            given = batch if cache is None else {**batch, "past_key_values": cache}
+            texts += _continue(model, tokenizer, given, config)
     return texts
 
 

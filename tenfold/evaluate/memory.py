@@ -168,7 +168,15 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return stored_bytes([*model.parameters(), *model.buffers()])
 
 
-def memory(model: Any, tokenizer: Any, *, tokens: int = 512, batch_size: int = 1, subject: str = "model") -> Result:
+def memory(
+    model: Any,
+    tokenizer: Any,
+    *,
+    tokens: int = 512,
+    batch_size: int = 1,
+    subject: str = "model",
+    make_cache: Callable[[Any], Any] = lambda model: None,
+) -> Result:
     """What a model holds and needs: weights, cache per token, and the peak growth of a prefill.
 
     Args:
@@ -177,6 +185,7 @@ def memory(model: Any, tokenizer: Any, *, tokens: int = 512, batch_size: int = 1
         tokens: tokens of the prompt.
         batch_size: prompts at once.
         subject: which model this is, for the report.
+        make_cache: a fresh cache for the model; None is its own.
 
     Returns:
         ``weights`` (bytes), ``cache`` (bytes per token, the average over the prompt), ``prefill_growth`` (bytes above
@@ -193,7 +202,7 @@ def memory(model: Any, tokenizer: Any, *, tokens: int = 512, batch_size: int = 1
         # What libraries allocate once, at first use, is no cost of a prefill.
         model(input_ids=ids[:, :8], use_cache=True, **keep)
         with measure_growth(device) as growth:
-            cache = model(input_ids=ids, use_cache=True, **keep).past_key_values
+            cache = model(input_ids=ids, past_key_values=make_cache(model), use_cache=True, **keep).past_key_values
     metrics = (
         Metric(name="weights", value=weight_bytes(model), unit="bytes", count=1, better="lower"),
         Metric(

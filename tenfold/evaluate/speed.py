@@ -40,6 +40,7 @@ def speed(
     repeats: int = 5,
     batch_size: int = 1,
     warmup: int = 1,
+    make_cache: Callable[[Any], Any] = lambda model: None,
 ) -> list[Result]:
     """Time prefill and greedy decoding of each model.
 
@@ -55,6 +56,7 @@ def speed(
         repeats: timed runs of each model.
         batch_size: prompts at once.
         warmup: runs of each model that are not timed.
+        make_cache: a fresh cache for a model, asked for each run; None is the model's own.
 
     Returns:
         One result per subject: ``prefill`` (tokens/s, median), ``time_to_first_token`` (ms, median), ``decode`` and
@@ -80,19 +82,19 @@ def speed(
             model, context = runs[subject]
             ids = prompt_ids(tokenizer, prompt_tokens, batch_size, input_device(model))
             with context(), evaluating(model):
-                _run(model, ids, new_tokens, times[subject] if turn >= warmup else _Times())
+                _run(model, ids, new_tokens, times[subject] if turn >= warmup else _Times(), make_cache(model))
     return [
         _result(subject, runs[subject][0], times[subject], prompt_tokens, new_tokens, batch_size) for subject in runs
     ]
 
 
-def _run(model: Any, ids: torch.Tensor, new_tokens: int, times: _Times) -> None:
+def _run(model: Any, ids: torch.Tensor, new_tokens: int, times: _Times, cache: Any) -> None:
     """One prefill and the decoding of the rest of ``new_tokens``, timed step by step."""
     keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
     device = ids.device
     synchronize(device)
     start = time.perf_counter()
-    output = model(input_ids=ids, use_cache=True, **keep)
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
     synchronize(device)
     times.prefill.append(time.perf_counter() - start)
     token = output.logits[:, -1:].argmax(-1).to(device)

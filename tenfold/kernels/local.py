@@ -74,6 +74,10 @@ class Span:
         return total
 
 
+FULL = Span("sliding", 2**40)
+"""Every earlier key."""
+
+
 @dataclass(frozen=True)
 class Held:
     """What a small cache hands to the attention function in the place of keys and values.
@@ -94,6 +98,17 @@ class Held:
     tokens: int
     places: Tensor | None
     finish: Callable[[Tensor | None], None]
+
+
+@dataclass(frozen=True)
+class HeldHeads:
+    """The same of a layer whose KV heads see different spans.
+
+    Args:
+        parts: KV heads, ascending, and what is held of them; every head is in one part.
+    """
+
+    parts: tuple[tuple[list[int], Held], ...]
 
 
 def real_positions(seen: Tensor) -> Tensor:
@@ -182,8 +197,10 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float) 
     key, value = (pad(part, (0, 0, back * stride, strides * stride - count)) for part in (key, value))
     query = pad(query, (0, 0, 0, strides * stride - count)).unflatten(2, (strides, stride))
     outputs = []
-    for start, stop in _steps(query, tile * (back + 1) * stride, strides):
-        near = [part[:, :, start * stride : (stop + back) * stride] for part in (key, value)]
+    steps = _steps(query, tile * (back + 1) * stride, strides)
+    asked = query.split([stop - start for start, stop in steps], 2)
+    held = zip(*(_pieces(part, steps, stride, back * stride) for part in (key, value)), strict=True)
+    for (start, stop), queries, near in zip(steps, asked, held, strict=True):
         first = torch.arange(start, stop, device=query.device)[:, None, None] * stride
         rows = []
         for top in range(0, stride, tile):
@@ -193,7 +210,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float) 
             if start < back:  # before the first token there is nothing
                 seen = seen & (column[:width] + first >= 0)
             keys, values = (part.unfold(2, (back + 1) * stride, stride).mT[..., :width, :] for part in near)
-            rows.append(_attend(query[:, :, start:stop, top:bottom], keys, values, seen, scale))
+            rows.append(_attend(queries[:, :, :, top:bottom], keys, values, seen, scale))
         outputs.append(torch.cat(rows, 3))
     return torch.cat(outputs, 2).flatten(2, 3)[:, :, :count]
 
@@ -255,10 +272,13 @@ def _positioned(
     near = [pad(x[:, :, skip:], (0, 0, left, right)) for x in (key, value)]
     width = (back + 1) * size
     outputs = []
-    for start, stop in _steps(query, size * (width + far.shape[1]), tiles):
+    steps = _steps(query, size * (width + far.shape[1]), tiles)
+    rows = query.split([(stop - start) * size for start, stop in steps], 2)
+    keys_of = zip(*(_pieces(x, steps, size, back * size) for x in near), strict=True)
+    for (start, stop), row, pieces in zip(steps, rows, keys_of, strict=True):
         count, columns = stop - start, slice(start * size, (stop + back) * size)
-        tile = query[:, :, start * size : stop * size].unflatten(2, (count, size))
-        parts = [x[:, :, columns].unfold(2, width, size).mT for x in near]
+        tile = row.unflatten(2, (count, size))
+        parts = [x.unfold(2, width, size).mT for x in pieces]
         place, document = (x[:, start * size : stop * size].view(-1, count, size, 1) for x in asked)
         its_place, its_document = (x[:, columns].unfold(1, width, size).unsqueeze(2) for x in held)
         seen = span.sees(place, its_place) & (its_place >= 0) & (document == its_document)
@@ -291,6 +311,19 @@ def _steps(query: Tensor, scores: int, tiles: int) -> list[tuple[int, int]]:
     """Intervals of tiles that are worked on at once."""
     step = max(1, CHUNK // (query.shape[0] * query.shape[1] * scores))
     return [(start, min(start + step, tiles)) for start in range(0, tiles, step)]
+
+
+def _pieces(part: Tensor, steps: list[tuple[int, int]], size: int, before: int) -> list[Tensor]:
+    """The keys of each step, with those before them; ``part`` begins with those before the first.
+
+    Slices of the whole would each have a gradient as large as the whole, and all of them time in the square of it.
+    """
+    near, *others = part.split([before, *((stop - start) * size for start, stop in steps)], 2)
+    found = []
+    for other in others:
+        near = torch.cat([near[:, :, near.shape[2] - before :], other], 2)
+        found.append(near)
+    return found
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
 
 from transformers import set_seed
 
-from tenfold.adapt import adalora, lora
+from tenfold.adapt import adalora, full, lora
 from tenfold.adapt.training import Trained, total_steps, train
 from tenfold.config.adalora import AdaLoraConfig
+from tenfold.config.full import FullConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.config.training import TrainingFields
 from tenfold.data.encode import Encoded, encode
@@ -18,7 +20,7 @@ from tenfold.errors import ConfigError
 from tenfold.evaluate.inference import max_positions
 from tenfold.evaluate.memory import measure_growth
 from tenfold.evaluate.results import Metric, Result
-from tenfold.models.export import save_adapter
+from tenfold.models.export import save_adapter, save_model
 from tenfold.models.opened import Opened
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.context import Context, StageOutput
@@ -63,6 +65,24 @@ def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
         timings={"training": trained.seconds},
         artefact=folder.name,
         continues_with="adapter",
+    )
+
+
+def run_full(config: FullConfig, context: Context) -> StageOutput:
+    """The stage ``full``; the artefact is a model in the type that it came in."""
+    opened, encoded = prepare(config, context)
+    dtype = opened.model.dtype
+    model = full.attach(opened.model, config, task=context.model.task)
+    trained, results = fit(model, opened, encoded, config, context)
+    save_model(model.to(dtype), opened.tokenizer, context.folder / "model")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return StageOutput(
+        results=results,
+        attached={"method": "all weights", "trainable parameters": count, "share of the model": 1.0},
+        notes=encoded.notes,
+        timings={"training": trained.seconds},
+        artefact="model",
+        continues_with="model",
     )
 
 
@@ -123,7 +143,14 @@ def prepare(config: TrainingFields, context: Context) -> tuple[Opened, Encoded]:
             remedy=f"give {limit} or less",
         )
     rows, _ = context.rows.split(config.holdout)
-    encoded = encode(rows, opened.tokenizer, max_length=config.max_length, packing=config.packing)
+    if config.boundaries and "position_ids" not in inspect.signature(opened.model.forward).parameters:
+        raise ConfigError(
+            f"boundaries: {type(opened.model).__name__} takes no position_ids, by which packed rows are kept apart",
+            remedy="leave boundaries out, or give packing: false",
+        )
+    encoded = encode(
+        rows, opened.tokenizer, max_length=config.max_length, packing=config.packing, boundaries=config.boundaries
+    )
     return opened, encoded
 
 

@@ -16,6 +16,7 @@ from tenfold.attend.attention import installed
 from tenfold.cache.gear import CacheConfig, GearCache
 from tenfold.cache.gear.measure import Quality, measure_decoding, measure_quality
 from tenfold.cache.gear.settings import sinks_of
+from tenfold.cache.spans import SpanCache, own_cache
 from tenfold.config.gear import GearConfig, parse_kv
 from tenfold.data.rows import Text
 from tenfold.errors import ConfigError, DataError
@@ -64,22 +65,28 @@ def run_gear(config: GearConfig, context: Context) -> StageOutput:
 
 
 @contextmanager
-def packed_caches(model: Any, kv: str) -> Iterator[tuple[Callable[[], GearCache], list[GearCache]]]:
+def packed_caches(model: Any, kv: str) -> Iterator[tuple[Callable[[], Any], list[GearCache | SpanCache]]]:
     """Caches for ``generate --kv``: a factory, and all that it made; attention reads them while the block runs."""
-    made: list[GearCache] = []
+    made: list[GearCache | SpanCache] = []
 
-    def make() -> GearCache:
-        made.append(GearCache(model.config, parse_kv(kv)))
+    def make() -> GearCache | SpanCache:
+        settings = parse_kv(kv)
+        made.append(own_cache(model, settings) or GearCache(model.config, settings))
         return made[-1]
 
     with installed(model):
         yield make, made
 
 
-def cache_note(kv: str, caches: Sequence[GearCache]) -> str:
+def cache_note(kv: str, caches: Sequence[GearCache | SpanCache]) -> str:
     """What the cache of the longest batch came to, measured."""
     cache = max(caches, key=lambda cache: cache.get_seq_length())
     report = cache.report()
+    if isinstance(cache, SpanCache):
+        return (
+            f"{kv}, in layers of full attention; others keep what is in reach: {report['bytes'] / 2**20:.2f} MiB for "
+            f"{report['tokens']} tokens, {report['dense bytes'] / 2**20:.2f} without spans and packing."
+        )
     if not report["packed tokens"]:
         return (
             f"{kv}: nothing was packed, as {report['tokens']} tokens fill no block of {cache.settings.buffer}: its "

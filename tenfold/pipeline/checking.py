@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 TRAINED_ROWS = ("text", "completion", "chat")
 """Kinds of rows that a causal model is trained on by its next token."""
 
-MEASURED_ROWS = {"perplexity": "text", "question_answering": "question", "multiple_choice": "choice"}
+MEASURED_ROWS = {
+    "perplexity": "text",
+    "copying": "text",
+    "needle": "text",
+    "question_answering": "question",
+    "multiple_choice": "choice",
+}
 """Tasks of an evaluation that need rows, and of which kind."""
 
 

@@ -8,12 +8,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from tenfold.cache.spans import own_cache
 from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.generate import GenerateConfig
 from tenfold.data.read import Rows
 from tenfold.data.rows import Choice, Question, Text
+from tenfold.errors import ConfigError
 from tenfold.evaluate.choice import multiple_choice
 from tenfold.evaluate.compare import compare
+from tenfold.evaluate.far import copying, needle, spread
 from tenfold.evaluate.generate import generate
 from tenfold.evaluate.inference import max_positions
 from tenfold.evaluate.memory import memory, stored_bytes
@@ -104,6 +110,7 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
                 temperature=config.temperature,
                 chat={"auto": None, "yes": True, "no": False}[config.chat],
                 seed=context.seed,
+                make_cache=partial(own_cache, model),
             )
             written[name] = write()
             if config.kv is not None:
@@ -153,6 +160,43 @@ def _perplexity(task: str, config: EvaluateConfig, context: Context, subjects: S
     return results
 
 
+def _copying(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
+    pieces = _pieces(config, subjects, rows, config.passage)
+    return [
+        copying(model, pieces, config.passage, subject=name, progress=partial(context.progress, f"{task}, {name}"))
+        for name, model in _each(subjects)
+    ]
+
+
+def _needle(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
+    pieces = _pieces(config, subjects, rows, room=64)
+    tokenizer = subjects.tokenizer
+    return [
+        needle(model, tokenizer, pieces, subject=name, progress=partial(context.progress, f"{task}, {name}"))
+        for name, model in _each(subjects)
+    ]
+
+
+def _pieces(config: EvaluateConfig, subjects: Subjects, rows: Rows, room: int) -> list[Tensor]:
+    """Pieces of the joined rows that leave room for what is put into them."""
+    length = config.passage + config.between
+    limits = [max_positions(model) for model, _ in subjects.models.values()]
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if limit is not None and length + room > limit:
+        raise ConfigError(
+            f"between: {config.between} tokens with passages of {config.passage} are more than the {limit} positions "
+            "of the model",
+            remedy="give a smaller between",
+        )
+    return spread(joined_ids(subjects.tokenizer, rows), length, config.passages, rows.source)
+
+
+def joined_ids(tokenizer: Any, rows: Rows) -> Tensor:
+    """The tokens of all texts of the rows, ``[tokens]``, empty lines between them."""
+    joined = "\n\n".join(row.text for row in rows if isinstance(row, Text))
+    return torch.tensor(tokenizer(joined, verbose=False)["input_ids"])
+
+
 def _speed(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows | None) -> list[Result]:
     context.progress("speed", 0, 1)
     return speed(
@@ -161,6 +205,7 @@ def _speed(task: str, config: EvaluateConfig, context: Context, subjects: Subjec
         prompt_tokens=min(_prompt(config, model) for model, _ in subjects.models.values()),
         new_tokens=config.new_tokens,
         repeats=config.repeats,
+        make_cache=own_cache,
     )
 
 
@@ -168,7 +213,7 @@ def _memory(task: str, config: EvaluateConfig, context: Context, subjects: Subje
     results = []
     for name in subjects.models:
         with subjects.use(name) as model:
-            found = memory(model, subjects.tokenizer, tokens=_prompt(config, model), subject=name)
+            found = memory(model, subjects.tokenizer, tokens=_prompt(config, model), subject=name, make_cache=own_cache)
         if name == "before":
             found = _without_adapter(found, model)
         results.append(found)
@@ -232,6 +277,8 @@ def _each(subjects: Subjects) -> Iterator[tuple[str, Any]]:
 
 _MEASURES: dict[str, Callable[..., Sequence[Result]]] = {
     "perplexity": _perplexity,
+    "copying": _copying,
+    "needle": _needle,
     "speed": _speed,
     "memory": _memory,
     "multiple_choice": _choice,

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.masformer import convert, place, profile, repeated, text_loss
+from tenfold.attend.masformer import Converted, choose_heads, convert, place, profile, profile_heads
+from tenfold.attend.spans import kv_heads
+from tenfold.cache.gear.cache import head_sizes
+from tenfold.cache.spans import formula_bytes
 from tenfold.config.masformer import MasformerConfig
-from tenfold.data.rows import Text
-from tenfold.errors import ConfigError, DataError
-from tenfold.evaluate.inference import evaluating, max_positions
+from tenfold.errors import ConfigError
+from tenfold.evaluate.far import copying, repeated, spread
+from tenfold.evaluate.inference import max_positions
 from tenfold.evaluate.results import Metric, Result
 from tenfold.kernels.local import Span
 from tenfold.models.export import save_model
 from tenfold.pipeline.context import Context, StageOutput
+from tenfold.pipeline.evaluating import joined_ids
 from tenfold.report.record import Figure, Series, Table
 
 LENGTHS = (2048, 8192, 32768)
@@ -28,20 +32,20 @@ def run_masformer(config: MasformerConfig, context: Context) -> StageOutput:
     """The stage ``masformer``; its artefact is the converted model."""
     opened = context.model.open()
     model = opened.model
-    layers = len(self_attentions(model))
     span = Span(config.pattern, config.window, config.previous, config.sinks)
     found, measured = _texts(opened.tokenizer, model, span, config, context)
-    before = context.remember("before", lambda: [_measured(model, measured, "before")])
-    full, scores = _chosen(model, layers, span, found, config, context)
-    handle = convert(model, full_layers=full, span=span)
-    after = context.remember("after", lambda: [_measured(model, measured, "after")])
+    quality = partial(copying, model, measured, config.passage, progress=partial(context.progress, "quality"))
+    before = context.remember("before", lambda: [quality(subject="before")])
+    full, heads, scores = _chosen(model, span, found, config, context)
+    handle = convert(model, full_layers=full, span=span, heads=heads)
+    after = context.remember("after", lambda: [quality(subject="after")])
     save_model(model, opened.tokenizer, context.folder / "model")
     report = handle.report()
     return StageOutput(
         results=[*before, *after],
-        tables=[_costs(model, span, len(full), layers)],
-        figures=[_layer_map(full, layers, scores)],
-        attached={"full layers": list(full), "local layers": layers - len(full), "span": report["span"]},
+        tables=[_costs(handle)],
+        figures=_maps(handle, scores),
+        attached={key: report[key] for key in ("full layers", "local layers", "heads", "span")},
         notes=[
             "No weight is changed: the spans lie in the model's configuration as tenfold_span, which tenfold reads. "
             "Plain transformers opens this folder with full attention everywhere.",
@@ -53,8 +57,8 @@ def run_masformer(config: MasformerConfig, context: Context) -> StageOutput:
 
 def _texts(
     tokenizer: Any, model: Any, span: Span, config: MasformerConfig, context: Context
-) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Texts to profile on, and others to measure on."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Texts to profile on, and others to measure on: from the first and the second half of the rows."""
     assert context.rows is not None
     between = config.between or max(config.passage, span.reach)
     length = config.passage + between
@@ -64,102 +68,93 @@ def _texts(
             f"passage {config.passage} twice with {between} tokens between are more than the {limit} of the model",
             remedy="give a shorter passage, a smaller window, or between",
         )
-    joined = "\n\n".join(row.text for row in context.rows if isinstance(row, Text))
-    ids = torch.tensor(tokenizer(joined, verbose=False)["input_ids"])
-    needed = 2 * config.passages * length
-    if len(ids) < needed:
-        raise DataError(
-            f"{context.rows.source}: {len(ids)} tokens, and {needed} are needed for {config.passages} passages twice",
-            remedy="give more text, or fewer or shorter passages",
-        )
-    half = len(ids) // 2
-    return tuple(  # type: ignore[return-value]
-        repeated(part[: config.passages * length], config.passage, between) for part in (ids[:half], ids[half:])
-    )
+    ids = joined_ids(tokenizer, context.rows)
+    pieces = spread(ids, length, 2 * config.passages, context.rows.source)
+    return pieces[: config.passages], pieces[config.passages :]
 
 
 def _chosen(
-    model: Any,
-    layers: int,
-    span: Span,
-    texts: Sequence[tuple[Tensor, Tensor]],
-    config: MasformerConfig,
-    context: Context,
-) -> tuple[tuple[int, ...], list[float] | None]:
-    """The full layers, and the scores that they were found by."""
+    model: Any, span: Span, texts: Sequence[Tensor], config: MasformerConfig, context: Context
+) -> tuple[tuple[int, ...], dict[int, dict[int, Span | None]], list[list[float]]]:
+    """The full layers, the full heads of others, and the scores that they were found by, if they were."""
+    layers = len(self_attentions(model))
     if config.full_layers is not None:
-        return tuple(sorted(set(config.full_layers))), None
-    count = config.count(layers)
+        return tuple(sorted(set(config.full_layers))), {}, []
+    each = kv_heads(model.config.get_text_config(decoder=True)) if config.by == "heads" else 1
+    count = config.count(layers * each)
     if config.placement != "profile":
-        return place(config.placement, count, layers), None
-    if count > layers:
-        raise ConfigError(f"budget: {config.budget} is {count} layers of {layers}", remedy=f"give at most {layers}")
-    context.progress("profile", 0, 1, f"{layers} layers in one backward pass")
-    scores = context.remember(
-        "profile",
-        lambda: [
-            Result(
-                task="profile",
-                subject="layers",
-                metrics=tuple(
-                    Metric(name=str(layer), value=score, unit="nats/token", better="neither")
-                    for layer, score in enumerate(profile(model.eval(), texts, span))
-                ),
-            )
-        ],
-    )[0].metrics
-    values = [metric.value for metric in scores]
-    best = sorted(range(layers), key=lambda layer: -values[layer])[:count]
-    return tuple(sorted(best)), values
+        return place(config.placement, count, layers), {}, []
+    context.progress("profile", 0, 1, f"{layers * each} {config.by} in one backward pass")
+    passages = [repeated(ids, config.passage, len(ids) - config.passage)[0] for ids in texts]
+
+    def scored() -> list[Result]:
+        model.eval()
+        if config.by == "heads":
+            rows = profile_heads(model, passages, span)
+        else:
+            rows = [[score] for score in profile(model, passages, span)]
+        metrics = tuple(
+            Metric(name=f"{layer}.{head}", value=score, unit="nats/token", better="neither")
+            for layer, row in enumerate(rows)
+            for head, score in enumerate(row)
+        )
+        return [Result(task="profile", subject=config.by, metrics=metrics)]
+
+    values = [metric.value for metric in context.remember("profile", scored)[0].metrics]
+    scores = [values[start : start + each] for start in range(0, len(values), each)]
+    return *choose_heads(scores, count), scores
 
 
-def _measured(model: Any, texts: Sequence[tuple[Tensor, Tensor]], subject: str) -> Result:
-    """Ordinary text, beyond what a local layer reaches, and second copies."""
-    plain, copies = [], []
-    with evaluating(model):
-        for ids, scored in texts:
-            first = int(scored.int().argmax())
-            copies.append(float(text_loss(model, ids, scored)))
-            plain.append(float(text_loss(model, ids[:first], torch.arange(first) >= first // 2)))
-    metrics = [
-        Metric(name=name, value=sum(values) / len(values), unit="nats/token", count=len(values), better="lower")
-        for name, values in (("text_nll", plain), ("repeat_nll", copies))
-    ]
-    return Result(task="long text", subject=subject, metrics=tuple(metrics))
-
-
-def _costs(model: Any, span: Span, full: int, layers: int) -> Table:
-    """Visible pairs and cache bytes at some lengths (specification, section 2, item 6, and oracle 9)."""
+def _costs(handle: Converted) -> Table:
+    """Visible pairs, arithmetic and cache bytes at some lengths (specification, section 2, item 6, and oracle 9)."""
+    model = handle.model
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * heads * size * model.dtype.itemsize
+    outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in outer)
+    _, size = head_sizes(config)
     rows = []
     for length in LENGTHS:
-        pairs = (full + (layers - full) * span.pairs(length) / (length * (length + 1) / 2)) / layers
-        whole = token * layers * length
-        small = token * (full * length + (layers - full) * min(length, span.reach + span.sinks))
-        rows.append((length, pairs, whole / 2**20, small / 2**20, whole / small))
-    columns = ("tokens", "pairs of full attention", "cache before, MiB", "cache after, MiB", "smaller")
+        pairs = handle.report(length)["pairs"]
+        # Of a pair two products of head_dim numbers, of a weight one for each token; a product is two operations.
+        attention = 4 * config.num_hidden_layers * config.num_attention_heads * size * length * (length + 1) / 2
+        prefill = [(2 * weights * length + attention * share) / 1e12 for share in (1, pairs)]
+        bytes_of = partial(formula_bytes, config, length, itemsize=model.dtype.itemsize)
+        whole, small = bytes_of(spans=False), bytes_of()
+        rows.append((length, pairs, *prefill, whole / 2**20, small / 2**20, whole / small))
+    columns = ("tokens", "pairs of full attention", "prefill before, TFLOP", "prefill after, TFLOP",
+               "cache before, MiB", "cache after, MiB", "smaller")  # fmt: skip
     return Table(title="What the spans cost", columns=columns, rows=tuple(rows))
 
 
-def _layer_map(full: Sequence[int], layers: int, scores: Sequence[float] | None) -> Figure:
-    names = tuple(str(layer) for layer in range(layers))
-    chosen = tuple(float(layer in full) for layer in range(layers))
-    if scores is None:
-        return Figure(
+def _maps(handle: Converted, scores: Sequence[Sequence[float]]) -> list[Figure]:
+    """How many heads of each layer keep full attention, and the scores that they were chosen by."""
+    layers = range(len(self_attentions(handle.model)))
+    names, each = tuple(map(str, layers)), kv_heads(handle.model.config.get_text_config(decoder=True))
+    heads: Mapping[int, Mapping[int, Span | None]] = handle.heads
+    counts = tuple(float(each if layer in handle.full_layers else len(heads.get(layer, ()))) for layer in layers)
+    figures = [
+        Figure(
             kind="bar",
-            title="Layers of full attention",
+            title="Full attention",
             x_label="layer",
-            series=(Series(name="full", x=names, y=chosen),),
+            y_label="KV heads",
+            series=(Series(name="full", x=names, y=counts),),
+            caption=f"KV heads of each layer that see all tokens, of {each}.",
         )
-    split = [tuple(s if (layer in full) == kept else 0.0 for layer, s in enumerate(scores)) for kept in (True, False)]
-    return Figure(
-        kind="bar",
-        title="Layers of full attention",
-        x_label="layer",
-        y_label="score, nats/token",
-        series=(Series(name="full", x=names, y=split[0]), Series(name="local", x=names, y=split[1])),
-        caption="How much the loss on far copies would fall if a layer, half local, became full: one backward pass.",
-    )
+    ]
+    if scores:
+        titles = [f"KV head {head}" for head in range(len(scores[0]))] if len(scores[0]) > 1 else ["layer"]
+        series = tuple(
+            Series(name=title, x=names, y=tuple(row[head] for row in scores)) for head, title in enumerate(titles)
+        )
+        figures.append(
+            Figure(
+                kind="heatmap" if len(series) > 1 else "bar",
+                title="What a local span takes",
+                x_label="layer",
+                y_label="score, nats/token" if len(series) == 1 else "KV head",
+                series=series,
+                caption="How much the loss on far copies would fall if what is half local became full.",
+            )
+        )
+    return figures

@@ -67,6 +67,13 @@ BUILT_IN: Mapping[str, Stage] = {
         run="tenfold.pipeline.adapting:run_lora",
         attach="tenfold.adapt.lora:attach",
     ),
+    "full": Stage(
+        verb="adapt",
+        summary="all weights, without an adapter",
+        config="tenfold.config.full:FullConfig",
+        run="tenfold.pipeline.adapting:run_full",
+        attach="tenfold.adapt.full:attach",
+    ),
     "profile": Stage(
         verb="steer",
         summary="find the attention heads whose steering the model obeys",

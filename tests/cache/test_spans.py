@@ -6,13 +6,14 @@ from transformers import DynamicCache, GenerationConfig
 
 from tenfold import pasta
 from tenfold.attend import masformer
+from tenfold.attend.attention import self_attentions
 from tenfold.attend.mass import attention_mass
 from tenfold.cache.gear.layer import GearLayer
-from tenfold.cache.spans import SpanCache, SpanLayer
+from tenfold.cache.spans import HeadSpanLayer, SpanCache, SpanLayer, formula_bytes
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
 from tenfold.evaluate.memory import stored_bytes
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import FULL, Span
 from tenfold.models.tiny import tiny_model
 
 SPANS = [
@@ -23,11 +24,17 @@ SPANS = [
     Span("block", 4, 1, 3),
 ]
 SINKS = SPANS[1]
+# By layer and KV head, beside SINKS. Equal spans stand apart: heads in the order of their groups are not in their own.
+HEADS = {0: {1: None}, 2: {0: Span("block", 4, 1, 3), 1: Span("sliding", 1, sinks=2)}}
+MANY_HEADS = {0: {1: None, 2: Span("sliding", 1)}, 2: {0: Span("block", 4, 1, 3), 2: Span("sliding", 1), 3: None}}
+CASES = [*SPANS, HEADS]
 
 
 def converted(span=SINKS, kind="llama", full=(1,), **keys):
+    """With one span in all local layers, or with spans of heads beside `SINKS`."""
     opened = tiny_model(kind, num_hidden_layers=3, **keys) if kind != "gpt2" else tiny_model(kind, n_layer=3)
-    masformer.convert(opened.model, full_layers=list(full), span=span)
+    spans = {"span": SINKS, "heads": span} if isinstance(span, dict) else {"span": span}
+    masformer.convert(opened.model, full_layers=list(full), **spans)
     return opened
 
 
@@ -63,8 +70,20 @@ def check_same(opened, inputs, **keys):
     return cache
 
 
+def stores(layer):
+    return [part for _, part in layer.parts] if isinstance(layer, HeadSpanLayer) else [layer]
+
+
 def held(cache):
-    return [layer.keys.shape[2] for layer in cache.layers if isinstance(layer, SpanLayer)]
+    """Keys that are held where something is local."""
+    found = [store for layer in cache.layers for store in stores(layer) if isinstance(store, SpanLayer)]
+    return [store.keys.shape[2] for store in found if store.span != FULL]
+
+
+def most(span):
+    """Keys that a span needs between two calls."""
+    spans = [SINKS, span[2][0]] if isinstance(span, dict) else [span]
+    return max(each.reach + each.sinks for each in spans)
 
 
 @pytest.mark.parametrize("span", SPANS, ids=str)
@@ -73,6 +92,25 @@ def test_padded_rows(kind, span):
     cache = check_same(converted(span, kind), padded())
     assert held(cache) == [span.reach + span.sinks] * 2
     assert cache.get_seq_length() == 49
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("llama", HEADS), ("qwen3", HEADS), ("gpt2", MANY_HEADS)])
+def test_padded_rows_on_spans_of_heads(kind, heads):
+    cache = check_same(converted(heads, kind), padded())
+    own = [[10, 49], [10, 2]] if kind != "gpt2" else [[10, 49, 0], [10, 10, 0, 49]]
+    assert [[part.keys.shape[2] for part in stores(cache.layers[layer])] for layer in (0, 2)] == own
+    assert cache.get_seq_length() == 49
+    assert isinstance(check_same(converted(heads, kind), padded((20, 13)), num_beams=3).layers[0], HeadSpanLayer)
+
+
+def test_padding_changes_nothing_on_spans_of_heads():
+    opened, inputs = converted(HEADS), padded((30, 19))
+    together = written(opened, SpanCache(opened.model.config), inputs)
+    for row, tokens in enumerate((30, 19)):
+        alone = {key: value[row : row + 1, 30 - tokens :] for key, value in inputs.items()}
+        sequences, logits = written(opened, SpanCache(opened.model.config), alone)
+        assert torch.equal(together[0][row, 30:], sequences[0, tokens:])
+        torch.testing.assert_close(together[1][:, row], logits[:, 0], atol=1e-5, rtol=0)
 
 
 def test_sinks_of_a_row_are_its_first_real_tokens():
@@ -85,12 +123,12 @@ def test_sinks_of_a_row_are_its_first_real_tokens():
     assert cache.layers[0].places()[:, 3:].tolist() == [list(range(23, 30))] * 3
 
 
-@pytest.mark.parametrize("span", SPANS, ids=str)
+@pytest.mark.parametrize("span", CASES, ids=str)
 def test_beams(span):
     check_same(converted(span), padded((20, 13)), num_beams=3, num_return_sequences=2)
 
 
-@pytest.mark.parametrize("span", SPANS, ids=str)
+@pytest.mark.parametrize("span", CASES, ids=str)
 @pytest.mark.parametrize("step", [1, 7, 25])
 def test_a_prompt_in_pieces(span, step):
     opened, inputs = converted(span), padded((60, 41, 2))
@@ -117,7 +155,7 @@ def test_prefill_chunks_of_generate():
     check_same(converted(), padded((40, 22)), prefill_chunk_size=9)
 
 
-@pytest.mark.parametrize("span", SPANS, ids=str)
+@pytest.mark.parametrize("span", CASES, ids=str)
 def test_assisted_decoding(span):
     opened = converted(span)
     ids = torch.tensor([[5, 6, 7, 8] * 6])
@@ -126,7 +164,7 @@ def test_assisted_decoding(span):
     assisted = written(opened, cache, {"input_ids": ids}, 30, prompt_lookup_num_tokens=4)
     assert torch.equal(assisted[0], plain[0])
     torch.testing.assert_close(assisted[1], plain[1], atol=1e-5, rtol=0)
-    assert max(held(cache)) <= span.reach + span.sinks
+    assert max(held(cache)) <= most(span)
 
 
 def run(opened, cache, ids, mask):
@@ -136,7 +174,7 @@ def run(opened, cache, ids, mask):
         return opened.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("span", SPANS, ids=str)
+@pytest.mark.parametrize("span", CASES, ids=str)
 def test_crop_while_recording(span):
     opened, inputs = converted(span), padded((40, 25, 12))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -147,7 +185,7 @@ def test_crop_while_recording(span):
         run(opened, each, ids[:, 14:30], mask[:, :30])
         run(opened, each, ids[:, 30:36], mask[:, :36])
         each.crop(-9)
-    assert max(held(cache)) <= span.reach + span.sinks
+    assert max(held(cache)) <= most(span)
     for each in (cache, other):
         assert each.get_seq_length() == 27
     for stop in (32, 33, 40):
@@ -198,8 +236,24 @@ def test_storage_after_a_long_prompt_is_what_is_held(span):
     assert report["full bytes"] == 2 * 2 * 4 * 16 * 4 * 300
 
 
-def test_rows_reset_and_offload():
-    opened, inputs = converted(), padded()
+def test_stored_bytes_of_heads_are_those_of_the_formula():
+    opened = converted({0: {1: None}, 2: {0: Span("block", 8)}}, full=())
+    opened.model.config.tenfold_span["sinks"] = 0  # places of sinks are stored beside them, and the formula has none
+    cache = SpanCache(opened.model.config)
+    ids = torch.randint(10, 200, (3, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        opened.model(input_ids=ids, past_key_values=cache)
+    report, each = cache.report(), 2 * 3 * 16 * 4
+    assert report["full bytes"] == each * 200
+    assert report["local bytes"] == each * (4 * 7 + 15)
+    assert report["bytes"] == stored_bytes(cache.layers) == report["formula bytes"]
+    assert report["dense bytes"] == each * 6 * 200
+    assert formula_bytes(opened.model.config, 5, itemsize=4) == 2 * 16 * 4 * 6 * 5
+
+
+@pytest.mark.parametrize("span", [SINKS, HEADS], ids=str)
+def test_rows_reset_and_offload(span):
+    opened, inputs = converted(span), padded()
     cache = SpanCache(opened.model.config)
     expected = written(opened, DynamicCache(config=opened.model.config), inputs, 5)[1]
     for _ in range(2):
@@ -223,8 +277,9 @@ def test_rows_reset_and_offload():
     torch.testing.assert_close(results[0][seen], results[1][seen], atol=1e-5, rtol=0)
 
 
-def test_packed_full_layers():
-    opened, inputs = converted(), padded((60, 41))
+@pytest.mark.parametrize("span", [SINKS, {0: {1: None}}], ids=str)
+def test_packed_full_layers(span):
+    opened, inputs = converted(span), padded((60, 41))
     expected = written(opened, DynamicCache(config=opened.model.config), inputs)
     for bits, close in ((16, 2e-3), (4, 0.5)):
         kv = CacheConfig(bits=bits, kernel="torch", buffer=16, variant="plain")
@@ -235,12 +290,15 @@ def test_packed_full_layers():
         assert isinstance(layer, GearLayer)
         assert layer.packed_tokens >= 48
         assert held(cache) == [10, 10]
-    assert cache.report()["full bytes"] < 0.5 * 2 * 2 * 2 * 16 * 4 * 79
+    exact = 2 * 2 * 16 * 4 * 79 if isinstance(span, dict) else 0  # heads of full attention are not packed
+    assert exact < cache.report()["full bytes"] < exact + 0.5 * 2 * 2 * 2 * 16 * 4 * 79
 
 
 @pytest.mark.parametrize("heads", [{1: [0, 2]}, {0: [1], 1: [0], 2: [3]}])
-def test_steering_while_decoding(heads):
-    opened = converted(Span("sliding", 40, sinks=3))
+@pytest.mark.parametrize("own", [None, {0: {0: None}, 2: {0: Span("block", 3)}}], ids=str)
+def test_steering_while_decoding(heads, own):
+    opened = tiny_model("llama", num_hidden_layers=3)
+    masformer.convert(opened.model, full_layers=[1], span=Span("sliding", 40, sinks=3), heads=own)
     texts = ["It was <mark>red</mark>, she said, and nobody believed it.", "A <mark>blue</mark> one."]
     opened.tokenizer.padding_side = "left"
     marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text) for text in texts])
@@ -250,7 +308,7 @@ def test_steering_while_decoding(heads):
         cache = check_same(opened, marks.inputs)
         steered = written(opened, SpanCache(opened.model.config), marks.inputs)[1]
     assert float((steered - plain).abs().max()) > 1e-2
-    assert held(cache) == [42, 42]
+    assert held(cache) == ([42, 42] if own is None else [42, 5, 42])
 
 
 def test_half_precision():
@@ -288,8 +346,24 @@ def test_what_cannot_be_meant_is_refused():
             SpanCache(opened.model.config, CacheConfig(bits=4, layer_bits={1: (2, 2)}))
 
 
-def test_pictures_need_all_keys():
-    opened = converted()
+def test_a_cache_for_other_spans_of_heads_is_refused():
+    opened, ids = converted({0: {1: None}}), torch.arange(5, 35)[None]
+    cache = SpanCache(opened.model.config)
+    table = opened.model.config.tenfold_span
+    for heads, message in (
+        ({"0": {"0": None}}, r"made for Span\(.* and the layer has full attention in KV head 0"),
+        ({}, r"made for full attention, and the layer has Span\(.* in KV head 1"),
+        ({"0": {"1": None}, "2": {"1": None}}, "layer 2: its cache was made for .* full attention in KV head 1"),
+    ):
+        opened.model.config.tenfold_span = {**table, "heads": heads}
+        with pytest.raises(ModelError, match=message), torch.no_grad():
+            opened.model(input_ids=ids, past_key_values=cache)
+        cache.reset()
+
+
+@pytest.mark.parametrize(("kind", "span"), [("llama", SINKS), ("llama", HEADS), ("gpt2", MANY_HEADS)], ids=str)
+def test_pictures_need_all_keys(kind, span):
+    opened = converted(span, kind)
     text = "It was <mark>red</mark>, she said, and nobody believed it."
     marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text)])
     assert attention_mass(opened.model, marks).shape == (3, 4)  # without a cache
@@ -297,11 +371,15 @@ def test_pictures_need_all_keys():
     looked = []
 
     def hook(module, args, kwargs):
-        return args, {**kwargs, "probe": lambda *given: looked.append(given[0])}
+        return args, {**kwargs, "probe": lambda *given: looked.append(given)}
 
-    opened.model.model.layers[0].self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    self_attentions(opened.model)[0].register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         opened.model(**marks.inputs, past_key_values=cache)
-        assert looked == [0]
+        opened.model(**marks.inputs, use_cache=False)
+        (layer, value, read), (_, expected, _) = looked
+        assert layer == 0
+        assert torch.equal(value, expected)
+        assert torch.equal(read(value), looked[1][2](expected))
         with pytest.raises(ModelError, match=r"layer 0: a picture of attention needs all .* keys"):
             opened.model(input_ids=torch.tensor([[5]]), past_key_values=cache)

@@ -249,6 +249,7 @@ SPANS = {
                 {"passages": 0},
                 {"passage": 1},
                 {"budget": "50%", "full_layers": [1]},
+                {"by": "heads", "placement": "bottom"},
             ),
         ),
     )

@@ -98,9 +98,37 @@ def test_runs_in_bfloat16(row, recipe, tmp_path):
     assert summary.results
 
 
+def test_heads_instead_of_layers(row, recipe, tmp_path):
+    recipe["stages"][0] |= {"by": "heads", "budget": "3"}
+    (summary,) = execute(recipe, tmp_path)
+    assert len(summary.attached["full layers"]) == 1
+    assert [len(heads) for heads in summary.attached["heads"].values()] == [1]
+    converted = open_model(tmp_path / f"01-{row.name}" / "model").model
+    assert converted.config.tenfold_span["heads"] == summary.attached["heads"]
+    table = {line[0]: line for line in summary.tables[0].rows}
+    assert 1 < table[32768][-1] < 4
+    with pytest.raises(ConfigError, match="budget: 5 is 5 heads of 4"):
+        execute({**recipe, "stages": [{**recipe["stages"][0], "budget": "5"}]}, tmp_path / "more")
+
+
+def test_what_follows_is_measured_on_the_small_cache(row, recipe, tmp_path):
+    tasks = ["copying", "needle", "speed", "memory"]
+    keys = {"passages": 1, "passage": 24, "between": 40, "prompt_tokens": 200, "new_tokens": 2, "repeats": 1}
+    recipe["stages"] += [
+        {"use": "evaluate", "tasks": tasks, **keys},
+        {"use": "generate", "prompts": ["12"], "kv": "gear:4"},
+    ]
+    _, measured, written = execute(recipe, tmp_path)
+    found = {(r.task, r.subject): {m.name: m.value for m in r.metrics} for r in measured.results}
+    assert {task for task, _ in found} == set(tasks)
+    for task in ("speed", "memory"):
+        assert found[task, "after"]["cache"] < 0.7 * found[task, "before"]["cache"]
+    assert any("layers of full attention" in note for note in written.notes)
+
+
 def test_too_little_text_is_said_before_anything_is_measured(row, recipe, tmp_path):
     recipe["stages"][0]["passages"] = 10**4
-    with pytest.raises(DataError, match="fewer or shorter passages"):
+    with pytest.raises(DataError, match="fewer or shorter pieces"):
         execute(recipe, tmp_path / "run")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -152,3 +153,27 @@ def test_padding_falls_back_to_the_end_of_text():
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     assert pad_id(tokenizer) == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma3"])
+def test_rows_kept_apart_give_the_loss_of_each_alone(kind):
+    opened = tiny_model(kind)
+    rows = texts("first of the rows", "and a second one, which is cut where the sequence ends", "x")
+    encoded = encode(rows, opened.tokenizer, max_length=32, packing=True, boundaries=True)
+    assert [token for example in encoded.examples for token in example["input_ids"]] == [
+        token
+        for example in encode(rows, opened.tokenizer, max_length=32, packing=True).examples
+        for token in example["input_ids"]
+    ]
+    batch = collate(encoded.examples, pad_id(opened.tokenizer))
+    assert "attention_mask" not in batch
+    total = 0.0
+    for example in encoded.examples:
+        positions = example["position_ids"]
+        starts = [index for index, position in enumerate(positions) if position == 0]
+        for start, end in itertools.pairwise([*starts, len(positions)]):
+            ids = torch.tensor([example["input_ids"][start:end]])
+            if end - start > 1:
+                total += opened.model(input_ids=ids, labels=ids).loss.item() * (end - start - 1)
+    loss = opened.model(**batch, use_cache=False).loss.item()
+    assert loss == pytest.approx(total / encoded.trained_tokens, rel=1e-5)

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tenfold.attend.attention import PREFIX, base_implementation, installed
+from tenfold.attend.spans import kv_heads
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.gear.settings import within_budget
 from tenfold.config.gear import CacheConfig, parse_kv
@@ -114,10 +115,8 @@ _PART_NAMES = ("codes", "scales", "low rank", "outliers", "exact")
 
 def head_sizes(decoder: Any) -> tuple[int, int]:
     """Heads of keys and values, and the channels of each, by a decoder's configuration."""
-    heads = decoder.num_attention_heads
-    kv_heads: int = getattr(decoder, "num_key_value_heads", None) or heads
-    head_dim: int = getattr(decoder, "head_dim", None) or decoder.hidden_size // heads
-    return kv_heads, head_dim
+    head_dim: int = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+    return kv_heads(decoder), head_dim
 
 
 def _reads_views(decoder: Any) -> bool:

@@ -1,0 +1,19 @@
+"""Training of all weights, without an adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tenfold.config.training import TrainingFields
+
+
+class FullConfig(TrainingFields):
+    """All weights are trained: continual training of a converted model on long texts, for one.
+
+    It needs four times the memory of the weights, in float32; an adapter needs little more than the weights.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate of AdamW."""
