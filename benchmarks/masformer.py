@@ -3,7 +3,8 @@
     python -m benchmarks.masformer cost      # the kernel, forward and backward; an idle machine
     python -m benchmarks.masformer length    # the same from 8k to 32k tokens; an idle machine
     python -m benchmarks.masformer model [--model FILE]  # prefill, decoding, cache when converted; an idle machine
-    python -m benchmarks.masformer quality   # text, far copies, needles by placement, with and without sinks; real data
+    python -m benchmarks.masformer quality   # text, far copies, needles by placement, with and without sinks, at 2k
+    python -m benchmarks.masformer long      # the same at 8k
     python -m benchmarks.masformer recover   # what short training on other long documents gives back
     python -m benchmarks.masformer table     # what docs/methods/masformer.md shows
 
@@ -138,48 +139,48 @@ def model(source: str = "demo", repeats: int = 3) -> None:
                   "decode": decode[key], "cache": stored_bytes(caches[key].layers)})  # fmt: skip
 
 
-SETTINGS = {2048: (256, ("all", "none", "profile", "profile of heads", "bottom", "top", "middle", "interleave")),
-            8192: (1024, ("all", "none", "profile", "profile of heads", "bottom", "interleave"))}  # fmt: skip
-"""Context -> the window of local layers, and the placements of a quarter of the layers that stay full."""
+PLACEMENTS = ("all", "none", "profile", "profile of heads", "bottom", "interleave")
+SETTINGS = {2048: (256, 4, (*PLACEMENTS, "top", "middle")), 8192: (1024, 2, PLACEMENTS)}
+"""Context -> the window of local layers, documents, and which quarter of the layers stays full."""
 
 
-def quality(texts: int = 4) -> None:
+def quality(context: int) -> None:
     """Text, far copies and needles of real documents right after conversion.
 
-    Layers are profiled on 2k tokens of other documents with the window of 256, in both settings: a backward pass over
+    Layers are profiled on 2k tokens of other documents with the window of 256, for both contexts: a backward pass over
     8k tokens does not fit the memory of a small machine.
     """
     opened = open_model("demo", device="cpu")
     net = opened.model.eval()
+    size, texts, names = SETTINGS[context]
+    pieces = [ids[: context - PASSAGE] for ids in documents(opened.tokenizer, context, texts)]
     for sinks in (4, 0):
-        scores = _scores(opened, texts, sinks)
-        for context, (size, names) in SETTINGS.items():
-            pieces = [ids[: context - PASSAGE] for ids in documents(opened.tokenizer, context, texts)]
-            for name in names:
-                if (name == "all" and not sinks) or done(part="quality", placement=name, sinks=sinks, context=context):
-                    continue
-                full, heads = _placed(name, scores)
-                handle = convert(net, full_layers=full, span=Span("sliding", size, sinks=sinks), heads=heads)
-                measured = _measured(net, opened.tokenizer, pieces)
-                handle.revert()
-                keep({"part": "quality", "placement": name, "sinks": sinks, "context": context, "full": list(full),
-                      "heads": sum(map(len, heads.values())), "texts": texts, **measured})  # fmt: skip
+        scores = _scores(opened, sinks)
+        for name in names:
+            if (name == "all" and not sinks) or done(part="quality", placement=name, sinks=sinks, context=context):
+                continue
+            full, heads = _placed(name, scores)
+            handle = convert(net, full_layers=full, span=Span("sliding", size, sinks=sinks), heads=heads)
+            measured = _measured(net, opened.tokenizer, pieces)
+            handle.revert()
+            keep({"part": "quality", "placement": name, "sinks": sinks, "context": context, "full": list(full),
+                  "heads": sum(map(len, heads.values())), "texts": texts, **measured})  # fmt: skip
 
 
 PASSAGE = 384
 """Tokens that come twice; at least so many are left free at the end of a context."""
 
 
-def _scores(opened: Any, texts: int, sinks: int) -> list[list[float]]:
-    """What each KV head loses by a window of 256 tokens, on documents that are not measured."""
-    used = [ids[:64] for context in SETTINGS for ids in documents(opened.tokenizer, context, texts)]
-    others = [
-        ids
-        for ids in documents(opened.tokenizer, 2048, 4 * texts)
-        if not any(torch.equal(ids[:64], other) for other in used)
-    ][:texts]
+def _scores(opened: Any, sinks: int) -> list[list[float]]:
+    """What each KV head loses by a window of 256 tokens, on four documents that are not measured."""
+    others = _unmeasured(documents(opened.tokenizer, 2048, 16), opened.tokenizer)[:4]
     passages = [repeated(ids[:1664], PASSAGE, 1280)[0] for ids in others]
     return profile_heads(opened.model.eval(), passages, Span("sliding", 256, sinks=sinks))
+
+
+def _unmeasured(found: Sequence[torch.Tensor], tokenizer: Any) -> list[torch.Tensor]:
+    used = [ids[:64] for context, (_, texts, _) in SETTINGS.items() for ids in documents(tokenizer, context, texts)]
+    return [ids for ids in found if not any(torch.equal(ids[:64], other) for other in used)]
 
 
 def quarter(layers: int) -> int:
@@ -213,14 +214,14 @@ RECOVERIES: dict[str, tuple[AdaLoraConfig | LoraConfig, int]] = {
 """What a converted model is trained by, in which adapter of 0.4 % of the model, and its sinks."""
 
 
-def recover(tokens: int = 60_000, texts: int = 4) -> None:
+def recover(tokens: int = 40_000) -> None:
     """Training on other long documents after conversion: window 256, a quarter of the layers full, measured at 2k."""
-    size, _ = SETTINGS[2048]
+    size, texts, _ = SETTINGS[2048]
     for name, (recovery, sinks) in RECOVERIES.items():
         if done(part="recover", way=name, tokens=tokens):
             continue
         opened = open_model("demo", device="cpu")
-        full, _ = _placed("profile", _scores(opened, texts, sinks))
+        full, _ = _placed("profile", _scores(opened, sinks))
         pieces = [ids[: 2048 - PASSAGE] for ids in documents(opened.tokenizer, 2048, texts)]
         convert(opened.model, full_layers=full, span=Span("sliding", size, sinks=sinks))
         before = _measured(opened.model, opened.tokenizer, pieces)
@@ -231,17 +232,16 @@ def recover(tokens: int = 60_000, texts: int = 4) -> None:
         else:
             model = lora.attach(opened.model, config)
         with tempfile.TemporaryDirectory() as folder:
-            trained = train(model, opened.tokenizer, _encoded(opened.tokenizer, tokens, texts), config,
+            trained = train(model, opened.tokenizer, _encoded(opened.tokenizer), config,
                             folder=Path(folder), seed=0)  # fmt: skip
         after = _measured(model, opened.tokenizer, pieces)
         keep({"part": "recover", "way": name, "tokens": tokens, "texts": texts, "full": list(full),
               "seconds": trained.seconds, "before": before, "after": after})  # fmt: skip
 
 
-def _encoded(tokenizer: Any, tokens: int, texts: int) -> Encoded:
+def _encoded(tokenizer: Any) -> Encoded:
     """Pieces of 1,024 tokens, four from each document that is not measured."""
-    used = [ids[:64] for context in SETTINGS for ids in documents(tokenizer, context, texts)]
-    others = [ids for ids in documents(tokenizer, 4096, 200) if not any(torch.equal(ids[:64], u) for u in used)]
+    others = _unmeasured(documents(tokenizer, 4096, 200), tokenizer)
     pieces = [ids[start : start + 1024].tolist() for ids in others for start in range(0, 4096, 1024)]
     examples = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in pieces]
     count = sum(map(len, pieces))
@@ -306,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cost": cost,
         "length": length,
         "model": model,
-        "quality": quality,
+        "quality": partial(quality, 2048),
+        "long": partial(quality, 8192),
+        "recover": recover,
         "table": table,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

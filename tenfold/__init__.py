@@ -21,6 +21,7 @@ _EXPORTS = {
     "autopasta": "tenfold.attend.autopasta",
     "gear": "tenfold.cache.gear",
     "masformer": "tenfold.attend.masformer",
+    "r3m": "tenfold.align.r3m",
     "open_model": "tenfold.models.open:open_model",
     "layer_map": "tenfold.models.layer_map:layer_map",
     "read_rows": "tenfold.data.read:read_rows",

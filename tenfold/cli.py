@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from tenfold.errors import ConfigError, TenfoldError
 MODEL_VERBS = {
     "adapt": ("adalora", "fine-tune within a parameter budget"),
     "lengthen": ("masformer", "local attention in most layers: long context at near-linear cost"),
+    "align": ("r3m", "learn a reward or a policy from preferences of which some are wrong"),
+    "audit": ("audit", "say which preference labels to doubt"),
     "steer": ("pasta", "emphasise marked text, or find the attention heads for it (tenfold steer profile MODEL)"),
     "generate": ("generate", "let the model write"),
     "evaluate": ("evaluate", "measure the model: perplexity, speed, memory, questions, standard tasks"),
@@ -41,6 +44,9 @@ EXAMPLES = {
     "adapt": "tenfold adapt demo --method adalora --data python-reference --budget 0.4% --tokens 24000\n"
     "tenfold adapt Qwen/Qwen3-0.6B --data my.jsonl --rank 8 --targets attention --out runs/mine",
     "lengthen": "tenfold lengthen demo --data python-reference --budget 25% --window 256 --out runs/long",
+    "align": "tenfold align demo --target reward --data prefs.jsonl --budget 10% --out runs/reward\n"
+    "tenfold align demo --target dpo --data prefs.jsonl --lam 0.75",
+    "audit": "tenfold audit runs/reward/01-r3m/adapter --data prefs.jsonl --out audit.csv --clean cleaned.jsonl",
     "steer": "tenfold steer profile demo --out runs/heads\n"
     'tenfold steer demo --prompts "Name a fruit that is not red. <mark>Answer in one word.</mark>"\n'
     "tenfold steer demo --profile runs/heads/01-profile/profile/profile.json --tasks conflict evidence\n"
@@ -296,6 +302,10 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
         plan = resolve(values, where=f"tenfold {verb}")
         # The same command finds its own folder again; another one never writes over it.
         settings = hashlib.sha256(plan.to_yaml().encode()).hexdigest()[:6]
+        if verb == "audit" and out is not None and out.suffix == ".csv":  # the table, and its run folder beside it
+            code = _execute(plan, out.with_suffix(""))
+            shutil.copy(out.with_suffix("") / "01-audit" / "audit.csv", out)
+            return code
         return _execute(plan, out or Path("runs") / f"{method}-{settings}")
 
     command.__annotations__ = {

@@ -8,6 +8,8 @@ from typing import Any
 UPSTREAM_WARNINGS = (
     # peft 0.21.2 reads a property that transformers 5.23 renamed (2026-11): nobody who sees it can mend it.
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated"),
+    # trl 1.16 gives an argument a value of its own under the name that transformers 5.23 gave up (2026-11).
+    (FutureWarning, r"`gradient_checkpointing` is deprecated"),
 )
 """Warnings that one library raises about another: category and the beginning of the message."""
 

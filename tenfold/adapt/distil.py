@@ -20,7 +20,7 @@ from tenfold.attend.native import restore
 from tenfold.attend.spans import FIELD
 from tenfold.data.encode import IGNORED
 from tenfold.errors import ConfigError
-from tenfold.evaluate.inference import evaluating, takes_logits_to_keep
+from tenfold.evaluate.inference import evaluating, input_device, takes_logits_to_keep
 
 Teacher = Callable[[dict[str, Tensor]], Sequence[Tensor]]
 """From the inputs of a batch to hidden states, one ``[batch, tokens, channels]`` for each layer."""
@@ -58,6 +58,29 @@ def unconverted(model: Any) -> Teacher:
             return hidden_states(teacher, inputs)
 
     return states
+
+
+def keeps_apart(model: Any, *, converted: bool = False) -> bool:
+    """Whether a model sees where packed rows begin, by positions that begin again: tried on two short rows.
+
+    Args:
+        model: a causal language model.
+        converted: whether it has to hold for the teacher of a converted model as well.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> keeps_apart(tiny_model("llama").model)
+    True
+    """
+    ids = torch.arange(3, 19, device=input_device(model))[None]
+    positions = torch.arange(8, device=ids.device).repeat(2)[None]
+    with evaluating(model), _full_attention(model) if converted else nullcontext():
+        try:
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 8:].float()
+        except TypeError:  # it takes no positions
+            return False
+        alone = model(input_ids=ids[:, 8:], use_cache=False).logits.float()
+    same = torch.allclose(packed, alone, atol=1e-2 * float(alone.std()))
+    return same and (not converted or keeps_apart(model))
 
 
 @contextmanager
@@ -127,10 +150,14 @@ class DistilTrainer(Trainer):
     ) -> Any:
         """The loss of a batch, as the Trainer asks for it."""
         wanted = self.teacher(inputs)
-        # A batch of packed rows has no mask; there padding shows by having no label.
-        seen = inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["labels"] != IGNORED
+        if "attention_mask" in inputs:
+            seen = inputs["attention_mask"].bool()
+        elif "labels" in inputs:  # a batch of packed rows has no mask; there padding shows by having no label
+            seen = inputs["labels"] != IGNORED
+        else:
+            seen = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
         if self.share == 1:
-            outputs: Any = None
+            outputs: Any = {}
             loss = distance(hidden_states(model, inputs), wanted, seen)
         else:
             outputs = model(**inputs, output_hidden_states=True, use_cache=False)

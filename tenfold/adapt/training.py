@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 
 from tenfold.adapt.distil import DistilTrainer, unconverted
 from tenfold.compat import activation_checkpointing
-from tenfold.config.training import TrainingFields
+from tenfold.config.training import TextTrainingFields, TrainingFields
 from tenfold.data.encode import Encoded, collate
 from tenfold.errors import ConfigError, RunError
 
@@ -39,20 +39,22 @@ class Trained:
     """The step of the checkpoint from which this process went on; 0 for a fresh start."""
 
 
-def total_steps(config: TrainingFields, encoded: Encoded) -> int:
-    """Optimizer steps that ``steps``, ``epochs`` or ``tokens`` mean on these examples.
+def total_steps(config: TrainingFields, sequences: int, tokens: int) -> int:
+    """Optimizer steps that ``steps``, ``epochs`` or ``tokens`` mean on so many examples with so many tokens.
 
     Raises:
         ConfigError: when there is nothing to train on.
+
+    >>> total_steps(TrainingFields(tokens=1000, batch_size=2), sequences=10, tokens=500)
+    10
     """
-    sequences = len(encoded.examples)
     if sequences == 0:
         raise ConfigError("data: no example is left to train on", remedy="lower holdout, or give more rows")
     per_step = config.batch_size * config.accumulate
     if config.steps is not None:
         return config.steps
     if config.tokens is not None:
-        return math.ceil(config.tokens / (encoded.tokens / sequences * per_step))
+        return math.ceil(config.tokens / (tokens / sequences * per_step))
     return math.ceil((config.epochs or 1.0) * sequences / per_step)
 
 
@@ -60,7 +62,7 @@ def train(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
-    config: TrainingFields,
+    config: TextTrainingFields,
     *,
     folder: Path,
     seed: int,
@@ -86,51 +88,72 @@ def train(
     Raises:
         RunError: when the loss or the gradient norm is not finite.
     """
-    steps = total_steps(config, encoded)
-    device = next(model.parameters()).device
-    half = next(model.parameters()).dtype
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=round(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        **activation_checkpointing(config.gradient_checkpointing),
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # a loss that is not finite must be seen, not averaged away
-        save_steps=config.save_every,
-        save_total_limit=2,  # while one is being written, the one before it must still be there
-        seed=seed,
-        data_seed=seed,
-        report_to=list(config.report_to) or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        bf16=device.type == "cuda" and str(half) == "torch.bfloat16",
-    )
-    resume = last_checkpoint(folder)
-    watch = _Watch(config, on_log, on_step)
+    steps = total_steps(config, len(encoded.examples), encoded.tokens)
     make = partial(DistilTrainer, teacher=unconverted(model), share=config.distil) if config.distil else Trainer
     trainer = make(
         model=model,
-        args=arguments,
+        args=TrainingArguments(**trainer_arguments(config, model, steps=steps, folder=folder, seed=seed)),
         train_dataset=encoded.examples,
         data_collator=partial(collate, pad_id=tokenizer.pad_token_id),
-        callbacks=[watch, *callbacks],
+        callbacks=list(callbacks),
     )
+    seconds, resumed_from = carry_out(trainer, config, on_resume=on_resume, on_log=on_log, on_step=on_step)
+    tokens = round(encoded.tokens / len(encoded.examples) * steps * config.batch_size * config.accumulate)
+    return Trained(steps=steps, tokens=tokens, seconds=seconds, resumed_from=resumed_from)
+
+
+def trainer_arguments(
+    config: TrainingFields, model: nn.Module, *, steps: int, folder: Path, seed: int
+) -> dict[str, Any]:
+    """What every Trainer of ours is told, as arguments of transformers' ``TrainingArguments`` or TRL's."""
+    parameter = next(model.parameters())
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulate,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": round(config.warmup * steps),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        **activation_checkpointing(config.gradient_checkpointing),
+        "logging_steps": config.log_every,
+        "logging_nan_inf_filter": False,  # a loss that is not finite must be seen, not averaged away
+        "save_steps": config.save_every,
+        "save_total_limit": 2,  # while one is being written, the one before it must still be there
+        "seed": seed,
+        "data_seed": seed,
+        "report_to": list(config.report_to) or "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": parameter.device.type == "cuda",
+        "use_cpu": parameter.device.type == "cpu",
+        "bf16": parameter.device.type == "cuda" and str(parameter.dtype) == "torch.bfloat16",
+    }
+
+
+def carry_out(
+    trainer: Trainer,
+    config: TrainingFields,
+    *,
+    on_resume: Callable[[int], None],
+    on_log: Callable[[int, dict[str, float]], None],
+    on_step: Callable[[int, int, str], None],
+) -> tuple[float, int]:
+    """Let a Trainer train, from the last complete checkpoint in its folder on; see `train` for the rest.
+
+    Returns:
+        Seconds of this process, and the step that it went on from.
+    """
+    resume = last_checkpoint(Path(trainer.args.output_dir))
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Watch(config, on_log, on_step))
     resumed_from = int(resume.name.rpartition("-")[2]) if resume else 0
     on_resume(resumed_from)
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    seconds = time.perf_counter() - began
-    tokens = round(encoded.tokens / len(encoded.examples) * steps * config.batch_size * config.accumulate)
-    return Trained(steps=steps, tokens=tokens, seconds=seconds, resumed_from=resumed_from)
+    return time.perf_counter() - began, resumed_from
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -164,7 +187,7 @@ class _Watch(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        values = {key: float(value) for key, value in (logs or {}).items() if key in _LOGGED}
+        values = {key: float(value) for key, value in (logs or {}).items() if key in _LOGGED or "/" in key}
         if not values:
             return
         for key in ("loss", "grad_norm"):
@@ -184,3 +207,4 @@ class _Watch(TrainerCallback):
 
 
 _LOGGED = ("loss", "grad_norm", "learning_rate")
+"""What every Trainer logs; what a method adds has a slash in its name."""

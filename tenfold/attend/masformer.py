@@ -62,8 +62,10 @@ class Converted:
         return table
 
     def revert(self) -> None:
-        """Put the model back as it was: bit-identical outputs."""
+        """Put the model back as it was: bit-identical outputs. Once more changes nothing."""
         config = _decoder(self.model)
+        if getattr(config, FIELD, None) is None:
+            return
         delattr(config, FIELD)
         config._attn_implementation = self.before
 
@@ -112,7 +114,9 @@ def convert(
     own = {layer: dict(sorted(spans.items())) for layer, spans in sorted((heads or {}).items()) if spans}
     check_spans(full_layers, span, own, layers, kv_heads(config))
     if getattr(config, FIELD, None) is not None:
-        raise ModelError("the model is converted already", remedy="revert it first")
+        raise ModelError(
+            "the model is converted already", remedy="take the model that it was made of, or revert it (native.restore)"
+        )
     if any(reach(module) is not None for module in layers.values()):
         raise ModelError(
             f"{config.model_type}: some of its layers have spans of their own", remedy="take a model of full attention"
@@ -164,6 +168,9 @@ def check_spans(
 def _check_span(span: Span, where: str) -> None:
     if span.pattern not in ("sliding", "block"):
         raise ConfigError(f"{where}: {span} has an unknown pattern", remedy="give 'sliding' or 'block'")
+    numbers = (span.size, span.previous, span.sinks)
+    if any(type(number) is not int for number in numbers):
+        raise ConfigError(f"{where}: {span} has a number that is not whole", remedy="give whole numbers")
     if span.size < 1 or span.previous < 0 or span.sinks < 0:
         raise ConfigError(
             f"{where}: {span} has a number that is too small", remedy="give a size of 1 or more, others of 0 or more"
@@ -211,6 +218,10 @@ def profile_heads(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span
 
 def _scores(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span, shape: tuple[int, ...]) -> Tensor:
     """The slopes of gates of a shape in every layer, ``[layers, *shape]``, float64."""
+    if not texts:
+        raise ConfigError("texts: none to profile on", remedy="give one text or more")
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # dropout would score the layers by chance
     handle = convert(model, full_layers=(), span=span)
     attentions = self_attentions(model)
     gates = [torch.full(shape, 0.5, device=input_device(model), requires_grad=True) for _ in attentions]
@@ -227,6 +238,8 @@ def _scores(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span, shap
         for hook in hooks:
             hook.remove()
         handle.revert()
+        for module in training:
+            module.training = True
     return scores
 
 

@@ -342,18 +342,29 @@ def reach(module: Any, head: int | None = None) -> int | None:
 
 
 def _check_reach(attentions: Mapping[int, Any], chosen: Mapping[int, Sequence[int]], marks: Marks) -> None:
-    length = marks.marked.shape[1]
-    ends = [min((end for _, end in marks.tokens(row)), default=length) for row in range(len(marks.marked))]
-    first, row = min((end, row) for row, end in enumerate(ends))
-    for layer, heads in chosen.items():
-        for head in heads:
-            window = reach(attentions[layer], head)
-            if window is not None and first <= length - window:
-                raise ConfigError(
-                    f"row {row}: layer {layer} looks back {window} tokens in head {head} and cannot see a mark that "
-                    f"ends {length - first} tokens before the prompt does",
-                    remedy="steer heads with full attention only, or move the marked text towards the end",
-                )
+    last = marks.marked.shape[1] - 1
+    pads = (1 - marks.attention_mask).sum(1).tolist()
+    for row in range(len(marks.marked)):
+        marked = min((end for _, end in marks.tokens(row)), default=last + 1) - 1
+        for layer, heads in chosen.items():
+            for head in heads:
+                # Positions count real tokens: padding on the left shifts none.
+                if not _reaches(attentions[layer], head, last - pads[row], marked - pads[row]):
+                    raise ConfigError(
+                        f"row {row}: head {head} of layer {layer} does not reach a mark that ends "
+                        f"{last - marked} tokens before the prompt does",
+                        remedy="steer heads with full attention only, or move the marked text towards the end",
+                    )
+
+
+def _reaches(module: Any, head: int, asked: int, marked: int) -> bool:
+    """Whether a query head sees, from one position, another."""
+    spans = head_spans(module.config, module.layer_idx)
+    span = spans[head * len(spans) // module.config.num_attention_heads]
+    if span != FULL:
+        return bool(span.sees(torch.tensor(asked), torch.tensor(marked)))
+    window = reach(module, head)
+    return window is None or asked - marked < window
 
 
 def _check(alpha: float, generated: str, target_mass: float | None) -> None:

@@ -315,9 +315,28 @@ def _full_mask(query: Tensor, keys: int, positions: Tensor | None, documents: Te
     return seen
 
 
-def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """The mask function of ``tenfold_span``: the padding mask as it is, or None where nothing is padded."""
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **sizes: Any) -> Tensor | None:
+    """The mask function of ``tenfold_span``: the padding mask as it is, or None where nothing is padded.
+
+    Raises:
+        ModelError: keys that are not there yet, as in a static cache; padding between the tokens of a row.
+    """
+    tokens, keys = int(sizes.get("q_offset", 0)) + sizes.get("q_length", 0), sizes.get("kv_length", 0)
+    if tokens != keys:
+        raise ModelError(
+            f"a cache of {keys} keys after {tokens} tokens: a span has to know which keys are there",
+            remedy="take SpanCache(model.config), or the model's own cache; not a static one",
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    seen = attention_mask.bool()
+    begins = seen[:, 0].long() + (seen[:, 1:] & ~seen[:, :-1]).sum(1)
+    if bool((begins > 1).any()):
+        raise ModelError(
+            f"attention_mask: row {int(begins.argmax())} has padding between its tokens, and spans count real tokens",
+            remedy="pad on one side only",
+        )
+    return attention_mask
 
 
 AttentionInterface.register(NAME, spanned)

@@ -126,11 +126,11 @@ class SpanLayer(CacheLayerMixin):
     def _drop(self, seen: Tensor | None) -> None:
         """Copies, never views: one would keep the whole prompt alive."""
         before = self.keys.shape[2] - self.span.reach
-        if before <= self.sinks.shape[1]:
+        if before <= self.span.sinks:  # so few more would be kept anyway; and what is reordered has lost something
             return
         self.padded |= seen is not None
-        if not self.padded:  # the first keys that are held are the sinks, or will be
-            count = min(self.span.sinks, before)
+        if not self.padded:  # the first keys that are held are the sinks
+            count = self.span.sinks
             self.sinks = torch.arange(count, device=self.device).expand(len(self.keys), -1)
             self.keys, self.values = (
                 torch.cat([x[:, :, :count], x[:, :, before:]], 2) for x in (self.keys, self.values)
@@ -212,7 +212,7 @@ class SpanLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.is_initialized, self.tokens = False, 0
+        self.is_initialized, self.tokens, self.record_past = False, 0, False
         self.keys = self.values = self.sinks = self.seen = None  # type: ignore[assignment]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tenfold.config.budget import BudgetText, adapter_budget
-from tenfold.config.training import TrainingFields
+from tenfold.config.training import TextTrainingFields
 
 
 def _check_span(value: object) -> object:
@@ -24,7 +24,7 @@ Span = Annotated[int | float, BeforeValidator(_check_span)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
-class AdaLoraConfig(TrainingFields):
+class AdaLoraConfig(TextTrainingFields):
     """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512).
 
     The update of a matrix is ``alpha / initial_rank * P @ diag(lambda) @ Q``. Training starts above the budget and

@@ -17,7 +17,8 @@ class DataFields(Config):
     data: str | None = None
     """File (.jsonl, .json, .csv, .tsv, .parquet, .txt, each also .gz), folder of text files, hub id
     (``hub:user/name``),
-    or ``python-reference``, the language reference that every CPython ships."""
+    ``python-reference``, the language reference that every CPython ships, or ``step-audit:COUNT:SEED``, made-up
+    preferences whose truth is known."""
     rows: Kind | None = None
     """What a row is; by default told from its columns."""
     columns: dict[str, str] = {}

@@ -6,13 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tenfold.config.training import TrainingFields
+from tenfold.config.training import TextTrainingFields
 
 
-class FullConfig(TrainingFields):
+class FullConfig(TextTrainingFields):
     """All weights are trained: continual training of a converted model on long texts, for one.
 
-    It needs four times the memory of the weights, in float32; an adapter needs little more than the weights.
+    It needs four times the memory of the weights, in float32, and five times with ``distil``; an adapter needs little
+    more than the weights.
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5

@@ -7,10 +7,10 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from tenfold.config.budget import BudgetText, adapter_budget
-from tenfold.config.training import TrainingFields
+from tenfold.config.training import TextTrainingFields
 
 
-class LoraConfig(TrainingFields):
+class LoraConfig(TextTrainingFields):
     """LoRA through PEFT (Hu et al. 2021, arXiv 2106.09685).
 
     The update of a matrix is ``alpha / rank * B @ A``.

@@ -24,13 +24,6 @@ class TrainingFields(DataFields):
     """Forward passes per optimizer step."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per sequence; what is longer is cut, and what was cut is counted."""
-    packing: bool = True
-    """Fill each sequence with several rows (text rows only)."""
-    boundaries: bool = False
-    """Keep packed rows apart: a token sees those of its own row only."""
-    distil: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """For models with local spans: share of the loss that is the distance to the hidden states that the model has with
-    full attention; 1 needs no label at all. The rest is the loss on the text."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -56,3 +49,15 @@ class TrainingFields(DataFields):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say how long to train; give one")
         return self
+
+
+class TextTrainingFields(TrainingFields):
+    """How to train on texts, completions and conversations, by the next token."""
+
+    packing: bool = True
+    """Fill each sequence with several rows (text rows only)."""
+    boundaries: bool = False
+    """Keep packed rows apart: a token sees those of its own row only."""
+    distil: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """For models with local spans: share of the loss that is the distance to the hidden states that the model has with
+    full attention; 1 needs no label at all. The rest is the loss on the text."""

@@ -1,4 +1,4 @@
-"""From a file, folder, hub id or ``python-reference`` to raw records, each knowing the place it came from.
+"""From a file, folder, hub id or a source that ships with tenfold to raw records, each knowing where it came from.
 
 Nothing here knows what a row means; torch is never imported, so that data is checked before any weight is loaded.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.data.python_reference import python_reference
+from tenfold.data.step_audit import from_source, preference_values
 from tenfold.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -58,6 +59,9 @@ def open_source(source: str) -> Source:
     if source == "python-reference":
         topics, notes = python_reference()
         return Source([Record(f"topic {name!r}", {"id": name, "text": text}) for name, text in topics.items()], notes)
+    if source.partition(":")[0] == "step-audit":
+        items = enumerate(from_source(source), start=1)
+        return Source(Record(f"{source}, row {number}", preference_values(item)) for number, item in items)
     if source.startswith("hub:"):
         return _hub(source)
     path = Path(source)
@@ -89,7 +93,9 @@ def _no_such_file(path: Path) -> DataError:
     if near:
         remedy = f"did you mean {path.parent / near[0]}?"
     else:
-        remedy = "give a file, a folder, hub:user/name (a data set of the Hugging Face hub) or python-reference"
+        remedy = (
+            "give a file, a folder, hub:user/name (a data set of the Hugging Face hub), python-reference or step-audit"
+        )
     return DataError(f"{path}: no such file or folder", remedy=remedy)
 
 

@@ -75,8 +75,8 @@ def spread(ids: Tensor, length: int, count: int, source: str) -> list[Tensor]:
     """
     if len(ids) < length * count:
         raise DataError(
-            f"{source}: {len(ids)} tokens, and {count} pieces of {length} are asked for",
-            remedy="give more text, or fewer or shorter pieces",
+            f"{source}: {len(ids)} tokens, and {count} pieces of {length} are needed",
+            remedy="give more text, or a smaller passages, passage or between",
         )
     last = len(ids) - length
     starts = [number * last // max(1, count - 1) for number in range(count)]

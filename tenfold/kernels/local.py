@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from tenfold.errors import ModelError
 
 CHUNK = 2**24
 """Scores of the tiles that are worked on at once: it bounds the copies of keys and values."""
@@ -78,8 +80,20 @@ FULL = Span("sliding", 2**40)
 """Every earlier key."""
 
 
+class _NoTensor:
+    """What a model that handles its keys itself meets in the place of tensors."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ModelError(
+            f"this model asks its keys for .{name} between cache and attention: a small cache has no such tensor",
+            remedy="call it with its own cache, not with a SpanCache",
+        )
+
+
 @dataclass(frozen=True)
-class Held:
+class Held(_NoTensor):
     """What a small cache hands to the attention function in the place of keys and values.
 
     Args:
@@ -101,7 +115,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class HeldHeads:
+class HeldHeads(_NoTensor):
     """The same of a layer whose KV heads see different spans.
 
     Args:

@@ -155,6 +155,22 @@ def attach_adapter(model: Any, folder: Path, task: str) -> Any:
         ) from error
 
 
+def saved_task(folder: Path, default: Task) -> Task:
+    """What the head of a saved model or adapter is for, where its files say so.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    ...     saved_task(Path(folder), "causal")
+    'reward'
+    """
+    files = [folder / name for name in ("adapter_config.json", "config.json")]
+    found = next((read_json(path) for path in files if path.exists()), {})
+    scoring = any(str(name).endswith("ForSequenceClassification") for name in found.get("architectures") or ())
+    scoring |= found.get("task_type") == PEFT_TASKS["reward"]
+    return "reward" if scoring and default == "causal" else default
+
+
 def _load(
     located: Located, folder: str, task: str, labels: int | None, options: dict[str, Any], placing: dict[str, Any]
 ) -> tuple[Any, Any]:

@@ -40,7 +40,7 @@ class ModelRef:
         """Open the model.
 
         Args:
-            merge: add the last adapter into the weights too, which gives a plain ``transformers`` model.
+            merge: add the last adapter into the weights too, if there is one: a plain ``transformers`` model.
 
         Raises:
             ModelError: as `open_model`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 from transformers import set_seed
 
 from tenfold.adapt import adalora, full, lora
+from tenfold.adapt.distil import keeps_apart
 from tenfold.adapt.training import Trained, total_steps, train
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.full import FullConfig
 from tenfold.config.lora import LoraConfig
-from tenfold.config.training import TrainingFields
+from tenfold.config.training import TextTrainingFields
 from tenfold.data.encode import Encoded, encode
 from tenfold.errors import ConfigError
 from tenfold.evaluate.inference import max_positions
@@ -126,7 +126,7 @@ def budget_curve(history: list[tuple[int, int, int]], unit: str, warmup: int) ->
     )
 
 
-def prepare(config: TrainingFields, context: Context) -> tuple[Opened, Encoded]:
+def prepare(config: TextTrainingFields, context: Context) -> tuple[Opened, Encoded]:
     """The opened model, adapters of earlier stages folded in, and the training share of the data as tokens.
 
     Raises:
@@ -135,7 +135,7 @@ def prepare(config: TrainingFields, context: Context) -> tuple[Opened, Encoded]:
     assert context.rows is not None, "checked before anything was opened"
     # From here on every random choice (the adapter's start, the order of the rows, dropout) follows from the seed.
     set_seed(context.seed)
-    opened = context.model.open(merge=bool(context.model.adapters))
+    opened = context.model.open(merge=True)
     limit = max_positions(opened.model)
     if limit is not None and config.max_length > limit:
         raise ConfigError(
@@ -143,9 +143,9 @@ def prepare(config: TrainingFields, context: Context) -> tuple[Opened, Encoded]:
             remedy=f"give {limit} or less",
         )
     rows, _ = context.rows.split(config.holdout)
-    if config.boundaries and "position_ids" not in inspect.signature(opened.model.forward).parameters:
+    if config.boundaries and not keeps_apart(opened.model, converted=config.distil > 0):
         raise ConfigError(
-            f"boundaries: {type(opened.model).__name__} takes no position_ids, by which packed rows are kept apart",
+            f"boundaries: {type(opened.model).__name__} does not keep packed rows apart by their position_ids",
             remedy="leave boundaries out, or give packing: false",
         )
     encoded = encode(
@@ -163,7 +163,7 @@ def fit(
     model: Any,
     opened: Opened,
     encoded: Encoded,
-    config: TrainingFields,
+    config: TextTrainingFields,
     context: Context,
     numbers: Callable[[], dict[str, float]] = dict,
 ) -> tuple[Trained, list[Result]]:
@@ -171,7 +171,7 @@ def fit(
 
     ``numbers`` gives what a method logs beside the loss.
     """
-    steps = total_steps(config, encoded)
+    steps = total_steps(config, encoded.sequences, encoded.tokens)
     set_seed(context.seed)
 
     def resumed(step: int) -> None:
@@ -196,9 +196,10 @@ def fit(
         )
     lines = [json.loads(line) for line in context.metrics.path.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
+    unit = "nats/token" if not config.distil else ""  # else it is, in part, a relative distance
     metrics = (
-        Metric(name="loss", value=losses[-1], unit="nats/token", better="lower"),
-        Metric(name="first loss", value=losses[0], unit="nats/token"),
+        Metric(name="loss", value=losses[-1], unit=unit, better="lower"),
+        Metric(name="first loss", value=losses[0], unit=unit),
         Metric(name="steps", value=trained.steps),
         Metric(name="tokens", value=trained.tokens),
         Metric(

@@ -19,7 +19,7 @@ from tenfold.cache.gear.settings import sinks_of
 from tenfold.cache.spans import SpanCache, own_cache
 from tenfold.config.gear import GearConfig, parse_kv
 from tenfold.data.rows import Text
-from tenfold.errors import ConfigError, DataError
+from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.evaluate.inference import max_positions
 from tenfold.evaluate.results import Metric, Result
 from tenfold.pipeline.context import Context, StageOutput
@@ -34,6 +34,11 @@ def run_gear(config: GearConfig, context: Context) -> StageOutput:
     """The stage ``gear``; it changes nothing of the model."""
     opened = context.model.open()
     model = opened.model
+    if own_cache(model) is not None:
+        raise ModelError(
+            "the model has local spans, and this stage compares caches of all tokens",
+            remedy="run it on the unconverted model; generate --kv packs the full layers of a converted one",
+        )
     made: dict[str, Callable[[], Any]] = {
         name: partial(GearCache, model.config, parse_kv(name)) for name in config.caches
     }

@@ -12,6 +12,7 @@ from tenfold.config.gear import GearConfig
 from tenfold.config.generate import GenerateConfig
 from tenfold.config.masformer import MasformerConfig
 from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields, untagged
+from tenfold.config.r3m import AuditConfig, R3MConfig
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError, DataError, MissingDependencyError
 
@@ -45,6 +46,8 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
     """
     if isinstance(config, TrainingFields):
         _check_training(config, rows, where)
+    if isinstance(config, AuditConfig):
+        _check_kind(rows, ("preference",), f"{where}: auditing labels")
     if isinstance(config, SteeringFields):
         config.profile_file()
     if isinstance(config, PastaConfig) and not config.prompts and not config.tasks and rows is None:
@@ -83,7 +86,8 @@ def _check_tagged(config: PastaConfig | ProfileConfig, rows: Rows, where: str) -
 
 
 def _check_training(config: TrainingFields, rows: Rows | None, where: str) -> None:
-    _check_kind(rows, TRAINED_ROWS, f"{where}: training")
+    kinds = ("preference",) if isinstance(config, R3MConfig) else TRAINED_ROWS
+    _check_kind(rows, kinds, f"{where}: training")
     assert rows is not None
     rows.split(config.holdout)
     for name in config.report_to:
@@ -94,9 +98,10 @@ def _check_training(config: TrainingFields, rows: Rows | None, where: str) -> No
 
 def _check_kind(rows: Rows | None, kinds: tuple[str, ...], what: str) -> None:
     if rows is None:
+        first = "step-audit" if kinds == ("preference",) else "python-reference"
         raise ConfigError(
             f"{what} needs {' or '.join(kinds)} rows, and data is missing",
-            remedy="name a file, a folder or a hub id under `data`, or python-reference for a first try",
+            remedy=f"name a file, a folder or a hub id under `data`, or {first} for a first try",
         )
     if rows.kind not in kinds:
         raise ConfigError(

@@ -30,9 +30,11 @@ LENGTHS = (2048, 8192, 32768)
 
 def run_masformer(config: MasformerConfig, context: Context) -> StageOutput:
     """The stage ``masformer``; its artefact is the converted model."""
-    opened = context.model.open()
+    opened = context.model.open(merge=True)
     model = opened.model
     span = Span(config.pattern, config.window, config.previous, config.sinks)
+    convert(model, full_layers=config.full_layers or (), span=span).revert()  # refuses what cannot be, before hours
+    _count(model, config)
     found, measured = _texts(opened.tokenizer, model, span, config, context)
     quality = partial(copying, model, measured, config.passage, progress=partial(context.progress, "quality"))
     before = context.remember("before", lambda: [quality(subject="before")])
@@ -73,6 +75,12 @@ def _texts(
     return pieces[: config.passages], pieces[config.passages :]
 
 
+def _count(model: Any, config: MasformerConfig) -> tuple[int, int]:
+    """What a layer counts as, and how many of all that are full."""
+    each = kv_heads(model.config.get_text_config(decoder=True)) if config.by == "heads" else 1
+    return each, config.count(len(self_attentions(model)) * each)
+
+
 def _chosen(
     model: Any, span: Span, texts: Sequence[Tensor], config: MasformerConfig, context: Context
 ) -> tuple[tuple[int, ...], dict[int, dict[int, Span | None]], list[list[float]]]:
@@ -80,15 +88,13 @@ def _chosen(
     layers = len(self_attentions(model))
     if config.full_layers is not None:
         return tuple(sorted(set(config.full_layers))), {}, []
-    each = kv_heads(model.config.get_text_config(decoder=True)) if config.by == "heads" else 1
-    count = config.count(layers * each)
+    each, count = _count(model, config)
     if config.placement != "profile":
         return place(config.placement, count, layers), {}, []
     context.progress("profile", 0, 1, f"{layers * each} {config.by} in one backward pass")
     passages = [repeated(ids, config.passage, len(ids) - config.passage)[0] for ids in texts]
 
     def scored() -> list[Result]:
-        model.eval()
         if config.by == "heads":
             rows = profile_heads(model, passages, span)
         else:

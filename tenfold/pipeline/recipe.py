@@ -13,6 +13,7 @@ from tenfold.config.autopasta import AutoPastaConfig
 from tenfold.config.base import Config
 from tenfold.config.data import DataFields
 from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields
+from tenfold.config.r3m import R3MConfig
 from tenfold.config.recipe import Recipe
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
@@ -135,15 +136,19 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
     tagged: dict[str, Any] = {}
     trained: dict[str, dict[str, Any]] = {}
     profiled: Step | None = None
+    task: str = recipe.task
     for index, entry in enumerate(recipe.stages, start=1):
         name = entry.get("use")
         if not isinstance(name, str):
             raise ConfigError(f"{where}, stage {index}: use: missing", remedy="each stage begins with `use: NAME`")
         place = f"{where}, stage {index} ({name})"
         keys = {key: value for key, value in entry.items() if key != "use"}
-        if recipe.task not in stage(name, place).tasks:
+        if task not in stage(name, place).tasks:
+            says = (
+                f"the recipe says task: {task}" if task == recipe.task else f"the stages before it made a {task} model"
+            )
             raise ConfigError(
-                f"{place}: works on {' or '.join(stage(name).tasks)} models, and the recipe says task: {recipe.task}",
+                f"{place}: works on {' or '.join(stage(name).tasks)} models, and {says}",
                 remedy="leave the stage out, or open the model as causal; from Python, adapters train on every task",
             )
         config_class = stage(name, place).config_class()
@@ -162,6 +167,8 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
         steps.append(Step(index, name, config))
         if isinstance(config, ProfileConfig):
             profiled = steps[-1]
+        if isinstance(config, R3MConfig):
+            task = "reward" if config.target == "reward" else task
         if isinstance(config, DataFields):
             read = {key: keys[key] for key in DataFields.model_fields if key in keys}
             if not isinstance(config, STEERING):

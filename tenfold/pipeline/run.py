@@ -11,6 +11,7 @@ The run folder:
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -127,14 +128,16 @@ def check(plan: Plan) -> list[str]:
 
 def continued(model: ModelRef, folder: Path, summary: StageSummary) -> ModelRef:
     """The model that the stage after `folder` starts from."""
+    from tenfold.models.open import saved_task
     from tenfold.models.reference import ModelRef
 
     if summary.continues_with is None or summary.artefact is None:
         return model
-    artefact = str(folder / summary.artefact)
+    artefact = folder / summary.artefact
+    task = saved_task(artefact, model.task)
     if summary.continues_with == "adapter":
-        return model.with_adapter(artefact)
-    return ModelRef(source=artefact, task=model.task, dtype=model.dtype, device=model.device)
+        return dataclasses.replace(model.with_adapter(artefact), task=task)
+    return ModelRef(source=str(artefact), task=task, dtype=model.dtype, device=model.device)
 
 
 def model_of(plan: Plan) -> ModelRef:

@@ -74,6 +74,20 @@ BUILT_IN: Mapping[str, Stage] = {
         run="tenfold.pipeline.adapting:run_full",
         attach="tenfold.adapt.full:attach",
     ),
+    "r3m": Stage(
+        verb="align",
+        summary="R3M: a reward or a policy from preferences of which some are wrong, and which those are",
+        config="tenfold.config.r3m:R3MConfig",
+        run="tenfold.pipeline.aligning:run_r3m",
+        tasks=("causal", "reward"),
+    ),
+    "audit": Stage(
+        verb="audit",
+        summary="which preference labels to doubt, by a reward model or a DPO policy",
+        config="tenfold.config.r3m:AuditConfig",
+        run="tenfold.pipeline.aligning:run_audit",
+        tasks=("causal", "reward"),
+    ),
     "profile": Stage(
         verb="steer",
         summary="find the attention heads whose steering the model obeys",

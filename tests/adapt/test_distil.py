@@ -109,6 +109,54 @@ def test_two_accumulated_batches_are_one_batch(share, tmp_path):
         torch.testing.assert_close(apart[name], value, atol=1e-6, rtol=1e-4)
 
 
+def batch_of(padded):
+    rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in (IDS[0].tolist(), IDS[1, :30].tolist())]
+    if not padded:
+        rows = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in rows]
+    return collate(rows, 0)
+
+
+def distiller(share, folder):
+    from transformers import TrainingArguments
+
+    model, _ = converted()
+    adapted = attach(model, LoraConfig(rank=2))
+    arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True)
+    return DistilTrainer(model=adapted, args=arguments, teacher=unconverted(adapted), share=share)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_loss_is_the_distance_and_the_rest_the_labels(padded, tmp_path):
+    """By hand, and for packed rows, which have no mask, what the rows give alone."""
+    batch = batch_of(padded)
+    trainer = distiller(0.25, tmp_path)
+    found = trainer.compute_loss(trainer.model, dict(batch)).detach()
+    apart = both = 0.0
+    student = trainer.model
+    with torch.no_grad():
+        for ids in (IDS[:1], IDS[1:, :30]):
+            wanted = trainer.teacher({"input_ids": ids})
+            mine = hidden_states(student, {"input_ids": ids})
+            # A first token has no label, and where there is no mask that is all that is known of it.
+            seen = torch.ones_like(ids, dtype=torch.bool)
+            seen[0, 0] = padded
+            apart += float(distance(mine, wanted, seen)) * int(seen.sum())
+            both += int(seen.sum())
+        labels = float(student(**batch, use_cache=False).loss)
+    assert float(found) == pytest.approx(0.25 * apart / both + 0.75 * labels, rel=1e-4)
+
+
+def test_it_evaluates_and_needs_no_labels(tmp_path):
+    trainer = distiller(1.0, tmp_path)
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS.tolist()]
+    trainer.data_collator = lambda found: collate([{k: row[k] for k in ("input_ids", "labels")} for row in found], 0)
+    assert trainer.evaluate(rows)["eval_loss"] > 0
+    labelled = trainer.compute_loss(trainer.model, batch_of(True))
+    bare = trainer.compute_loss(trainer.model, {"input_ids": IDS})
+    assert torch.isfinite(bare)
+    assert labelled.shape == bare.shape
+
+
 @pytest.fixture
 def recipe(number_rows):
     convert = {"use": "masformer", "data": str(number_rows), "window": 8, "passages": 1, "passage": 16, "between": 16}

@@ -298,13 +298,13 @@ def test_marks_are_refused_only_for_heads_that_cannot_see_them():
         assert not torch.allclose(logits(opened.model, marks.input_ids), plain, atol=1e-4)
     for heads, head in (({0: [1]}, 1), ({1: [0], 0: [3, 0]}, 0)):
         with (
-            pytest.raises(ConfigError, match=f"row 0: layer 0 looks back 3 tokens in head {head} "),
+            pytest.raises(ConfigError, match=f"row 0: head {head} of layer 0 does not reach"),
             pasta.steer(opened.model, marks, heads=heads),
         ):
             pass
     far_and_near = [pasta.from_tags("Red <mark>it is</mark>"), pasta.from_tags(TEXT)]
     marks = pasta.encode(opened.tokenizer, far_and_near)
-    with pytest.raises(ConfigError, match="row 1: layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
+    with pytest.raises(ConfigError, match="row 1: head 1 of layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
         pass
     near = pasta.encode(opened.tokenizer, far_and_near[:1])
     with pasta.steer(opened.model, near, heads={0: [1]}):

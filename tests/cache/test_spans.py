@@ -383,3 +383,25 @@ def test_pictures_need_all_keys(kind, span):
         assert torch.equal(read(value), looked[1][2](expected))
         with pytest.raises(ModelError, match=r"layer 0: a picture of attention needs all .* keys"):
             opened.model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("pads", range(1, 7))
+@pytest.mark.parametrize("span", [Span("sliding", 8, sinks=4), Span("block", 4, 1, sinks=5)], ids=str)
+def test_fewer_pads_than_sinks_in_a_short_prompt(span, pads):
+    """Sinks are sorted out when something is dropped, not before: until then places are those of the text."""
+    model = tiny_model("llama").model.eval()
+    masformer.convert(model, full_layers=[1], span=span)
+    ids = torch.randint(10, 200, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :pads] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        cache, found = SpanCache(model.config), []
+        for part in torch.arange(30).split([7, *[1] * 23]):
+            inputs = {"input_ids": ids[:, part], "position_ids": positions[:, part]}
+            mask_so_far = mask[:, : int(part[-1]) + 1]
+            found.append(model(**inputs, attention_mask=mask_so_far, past_key_values=cache).logits)
+    found = torch.cat(found, 1)
+    torch.testing.assert_close(found[0, pads:], whole[0, pads:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1], whole[1], atol=1e-5, rtol=0)

@@ -128,7 +128,7 @@ def test_what_follows_is_measured_on_the_small_cache(row, recipe, tmp_path):
 
 def test_too_little_text_is_said_before_anything_is_measured(row, recipe, tmp_path):
     recipe["stages"][0]["passages"] = 10**4
-    with pytest.raises(DataError, match="fewer or shorter pieces"):
+    with pytest.raises(DataError, match="smaller passages"):
         execute(recipe, tmp_path / "run")
 
 
@@ -140,3 +140,28 @@ def test_what_the_house_asks_of_a_method_is_there(row):
     assert (ROOT / f"tests/oracles/test_{row.name}.py").exists()
     used = [yaml.safe_load(path.read_text()) for path in (ROOT / "recipes").glob("*.yaml")]
     assert any(entry["use"] == row.name for recipe in used for entry in recipe["stages"])
+
+
+def test_an_adapter_before_it_is_merged_and_one_after_it_keeps_it(row, recipe, tmp_path):
+    train = {"use": "lora", "rank": 2, "steps": 4, "max_length": 32, "learning_rate": 0.05}
+    recipe["stages"] = [{**train, "data": recipe["stages"][0]["data"]}, recipe["stages"][0], train]
+    execute(recipe, tmp_path)
+    adapted, merged = (
+        open_model(tmp_path / "01-lora/adapter").model,
+        open_model(tmp_path / f"02-{row.name}/model").model,
+    )
+    weights = {name: value for name, value in merged.state_dict().items() if "q_proj" in name}
+    base = open_model("tiny:llama").model.state_dict()
+    assert weights
+    assert not any(torch.equal(value, base[name]) for name, value in weights.items())
+    assert not torch.allclose(logits(merged), logits(adapted), atol=1e-4), "its spans"
+    assert open_model(tmp_path / "03-lora/adapter").model.config.tenfold_span == merged.config.tenfold_span
+
+
+def test_training_on_an_adapter_folder_goes_on_from_it(number_rows, tmp_path):
+    train = {"use": "lora", "data": str(number_rows), "rank": 2, "steps": 4, "max_length": 32, "learning_rate": 0.05}
+    execute({"model": "tiny:llama", "stages": [train]}, tmp_path / "first")
+    first = tmp_path / "first/01-lora/adapter"
+    execute({"model": str(first), "stages": [{**train, "steps": 1, "learning_rate": 1e-9}]}, tmp_path / "second")
+    again = open_model(tmp_path / "second/01-lora/adapter").model
+    torch.testing.assert_close(logits(again), logits(open_model(first).model), atol=1e-4, rtol=0)

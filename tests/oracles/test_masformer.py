@@ -282,7 +282,7 @@ def test_marks_beyond_a_span_are_refused_and_full_layers_are_steered():
     plain = logits(opened.model, **marks.inputs)
     with pasta.steer(opened.model, marks, heads={1: [0]}):
         assert not torch.allclose(logits(opened.model, **marks.inputs), plain, atol=1e-4)
-    with pytest.raises(TenfoldError, match="layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
+    with pytest.raises(TenfoldError, match="of layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
         pass
     near = pasta.encode(opened.tokenizer, [pasta.from_tags("It was <mark>red</mark>.")])
     with pasta.steer(opened.model, near, heads={0: [1]}):
@@ -334,3 +334,37 @@ def test_16_selection():
 
     assert loss(best) < 1.2
     assert loss(range(6)) > 3
+
+
+def test_block_marks_are_refused_by_what_the_last_token_sees_and_sinks_are_seen():
+    from tenfold import pasta
+    from tenfold.errors import TenfoldError
+
+    text = "It was <mark>red</mark>, she said, and nobody in the town believed a word of it."
+    for span, seen in ((Span("block", 32, 0), False), (Span("block", 8, 0, sinks=12), True)):
+        opened = tiny_model("llama")
+        masformer.convert(opened.model, full_layers=[1], span=span)
+        marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text)])
+        plain = logits(opened.model, **marks.inputs)
+        if not seen:
+            with pytest.raises(TenfoldError, match="of layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
+                pass
+            continue
+        with pasta.steer(opened.model, marks, heads={0: [1]}):
+            assert not torch.allclose(logits(opened.model, **marks.inputs)[:, -1], plain[:, -1], atol=1e-5)
+
+
+def test_static_caches_and_padding_within_a_row_are_refused():
+    from transformers import StaticCache
+
+    from tenfold.errors import ModelError
+
+    model = tiny_model("llama").model
+    masformer.convert(model, full_layers=[1], span=Span("sliding", 8))
+    ids = torch.arange(5, 25)[None]
+    with pytest.raises(ModelError, match="a cache of 64 keys after 20 tokens"), torch.no_grad():
+        model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    mask = torch.ones_like(ids)
+    mask[0, 8:12] = 0
+    with pytest.raises(ModelError, match="row 0 has padding between"):
+        logits(model, input_ids=ids, attention_mask=mask)

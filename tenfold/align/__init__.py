@@ -1,0 +1,1 @@
+"""Learning from preferences: which of two answers is better, and which labels to trust."""

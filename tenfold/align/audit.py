@@ -1,0 +1,251 @@
+r"""Which preference labels to doubt, and how many of the doubts are more than chance.
+
+A pair is flagged where the model gives its label less than ``1 - lam`` (its margin lies below the kink of the R3M
+loss). Clean labels are flagged, too, now and then; what goes beyond their expected number estimates the wrong ones.
+
+What to do with a flagged pair is read from the probability that its label is wrong. Let p be the probability that the
+model gives to the label, and e the share of labels that were turned over. By Bayes' rule
+
+.. math:: P(\text{wrong}) = \frac{e (1 - p)}{e (1 - p) + (1 - e) p}
+
+and e is known from the flags: turning over labels at rate e adds, over the pairs of which the model is sure
+(``|m| >= |kink|``), ``e * sum tanh(|m| / 2)`` flags in expectation. Where the excess is not clearly above 0, e is 0.
+
+=========== ======================================================= =================================================
+suggestion  when                                                    why
+=========== ======================================================= =================================================
+``keep``    not flagged, or p is 1/2 or more                        the model does not contradict the label
+``review``  flagged, P(wrong) below 0.5                             more likely right than wrong: only a look can tell
+``drop``    flagged, P(wrong) from 0.5 to below 0.9                 kept or flipped, it would be wrong too often
+``flip``    flagged, P(wrong) 0.9 or more                           nine of ten flips mend a label
+=========== ======================================================= =================================================
+
+With e = 0.06, for example, ``drop`` begins at p = 0.06 (m = -2.75) and ``flip`` at p = 0.007 (m = -4.95).
+
+All of this takes the margins at their word: a model that knows its training labels by heart is too sure of them, and so
+is one trained with a small ``lam``. Margins of `tenfold.align.margins.cross_fit` are free of the first.
+
+Source: R3M specification, sections 2.7 and 8.4; the probability that a label is wrong, and the suggestions, are ours.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tenfold.align.preferences import flipped
+from tenfold.align.r3m import expected_flags, kink, perturbation
+from tenfold.data.rows import Preference
+from tenfold.errors import ConfigError, DataError
+from tenfold.files import write_text
+
+Suggestion = Literal["keep", "review", "drop", "flip"]
+Action = Literal["drop", "flip", "weights"]
+
+DROP, FLIP = 0.5, 0.9
+"""Probabilities of a wrong label from which a flagged pair should go, and from which it should be turned over."""
+
+_NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of one pair.
+
+    Args:
+        id: of the row.
+        margin: reward of ``chosen`` minus that of ``rejected``.
+        p_label: the probability that the model gives to the label, sigma(margin).
+        delta: by how much the margin had to be raised for the label to count as plausible; 0 where it is.
+        rank: 1 for the most doubtful pair; by margin, among equals by id.
+        flagged: whether delta is above 0.
+        p_wrong: the probability that the label is wrong; see the head of this file.
+        suggestion: what to do with the pair.
+    """
+
+    id: str
+    margin: float
+    p_label: float
+    delta: float
+    rank: int
+    flagged: bool
+    p_wrong: float
+    suggestion: Suggestion
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All verdicts, and how many of the flags are more than chance.
+
+    Args:
+        lam: the level at which pairs were flagged, per sample.
+        verdicts: in the order of the margins given.
+        flags: flagged pairs.
+        expected: flags that clean labels would give at these margins, in expectation.
+        expected_stderr: standard deviation of that number of flags.
+        excess: ``flags - expected``, the estimate of wrong labels among the flagged; chance can bring it below 0.
+        interval: its 95 % interval, for a calibrated model; with 0 inside, the flags may all be chance.
+        share_wrong: estimated share of wrong labels among the pairs of which the model is sure, 0 to 0.5.
+    """
+
+    lam: float
+    verdicts: tuple[Verdict, ...]
+    flags: int
+    expected: float
+    expected_stderr: float
+    excess: float
+    interval: tuple[float, float]
+    share_wrong: float
+
+    def count(self, suggestion: Suggestion) -> int:
+        """How many pairs have this suggestion."""
+        return sum(verdict.suggestion == suggestion for verdict in self.verdicts)
+
+
+def audit(margins: Tensor | Sequence[float], ids: Sequence[str], lam: float) -> Audit:
+    """Judge every pair by its margin.
+
+    Args:
+        margins: of the pairs, [pairs], in units of reward.
+        ids: of the pairs, [pairs].
+        lam: as of the R3M loss, above 0 and below 1: a pair is flagged where the model gives its label less than
+            ``1 - lam``.
+
+    Raises:
+        ConfigError: ``lam`` is out of its range.
+        DataError: the lengths differ, an id comes twice, there are no pairs, or a margin is not finite.
+
+    >>> found = audit([3.0, -5.0, 0.5], ["a", "b", "c"], lam=0.85)
+    >>> [(verdict.id, verdict.rank, verdict.flagged) for verdict in found.verdicts]
+    [('a', 3, False), ('b', 1, True), ('c', 2, False)]
+    """
+    m = torch.as_tensor(margins, dtype=torch.float64)
+    _check(m, ids, lam)
+    delta = perturbation(m, lam)
+    flagged = delta > 0
+    flags = int(flagged.sum())
+    expected, stderr = (float(value) for value in expected_flags(m, lam))
+    excess = flags - expected
+    interval = (excess - _NORMAL_95 * stderr, excess + _NORMAL_95 * stderr)
+    share = _share_wrong(m, lam, excess) if interval[0] > 0 else 0.0
+    p_label = torch.sigmoid(m)
+    p_wrong = share * (1 - p_label) / (share * (1 - p_label) + (1 - share) * p_label).clamp(min=1e-300)
+    values = m.tolist()
+    order = sorted(range(len(ids)), key=lambda index: (values[index], ids[index]))
+    ranks = {index: rank for rank, index in enumerate(order, start=1)}
+    columns = zip(ids, values, p_label.tolist(), delta.tolist(), flagged.tolist(), p_wrong.tolist(), strict=True)
+    verdicts = tuple(
+        Verdict(id, margin, p, d, ranks[index], flag, w, _suggestion(flag, p, w))
+        for index, (id, margin, p, d, flag, w) in enumerate(columns)
+    )
+    return Audit(lam, verdicts, flags, expected, stderr, excess, interval, share)
+
+
+def _share_wrong(margins: Tensor, lam: float, excess: float) -> float:
+    size = margins.abs()
+    sure = size >= abs(kink(lam))
+    return min(0.5, excess / max(float(torch.tanh(size[sure] / 2).sum()), 1e-9))
+
+
+def _suggestion(flagged: bool, p_label: float, p_wrong: float) -> Suggestion:
+    if not flagged or p_label >= 0.5:
+        return "keep"
+    if p_wrong < DROP:
+        return "review"
+    return "flip" if p_wrong >= FLIP else "drop"
+
+
+def _check(margins: Tensor, ids: Sequence[str], lam: float) -> None:
+    if not 0 < lam < 1:
+        raise ConfigError(f"lam: {lam} is not above 0 and below 1", remedy="give a level such as 0.85")
+    if margins.shape != (len(ids),) or not ids:
+        raise DataError(
+            f"margins of shape {list(margins.shape)} for {len(ids)} ids",
+            remedy="give one margin for each id, one or more",
+        )
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{len(ids) - len(set(ids))} ids come more than once", remedy="give each pair an id of its own")
+    bad = (~margins.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        raise DataError(
+            f"the margins of {len(bad)} pairs are not finite (first: {ids[bad[0]]!r})",
+            remedy="check that training did not diverge, and leave these pairs out",
+        )
+
+
+def write_csv(path: Path, found: Audit) -> None:
+    """Write the verdicts as a table, most doubtful first; the columns are the fields of `Verdict`.
+
+    Raises:
+        OSError: the file cannot be written; an old one is untouched.
+    """
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([field.name for field in fields(Verdict)])
+    table.writerows(astuple(verdict) for verdict in sorted(found.verdicts, key=lambda verdict: verdict.rank))
+    write_text(path, text.getvalue())
+
+
+def cleaned_rows(rows: Iterable[Preference], found: Audit, action: Action) -> Iterator[dict[str, Any]]:
+    """The rows as they should be trained on, ready to be written as JSON lines.
+
+    Rows that were not audited (over-long ones) come through as they are; those to review stay, too.
+
+    Args:
+        rows: the rows; read once.
+        found: their audit.
+        action: ``drop`` leaves out the rows whose suggestion is ``drop`` or ``flip``; ``flip`` turns over those of
+            ``flip`` and leaves out those of ``drop``; ``weights`` keeps all and adds the column ``weight``, the
+            probability that the label is right.
+
+    Raises:
+        ConfigError: unknown action.
+
+    >>> found = audit([3.0, -5.0], ["a", "b"], lam=0.85)
+    >>> rows = [Preference("a", "p", "x", "y"), Preference("b", "p", "x", "y")]
+    >>> [row["id"] for row in cleaned_rows(rows, found, "drop")]
+    ['a']
+    """
+    if action not in get_args(Action):
+        raise ConfigError(f"clean: {action!r} is unknown", remedy=f"give one of {', '.join(get_args(Action))}")
+    verdicts = {verdict.id: verdict for verdict in found.verdicts}
+    return (kept for row in rows if (kept := _cleaned(row, verdicts.get(row.id), action)) is not None)
+
+
+def _cleaned(row: Preference, verdict: Verdict | None, action: Action) -> dict[str, Any] | None:
+    if action == "weights":
+        return {**asdict(row), "weight": 1.0 if verdict is None else 1.0 - verdict.p_wrong}
+    suggestion = "keep" if verdict is None else verdict.suggestion
+    if suggestion == "drop" or (suggestion == "flip" and action == "drop"):
+        return None
+    return asdict(flipped(row) if suggestion == "flip" else row)
+
+
+def worst_pairs(rows: Iterable[Preference], found: Audit, count: int) -> list[tuple[Verdict, Preference]]:
+    """The most doubtful pairs with what is known of them, for a reader to look at; the worst first.
+
+    Args:
+        rows: the rows; read once.
+        found: their audit.
+        count: how many, 1 or more; fewer come where there are fewer.
+
+    Raises:
+        ConfigError: ``count`` is below 1.
+
+    >>> found = audit([3.0, -5.0], ["a", "b"], lam=0.85)
+    >>> [(verdict, row)] = worst_pairs([Preference("b", "p", "x", "y")], found, 1)
+    >>> row.id, round(verdict.margin)
+    ('b', -5)
+    """
+    if count < 1:
+        raise ConfigError(f"count: {count} is below 1", remedy="give how many pairs to show")
+    wanted = {verdict.id: verdict for verdict in found.verdicts if verdict.rank <= count}
+    pairs = [(wanted[row.id], row) for row in rows if row.id in wanted]
+    return sorted(pairs, key=lambda pair: pair[0].rank)

@@ -1,0 +1,177 @@
+"""R3M: how far to trust each preference label."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from tenfold.config.base import Config
+from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.data import DataFields
+from tenfold.config.training import TrainingFields
+
+_CAPPED = ("r3m", "trimmed")
+_SMOOTHED = ("cdpo", "rdpo")
+_DEFAULT_LAM = 0.75
+
+
+class RobustFields(Config):
+    """What a preference label that may be wrong can do (Bukharin et al. 2024, arXiv 2406.15568)."""
+
+    loss: Literal["r3m", "bt", "cdpo", "rdpo", "trimmed"] = "r3m"
+    """``r3m`` caps what one pair can pull; ``trimmed`` lets flagged pairs pull no more; ``bt`` trusts every label;
+    ``cdpo`` and ``rdpo`` reckon with a share of flipped labels."""
+    lam: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Cap on the pull of one pair, which would be 1 at most: smaller is more robust, 1 is off. A pair is flagged where
+    the model gives its label less than ``1 - lam``. Default: 0.75, unless ``budget`` is given. Sensible: 0.5 to 0.95,
+    less where many labels are wrong."""
+    budget: BudgetText | None = None
+    """Instead of ``lam``: share of labels that may be wrong, such as ``10%``. The cap then follows the margins, so that
+    about this share of the pairs is flagged."""
+    smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Share of labels that are flipped, as ``cdpo`` and ``rdpo`` take it."""
+    lam_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, the first ones, in which every label is trusted, because margins mean nothing yet."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.lam is not None and self.budget is not None:
+            raise ValueError("lam and budget both say how far a label is trusted; give one")
+        if self.budget is not None:
+            budget = parse_budget(self.budget)
+            if budget.unit != "share" or not 0 < budget.amount <= 0.5:
+                raise ValueError(f"budget: {self.budget} is no share of wrong labels: write above 0% and up to 50%")
+        # A resolved recipe spells defaults out, so what counts is whether a value is another one.
+        idle: tuple[str, ...] = () if self.loss in _CAPPED else ("lam", "budget", "lam_warmup")
+        idle += () if self.loss in _SMOOTHED else ("smoothing",)
+        for key in idle:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: the loss {self.loss} has no use for it: leave {key} out")
+        return self
+
+    @property
+    def fixed_lam(self) -> float:
+        """The cap after the warm-up where no budget moves it; 1 of a loss that has none.
+
+        >>> RobustFields().fixed_lam, RobustFields(lam=0.9).fixed_lam, RobustFields(loss="bt").fixed_lam
+        (0.75, 0.9, 1.0)
+        """
+        if self.loss not in _CAPPED:
+            return 1.0
+        return _DEFAULT_LAM if self.lam is None else self.lam
+
+    @property
+    def share(self) -> float | None:
+        """The budget as a number in (0, 0.5]; None where there is none.
+
+        >>> RobustFields(budget="10%").share
+        0.1
+        """
+        return None if self.budget is None else parse_budget(self.budget).amount
+
+
+NOISES = {"uniform": "20%", "stochastic": "2", "myopic": "0.5", "irrational": "0.5"}
+"""Noise models, and a strength of each."""
+
+
+class Noise(NamedTuple):
+    """A noise model and its strength: a share, tau, gamma or p."""
+
+    kind: str
+    strength: float
+
+
+def parse_noise(text: str) -> Noise:
+    """Read ``KIND:STRENGTH``.
+
+    Raises:
+        ValueError: saying which forms exist.
+
+    >>> parse_noise("uniform:20%"), parse_noise("stochastic:2")
+    (Noise(kind='uniform', strength=0.2), Noise(kind='stochastic', strength=2.0))
+    """
+    kind, _, strength = text.partition(":")
+    try:
+        number = float(strength.removesuffix("%")) / (100 if strength.endswith("%") else 1)
+    except ValueError:
+        number = math.nan
+    if kind not in NOISES or not 0 < number < math.inf:
+        forms = ", ".join(f"{name}:{example}" for name, example in NOISES.items())
+        raise ValueError(f"noise: {text!r} is none: write {forms}")
+    return Noise(kind, number)
+
+
+class R3MConfig(RobustFields, TrainingFields):
+    """Learn a reward, or a policy (DPO), from preferences of which some are wrong, and name the suspects.
+
+    Rows are preferences: ``prompt``, ``chosen``, ``rejected``.
+    """
+
+    target: Literal["reward", "dpo"] = "reward"
+    """``reward``: a model with one score; ``dpo``: a policy, whose log-ratios are its rewards."""
+    rank: Annotated[int, Field(ge=0)] = 8
+    """Rank of the LoRA adapter that is trained; 0 trains all weights (``reward`` only)."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Adapted matrices, as in ``lora``."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Reward per nat of log-ratio; ``dpo`` only. A pair is flagged where its log-ratio gap lies below kink / beta."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of AdamW."""
+    noise: str | None = None
+    """Turn training labels over on purpose, to see whether they are found: ``uniform:20%``, ``stochastic:2``,
+    ``myopic:0.5``, ``irrational:0.5``; all but the first need true rewards per step (``step-audit`` has them)."""
+    folds: Annotated[int, Field(ge=0)] = 0
+    """Judge each training pair by a model that has not seen it: so many further trainings, 2 or more; 0 judges by the
+    trained model, which may know wrong labels by heart."""
+    worst: Annotated[int, Field(ge=1)] = 12
+    """Most doubtful pairs that the report shows."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.folds == 1:
+            raise ValueError("folds: 1 leaves nothing to train on: give 0, or 2 or more")
+        if self.target == "dpo" and self.rank == 0:
+            raise ValueError(
+                "rank: 0 trains all weights, and dpo compares with the weights it started from: give 1 or more"
+            )
+        if self.target == "reward" and self.beta != type(self).model_fields["beta"].default:
+            raise ValueError("beta: a reward has none: leave it out")
+        if self.noise is not None:
+            parse_noise(self.noise)
+        return self
+
+    @property
+    def audit_lam(self) -> float:
+        """The level at which pairs are flagged afterwards: that of the training, unless it trusted everything.
+
+        >>> R3MConfig(lam=0.9).audit_lam, R3MConfig(loss="bt").audit_lam
+        (0.9, 0.85)
+        """
+        return self.fixed_lam if self.fixed_lam < 1 else AUDIT_LAM
+
+
+AUDIT_LAM = 0.85
+"""A pair is flagged where the model gives its label less than 15 %."""
+
+
+class AuditConfig(DataFields):
+    """Which preference labels to doubt, by the margins of a reward model or of a DPO policy."""
+
+    lam: Annotated[float, Field(gt=0, lt=1)] = AUDIT_LAM
+    """A pair is flagged where the model gives its label less than ``1 - lam``."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """For policies: the beta that they were trained with."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Pairs of a forward pass, which has twice as many sequences."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Tokens of prompt and answer; longer pairs are left out and counted."""
+    worst: Annotated[int, Field(ge=1)] = 12
+    """Most doubtful pairs that the report shows."""
+    action: Literal["drop", "flip", "weights"] = "drop"
+    """What the cleaned data does with suspects: leaves them out, turns those over that are almost surely wrong, or
+    keeps all with a weight."""
+    clean: Path | None = None
+    """Also write the cleaned rows to this file (.jsonl)."""

@@ -1,0 +1,322 @@
+"""The stages ``r3m`` and ``audit``: learn from preferences of which some are wrong, and name the suspects."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from tenfold.adapt import full, lora
+from tenfold.adapt.training import carry_out, total_steps, trainer_arguments
+from tenfold.align.audit import Audit, Verdict, audit, cleaned_rows, worst_pairs, write_csv
+from tenfold.align.margins import Scored, cross_fit, pair_tokens, score_pairs, score_policy_pairs
+from tenfold.align.preferences import (
+    corrupt,
+    flip_mask,
+    irrational,
+    myopic,
+    stochastic,
+    true_rewards,
+    uniform,
+    write_corrupted,
+)
+from tenfold.config.full import FullConfig
+from tenfold.config.lora import LoraConfig
+from tenfold.config.r3m import AuditConfig, R3MConfig, parse_noise
+from tenfold.data.read import Rows
+from tenfold.data.rows import Preference
+from tenfold.data.sources import open_source
+from tenfold.errors import DataError
+from tenfold.evaluate.choice import share
+from tenfold.evaluate.memory import measure_growth
+from tenfold.evaluate.ranking import precision_at, roc_auc
+from tenfold.evaluate.results import Metric, Result
+from tenfold.files import write_text
+from tenfold.models.export import save_adapter, save_model
+from tenfold.models.open import saved_task
+from tenfold.models.opened import Opened
+from tenfold.models.reference import ModelRef
+from tenfold.pipeline.adapting import base_of
+from tenfold.pipeline.context import Context, StageOutput
+from tenfold.report.record import Figure, Sample, Series, Table
+
+
+def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
+    """The stage ``r3m``: train, measure on held-out pairs, audit the training labels."""
+    assert context.rows is not None
+    kept, held = context.rows.split(config.holdout)
+    mask = _mask(kept, config, context.seed)
+    pairs = corrupt(_preferences(kept), mask)
+    write_corrupted(context.folder / "training.jsonl", _preferences(kept), mask)
+    model, opened, results = _learnt(pairs, config, context, context.folder)
+    results += context.remember("held-out", lambda: [_quality(model, opened, held, config, context)])
+    scored = _judged(model, opened, pairs, config, context)
+    found, output = _audited(scored, pairs, dict(zip((row.id for row in pairs), mask, strict=True)), config.audit_lam,
+                             config.worst, context.folder)  # fmt: skip
+    method = {"method": f"R3M ({config.loss}, {config.target})", "pairs": len(pairs), "flagged": found.flags}
+    if config.rank:
+        save_adapter(model, opened.tokenizer, context.folder / "adapter", base=base_of(context.model))
+        attached = {**lora.attached(model), **method}
+    else:
+        save_model(model, opened.tokenizer, context.folder / "model")
+        attached = method
+    kind: Any = "adapter" if config.rank else "model"
+    return dataclasses.replace(
+        output, results=[*results, *output.results], attached=attached, artefact=kind, continues_with=kind
+    )
+
+
+def run_audit(config: AuditConfig, context: Context) -> StageOutput:
+    """The stage ``audit``: what a model thinks of labels that are there; the model stays as it is."""
+    assert context.rows is not None
+    model = context.model
+    if not model.adapters and Path(model.source).is_dir():
+        model = dataclasses.replace(model, task=saved_task(Path(model.source), model.task))
+    opened = model.open()
+    pairs = _preferences(context.rows)
+    keys: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "max_length": config.max_length,
+        "cache": context.folder / "margins.jsonl",
+        "progress": partial(context.progress, "scoring"),
+    }
+    if model.task == "reward":
+        scored = score_pairs(opened.model, opened.tokenizer, pairs, **keys)
+    else:
+        scored = score_policy_pairs(opened.model, opened.tokenizer, pairs, beta=config.beta, **keys)
+    found, output = _audited(scored, pairs, _known_flips(context.rows), config.lam, config.worst, context.folder)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in cleaned_rows(pairs, found, config.action))
+    for path in (context.folder / "cleaned.jsonl", config.clean):
+        if path is not None:
+            write_text(path, text)
+    note = f"{found.count('drop')} rows to drop, {found.count('flip')} to flip, {found.count('review')} to review."
+    return dataclasses.replace(output, notes=[*output.notes, note])
+
+
+def _preferences(rows: Rows) -> list[Preference]:
+    return [row for row in rows if isinstance(row, Preference)]
+
+
+def _mask(rows: Rows, config: R3MConfig, seed: int) -> list[bool]:
+    """Which training labels turn over."""
+    pairs = _preferences(rows)
+    if config.noise is None:
+        return [False] * len(pairs)
+    kind, strength = parse_noise(config.noise)
+    ids = [row.id for row in pairs]
+    if kind == "uniform":
+        return uniform(ids, strength, seed=seed)
+    rewards = true_rewards(rows.source)
+    steps = [rewards[id] for id in ids]
+    if kind == "myopic":
+        return myopic(steps, strength)
+    return (stochastic if kind == "stochastic" else irrational)(ids, steps, strength, seed=seed)
+
+
+def _known_flips(rows: Rows) -> dict[str, bool]:
+    """Which labels are known to be wrong, where the data says so."""
+    first = next(iter(open_source(rows.source).records), None)
+    return flip_mask(rows.source) if first is not None and "flipped" in first.values else {}
+
+
+def judging(model: ModelRef, target: str) -> ModelRef:
+    """The same model with the head that the target needs."""
+    return dataclasses.replace(model, task="reward" if target == "reward" else "causal")
+
+
+def _learnt(
+    pairs: Sequence[Preference], config: R3MConfig, context: Context, folder: Path
+) -> tuple[Any, Opened, list[Result]]:
+    """A model trained on pairs; checkpoints lie in the folder."""
+    from datasets import Dataset, disable_progress_bars
+
+    from tenfold.align.trainers import R3MDPOTrainer, R3MRewardTrainer
+
+    disable_progress_bars()
+    set_seed(context.seed)  # before the model is opened: the head of a reward model is random
+    opened = judging(context.model, config.target).open(merge=True)
+    task = "reward" if config.target == "reward" else "causal"
+    if config.rank:
+        model: Any = lora.attach(opened.model, LoraConfig(rank=config.rank, targets=config.targets), task=task)
+    else:
+        model = full.attach(opened.model, FullConfig(), task=task)
+    tokens = [pair_tokens(row, opened.tokenizer) for row in pairs]
+    fitting = [sum(map(len, both)) for both in tokens if max(map(len, both)) <= config.max_length]
+    steps = total_steps(config, len(fitting), sum(fitting))
+    arguments = trainer_arguments(config, model, steps=steps, folder=folder, seed=context.seed)
+    arguments |= {"max_length": config.max_length, "gradient_checkpointing": config.gradient_checkpointing}
+    chat = opened.tokenizer.chat_template is not None
+    keys = {
+        "model": model,
+        "train_dataset": Dataset.from_list([_example(row, chat) for row in pairs]),
+        "processing_class": opened.tokenizer,
+        "robust": config,
+    }
+    set_seed(context.seed)
+    if config.target == "reward":
+        from trl import RewardConfig
+
+        trainer: Any = R3MRewardTrainer(args=RewardConfig(**arguments), **keys)
+    else:
+        from trl import DPOConfig
+
+        trainer = R3MDPOTrainer(args=DPOConfig(**arguments, beta=config.beta), **keys)
+    name = "training" if folder == context.folder else f"training, {folder.name}"
+    with measure_growth(next(model.parameters()).device) as growth:
+        seconds, resumed_from = carry_out(
+            trainer,
+            config,
+            on_resume=context.metrics.rewind if folder == context.folder else lambda step: None,
+            on_log=context.metrics.write if folder == context.folder else lambda step, values: None,
+            on_step=lambda done, total, detail: context.progress(name, done, total, detail),
+        )
+    seen = round(sum(fitting) / len(fitting) * steps * config.batch_size * config.accumulate)
+    figures = (
+        Metric(name="loss", value=_last_loss(trainer), unit="nats/pair", better="lower"),
+        Metric(name="steps", value=steps),
+        Metric(name="tokens", value=seen),
+        Metric(name="speed", value=seen / steps * max(steps - resumed_from, 1) / seconds, unit="tokens/s",
+               better="higher", kind="timing"),
+        Metric(name="peak memory growth", value=growth.growth, unit="bytes", better="lower", kind="memory"),
+    )  # fmt: skip
+    settings = {"pairs": len(fitting), "pairs left out as too long": len(pairs) - len(fitting)}
+    return model, opened, [Result(task="training", subject="after", metrics=figures, settings=settings)]
+
+
+def _last_loss(trainer: Any) -> float:
+    return float(next(line["loss"] for line in reversed(trainer.state.log_history) if "loss" in line))
+
+
+def _example(row: Preference, chat: bool) -> dict[str, Any]:
+    """A row as TRL reads it: plain texts, or turns for the chat template."""
+    if not chat:
+        return dataclasses.asdict(row)
+    return {
+        "id": row.id,
+        "prompt": [{"role": "user", "content": row.prompt}],
+        "chosen": [{"role": "assistant", "content": row.chosen}],
+        "rejected": [{"role": "assistant", "content": row.rejected}],
+    }
+
+
+def _scorer(config: R3MConfig, opened: Opened, **keys: Any) -> Callable[[Any, Sequence[Preference]], Scored]:
+    sizes: dict[str, Any] = {"batch_size": 2 * config.batch_size, "max_length": config.max_length, **keys}
+    if config.target == "reward":
+        return lambda model, rows: score_pairs(model, opened.tokenizer, rows, **sizes)
+    return lambda model, rows: score_policy_pairs(model, opened.tokenizer, rows, beta=config.beta, **sizes)
+
+
+def _quality(model: Any, opened: Opened, held: Rows, config: R3MConfig, context: Context) -> Result:
+    """Held-out pairs, whose labels are as they came."""
+    tell = partial(context.progress, "held-out pairs")
+    margins = _scorer(config, opened, progress=tell)(model, _preferences(held)).margins.double()
+    if not len(margins):
+        raise DataError(
+            f"{held.source}: no held-out pair is within max_length {config.max_length}", remedy="raise max_length"
+        )
+    nll = -torch.nn.functional.logsigmoid(margins)
+    error = float(nll.std()) / math.sqrt(len(nll)) if len(nll) > 1 else None
+    metrics = (
+        share("accuracy", (margins > 0).tolist()),
+        Metric(name="nll", value=float(nll.mean()), unit="nats/pair", count=len(nll), stderr=error, better="lower"),
+    )
+    return Result(task="held-out preferences", subject="after", metrics=metrics, settings={"pairs": len(margins)})
+
+
+def _judged(model: Any, opened: Opened, pairs: Sequence[Preference], config: R3MConfig, context: Context) -> Scored:
+    """The margins by which training labels are doubted."""
+    tell = partial(context.progress, "audit")
+    if not config.folds:
+        return _scorer(config, opened, cache=context.folder / "margins.jsonl", progress=tell)(model, list(pairs))
+
+    def fit(rows: list[Preference], fold: int) -> Any:
+        folder = context.folder / f"fold-{fold}"
+        folder.mkdir(exist_ok=True)
+        return _learnt(rows, config, context, folder)[0]
+
+    def score(fitted: Any, rows: list[Preference]) -> Scored:
+        return _scorer(config, opened)(fitted, rows)
+
+    found = cross_fit(pairs, config.folds, fit, score)
+    for folder in context.folder.glob("fold-*"):
+        shutil.rmtree(folder)
+    return found
+
+
+def _audited(
+    scored: Scored, pairs: Sequence[Preference], flips: dict[str, bool], lam: float, worst: int, folder: Path
+) -> tuple[Audit, StageOutput]:
+    """Judge labels by margins; the table is ``audit.csv`` in the folder."""
+    if not scored.ids:
+        raise DataError("no pair is within max_length", remedy="raise max_length")
+    found = audit(scored.margins, scored.ids, lam)
+    write_csv(folder / "audit.csv", found)
+    metrics = [
+        Metric(name="flagged", value=found.flags / len(found.verdicts), count=len(found.verdicts)),
+        Metric(name="expected of right labels", value=found.expected, stderr=found.expected_stderr, unit="pairs"),
+        Metric(name="excess", value=found.excess, interval=found.interval, unit="pairs"),
+    ]
+    mask = [flips.get(id, False) for id in scored.ids]
+    if any(mask) and not all(mask):
+        doubts = (-scored.margins).tolist()
+        wrong = sum(mask)
+        metrics += [
+            Metric(name=f"precision at {wrong}", value=precision_at(doubts, mask, wrong), count=wrong, better="higher"),
+            Metric(name="auc", value=roc_auc(doubts, mask), count=len(mask), better="higher"),
+            Metric(name="wrong labels", value=wrong, unit="pairs"),
+        ]
+    shown = worst_pairs(pairs, found, worst)
+    notes = [
+        f"audit.csv ranks all {len(found.verdicts)} pairs; {found.flags} are flagged (the model gives their label less "
+        f"than {1 - lam:.0%}), of which right labels would give {found.expected:.1f} ± {found.expected_stderr:.1f}."
+    ]
+    if scored.over_long:
+        notes.append(f"{len(scored.over_long)} pairs were longer than max_length and not judged.")
+    return found, StageOutput(
+        results=[Result(task="audit", subject="after", metrics=tuple(metrics), settings={"lam": lam})],
+        tables=[_table(shown, flips)],
+        figures=[_histogram(found)],
+        samples=[Sample(prompt=row.prompt, outputs={f"chosen (margin {verdict.margin:.2f})": row.chosen,
+                                                    "rejected": row.rejected}) for verdict, row in shown],
+        notes=notes,
+    )  # fmt: skip
+
+
+def _table(shown: Sequence[tuple[Verdict, Preference]], flips: dict[str, bool]) -> Table:
+    rows = [
+        (verdict.rank, verdict.id, verdict.margin, verdict.p_label, verdict.delta, verdict.suggestion,
+         ("yes" if flips[verdict.id] else "no") if flips else "unknown")
+        for verdict, _ in shown
+    ]  # fmt: skip
+    columns = ("rank", "id", "margin", "probability of the label", "delta", "suggestion", "turned over")
+    return Table(title="The most doubtful labels", columns=columns, rows=tuple(rows))
+
+
+def _histogram(found: Audit) -> Figure:
+    """How the margins lie, the flagged ones apart."""
+    margins = torch.tensor([verdict.margin for verdict in found.verdicts], dtype=torch.float64)
+    low, high = float(margins.min()), float(margins.max())
+    width = (high - low) / 24 or 1.0
+    bins = ((margins - low) / width).long().clamp(max=23)
+    flagged = torch.tensor([verdict.flagged for verdict in found.verdicts])
+    names = tuple(f"{low + (index + 0.5) * width:.2f}" for index in range(24))
+
+    def counts(which: torch.Tensor) -> tuple[float, ...]:
+        return tuple(torch.bincount(bins[which], minlength=24).tolist())
+
+    return Figure(
+        kind="bar",
+        title="Margins of the labels",
+        x_label="margin",
+        y_label="pairs",
+        series=(Series(name="flagged", x=names, y=counts(flagged)), Series(name="others", x=names, y=counts(~flagged))),
+        caption="Reward of the chosen answer minus that of the rejected one: below 0 the model contradicts it.",
+    )

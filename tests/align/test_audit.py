@@ -1,0 +1,215 @@
+"""The audit: flags by hand, probabilities that hold in simulated data, and what becomes of the rows."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from dataclasses import fields
+
+import pytest
+import torch
+
+from tenfold.align import margins as scoring
+from tenfold.align.audit import Verdict, audit, cleaned_rows, worst_pairs, write_csv
+from tenfold.align.margins import score_pairs
+from tenfold.align.r3m import kink
+from tenfold.data.read import read_rows
+from tenfold.data.rows import Preference
+from tenfold.errors import ConfigError, DataError
+from tenfold.evaluate.ranking import precision_at, roc_auc
+from tenfold.models.tiny import tiny_model
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def simulated(seed, share, count=4000, spread=3.0):
+    """Margins of a perfect model on labels drawn by Bradley-Terry, of which a share was turned over; and which."""
+    generator = torch.Generator().manual_seed(seed)
+    better = torch.randn(count, generator=generator, dtype=torch.float64) * spread
+    label = torch.rand(count, generator=generator, dtype=torch.float64) < torch.sigmoid(better)
+    wrong = torch.rand(count, generator=generator, dtype=torch.float64) < share
+    return torch.where(label ^ wrong, better, -better), wrong.tolist()
+
+
+def ids(count):
+    return [f"row {n}" for n in range(count)]
+
+
+def test_every_figure_by_hand():
+    margins = [2.0, -4.0, 0.1, -1.0, -4.0, -2.0]
+    found = audit(margins, ["a", "c", "d", "e", "b", "f"], lam=0.85)
+    c = math.log(0.15 / 0.85)
+    assert [v.id for v in found.verdicts] == ["a", "c", "d", "e", "b", "f"]
+    assert [v.margin for v in found.verdicts] == margins
+    assert [v.rank for v in found.verdicts] == [6, 2, 5, 4, 1, 3], "equal margins by id"
+    assert [v.flagged for v in found.verdicts] == [False, True, False, False, True, True]
+    for verdict, m in zip(found.verdicts, margins, strict=True):
+        assert verdict.p_label == pytest.approx(sigma(m))
+        assert verdict.delta == pytest.approx(max(c - m, 0))
+        assert verdict.flagged == (sigma(m) < 0.15)
+    chances = [sigma(-2), sigma(-4), sigma(-4), sigma(-2)]
+    assert found.flags == 3
+    assert found.expected == pytest.approx(sum(chances))
+    stderr = math.sqrt(sum(p * (1 - p) for p in chances))
+    assert found.expected_stderr == pytest.approx(stderr)
+    assert found.excess == pytest.approx(3 - sum(chances))
+    assert found.interval == pytest.approx((found.excess - 1.96 * stderr, found.excess + 1.96 * stderr), rel=1e-4)
+    assert found.share_wrong == 0.5, "as large as a share can be believed"
+
+
+def test_bayes_and_the_suggestions():
+    # Many sure and right pairs bring the share of wrong labels down to a few per cent.
+    margins = [6.0] * 160 + [0.5] * 20 + [-6.0] * 8 + [-3.0, -1.9, -1.0]
+    found = audit(margins, ids(len(margins)), lam=0.85)
+    sure = [abs(m) for m in margins if abs(m) >= -kink(0.85)]
+    share = found.excess / sum(math.tanh(m / 2) for m in sure)
+    assert found.share_wrong == pytest.approx(share)
+    assert 0.04 < share < 0.07
+    for verdict in found.verdicts:
+        p = verdict.p_label
+        assert verdict.p_wrong == pytest.approx(share * (1 - p) / (share * (1 - p) + (1 - share) * p))
+    by_margin = {v.margin: v.suggestion for v in found.verdicts}
+    assert by_margin == {6.0: "keep", 0.5: "keep", -6.0: "flip", -3.0: "drop", -1.9: "review", -1.0: "keep"}
+    assert [found.count(s) for s in ("keep", "review", "drop", "flip")] == [181, 1, 1, 8]
+
+
+def test_where_the_flags_may_be_chance_nothing_is_taken_out():
+    margins, _ = simulated(0, share=0.0)
+    found = audit(margins, ids(len(margins)), lam=0.85)
+    assert found.flags > 50
+    assert found.interval[0] < 0 < found.interval[1]
+    assert found.share_wrong == 0
+    assert {v.suggestion for v in found.verdicts} == {"keep", "review"}
+
+
+def test_a_label_that_the_model_agrees_with_is_kept_though_flagged():
+    # Below lam 0.5 the kink is above 0.
+    found = audit([0.5, -9.0, 5.0, 6.0], ids(4), lam=0.25)
+    assert [v.flagged for v in found.verdicts] == [True, True, False, False]
+    assert found.verdicts[0].suggestion == "keep"
+
+
+@pytest.mark.parametrize("lam", [0.35, 0.65, 0.85, 0.95])
+def test_the_interval_covers_clean_data_as_often_as_it_says(lam):
+    covered = sum(
+        low <= 0 <= high
+        for low, high in (audit(simulated(seed, 0.0, 1500)[0], ids(1500), lam).interval for seed in range(200))
+    )
+    assert 180 <= covered <= 198
+
+
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.25])
+def test_estimates_and_probabilities_hold_where_the_model_is_right(share):
+    margins, wrong = simulated(7, share, count=20_000)
+    found = audit(margins, ids(len(margins)), lam=0.85)
+    assert found.share_wrong == pytest.approx(share, abs=0.01)
+    p_wrong = [v.p_wrong for v in found.verdicts]
+    assert sum(p_wrong) == pytest.approx(sum(wrong), rel=0.1)
+    for low, high in ((0.0, 0.1), (0.1, 0.5), (0.5, 0.9), (0.9, 1.01)):
+        bin_ = [(p, w) for p, w in zip(p_wrong, wrong, strict=True) if low <= p < high]
+        mean, truth = sum(p for p, _ in bin_) / len(bin_), sum(w for _, w in bin_) / len(bin_)
+        assert truth == pytest.approx(mean, abs=0.06)
+    flips = [w for v, w in zip(found.verdicts, wrong, strict=True) if v.suggestion == "flip"]
+    assert sum(flips) > 0.9 * len(flips) > 0
+    # delta, and the rank behind it, find the wrong labels.
+    delta = [v.delta for v in found.verdicts]
+    assert roc_auc(delta, wrong) > 0.7
+    worst = sorted(found.verdicts, key=lambda v: v.rank)[:200]
+    expected = sum(v.p_wrong for v in worst) / 200
+    assert precision_at([-v.rank for v in found.verdicts], wrong, 200) == pytest.approx(expected, abs=0.08)
+
+
+def test_table(tmp_path):
+    found = audit([1.0, -4.0, 2.0], ["a", 'b, "x"', "é\n"], lam=0.85)
+    write_csv(tmp_path / "audit.csv", found)
+    with (tmp_path / "audit.csv").open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == [field.name for field in fields(Verdict)]
+    assert header[:7] == ["id", "margin", "p_label", "delta", "rank", "flagged", "p_wrong"]
+    assert [line[0] for line in lines] == ['b, "x"', "a", "é\n"], "most doubtful first"
+    assert [float(line[1]) for line in lines] == [-4.0, 1.0, 2.0]
+    assert [line[5] for line in lines] == ["True", "False", "False"]
+
+
+class TestRows:
+    MARGINS = [6.0] * 160 + [-6.0] * 8 + [-3.0, -1.9]
+    ROWS = [Preference(f"row {n}", "p", f"good {n}", f"bad {n}") for n in range(172)]
+
+    def audit(self):
+        found = audit(self.MARGINS, ids(170), lam=0.85)  # rows 170 and 171 were over-long
+        assert [found.count(s) for s in ("keep", "review", "drop", "flip")] == [160, 1, 1, 8]
+        return found
+
+    def test_drop(self):
+        rows = list(cleaned_rows(iter(self.ROWS), self.audit(), "drop"))
+        assert [row["id"] for row in rows] == [f"row {n}" for n in range(172) if not 160 <= n < 169]
+        assert rows[0] == {"id": "row 0", "prompt": "p", "chosen": "good 0", "rejected": "bad 0"}
+
+    def test_flip(self):
+        rows = {row["id"]: row for row in cleaned_rows(self.ROWS, self.audit(), "flip")}
+        assert set(rows) == {row.id for row in self.ROWS} - {"row 168"}
+        for number in range(172):
+            if number != 168:
+                flip = 160 <= number < 168
+                assert rows[f"row {number}"]["chosen"] == f"{'bad' if flip else 'good'} {number}"
+                assert rows[f"row {number}"]["rejected"] == f"{'good' if flip else 'bad'} {number}"
+
+    def test_weights(self):
+        found = self.audit()
+        rows = list(cleaned_rows(self.ROWS, found, "weights"))
+        assert [row["chosen"] for row in rows] == [row.chosen for row in self.ROWS]
+        expected = [1 - v.p_wrong for v in found.verdicts] + [1.0, 1.0]
+        assert [row["weight"] for row in rows] == pytest.approx(expected)
+
+    def test_unknown_action(self):
+        with pytest.raises(ConfigError, match="clean: 'burn' is unknown"):
+            cleaned_rows(self.ROWS, self.audit(), "burn")
+
+    def test_worst_pairs(self):
+        pairs = worst_pairs(iter(self.ROWS), self.audit(), 10)
+        assert [verdict.rank for verdict, _ in pairs] == list(range(1, 11))
+        assert all(verdict.id == row.id for verdict, row in pairs)
+        assert [verdict.margin for verdict, _ in pairs] == [-6.0] * 8 + [-3.0, -1.9]
+        assert len(worst_pairs(self.ROWS, self.audit(), 10_000)) == 170
+        with pytest.raises(ConfigError, match="count: 0 is below 1"):
+            worst_pairs(self.ROWS, self.audit(), 0)
+
+
+def test_bad_input():
+    for lam in (0, 1, 1.5, math.nan):
+        with pytest.raises(ConfigError, match=r"lam: .* is not above 0 and below 1"):
+            audit([1.0], ["a"], lam)
+    with pytest.raises(DataError, match=r"margins of shape \[2\] for 1 ids"):
+        audit([1.0, 2.0], ["a"], 0.85)
+    with pytest.raises(DataError, match="for 0 ids"):
+        audit([], [], 0.85)
+    with pytest.raises(DataError, match="1 ids come more than once"):
+        audit([1.0, 2.0], ["a", "a"], 0.85)
+    with pytest.raises(DataError, match=r"1 pairs are not finite .first: 'b'"):
+        audit([1.0, math.nan], ["a", "b"], 0.85)
+
+
+def test_twenty_thousand_rows_with_cached_margins_take_seconds(tmp_path, monkeypatch):
+    opened = tiny_model("llama", task="reward")
+    rows = read_rows("step-audit:20000")
+    kwargs = {"batch_size": 256, "cache": tmp_path / "margins.jsonl"}
+    monkeypatch.setattr(
+        scoring,
+        "_reward_margins",
+        lambda model, pad, pairs: torch.tensor([len(pair.chosen) % 17 - 8.0 for pair in pairs]),
+    )
+    monkeypatch.setattr(
+        scoring, "_whole", lambda prompt, answer, tokenizer, chat: [hash(answer) % 99] * (hash(answer) % 99)
+    )
+    score_pairs(opened.model, opened.tokenizer, rows, **kwargs)
+    monkeypatch.setattr(scoring, "_reward_margins", lambda *_: pytest.fail("scored a second time"))
+    start = time.process_time()
+    scored = score_pairs(opened.model, opened.tokenizer, rows, **kwargs)
+    found = audit(scored.margins, scored.ids, lam=0.85)
+    write_csv(tmp_path / "audit.csv", found)
+    assert len(list(cleaned_rows(rows, found, "flip"))) <= 20_000
+    assert time.process_time() - start < 6
+    assert len(found.verdicts) == 20_000
