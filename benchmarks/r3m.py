@@ -379,18 +379,25 @@ METHODS = ("bt", "cdpo", "rdpo", "trimmed", "r3m", "r3m .75")
 CAPS = (0.1, 0.25, 0.5, 0.65, 0.75, 0.85, 0.95)
 KNOBS: dict[str, Sequence[float]] = {"bt": (0.0,), "cdpo": (0.05, 0.1, 0.2, 0.3), "rdpo": (0.05, 0.1, 0.2, 0.3),
                                      "trimmed": CAPS, "r3m": CAPS, "r3m .75": (0.75,)}  # fmt: skip
-DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 PARTS, FOLDS = 4, 5
 NOISES = ("none", "uniform 10%", "uniform 20%", "uniform 30%", "uniform 40%", "irrational 1/3", "irrational 1/2",
           "irrational 2/3", "irrational 1/2 model", "stochastic 1", "stochastic 0.5")  # fmt: skip
-MEMORISING = 1e-4
+TRUTHS = ("judge", "teacher")
+MEMORISING = 1e-5
 """A weight decay at which a head learns its training labels by heart."""
 
 
 class _Real:
-    """Embedded pairs: of each the difference of its hidden states, in units of the answers' spread, and its row."""
+    """Embedded pairs: of each the difference of its hidden states, in units of the answers' spread, and its row.
 
-    def __init__(self) -> None:
+    Args:
+        truth: whose labels are right: those of the data's ``judge``, or of a ``teacher``, a linear head that was fitted
+            to all labels of training and held-out pairs. What the judge wants is hardly to be read from these states;
+            what the teacher wants can be learned, and its true gaps are known.
+    """
+
+    def __init__(self, truth: str) -> None:
         tokenizer = open_model("demo", device="cpu").tokenizer
         hidden: dict[str, Tensor] = {}
         self.rows: dict[str, list[Preference]] = {}
@@ -410,16 +417,21 @@ class _Real:
         self.train, self.dev = ((hidden[split][:, 0] - hidden[split][:, 1]) / spread for split in ("train", "dev"))
         self.ids = [row.id for row in self.rows["train"]]
         self.place = {id: index for index, id in enumerate(self.ids)}
-        # What a model of the right labels thinks of pairs that it has not seen: the gap of `stochastic`.
-        decay = self.decay(self.train, 0)
-        self.gap = self.crossed(self.train, "bt", 0.0, decay).abs().tolist()
+        if truth == "teacher":
+            teacher = _fit(torch.cat([self.train, self.dev]), "bt", decay=DECAYS[0])
+            margins = self.train @ teacher
+            self.train, self.dev = margins.sign()[:, None] * self.train, (self.dev @ teacher).sign()[:, None] * self.dev
+            self.gap = self.sure = margins.abs().tolist()
+        else:
+            # What a model of the right labels thinks of pairs that it has not seen.
+            self.gap = self.crossed(self.train, "bt", 0.0, self.decay(self.train, 0)).abs().tolist()
 
     def flips(self, noise: str, seed: int) -> list[bool]:
         """Which labels turn over.
 
-        The largest true gap, for `irrational`, is the judge's confidence, of which most are near 1, so that chance
-        decides among many; with "model" it is the gap of the model of the right labels. That gap, never against the
-        label, is the one of `stochastic`, too.
+        Where the judge is right, the true gap is its confidence for `irrational`, mostly near 1, so that chance decides
+        among many; for `stochastic`, and for `irrational` with "model", it is the size of the margin that a model of
+        the right labels gives. Where the teacher is right, it is the size of the teacher's margin.
         """
         kind, *rest = noise.split()
         if kind == "none":
@@ -477,20 +489,18 @@ def heads(seeds: int = 5) -> None:
     Weight decay is chosen the same way, for Bradley-Terry, and then used for every loss. `memorise` is the same with
     next to no weight decay, where a head learns most labels by heart.
     """
-    real = _Real()
-    for noise in NOISES:
-        for seed in range(seeds):
-            todo = [method for method in METHODS if not done(part="heads", noise=noise, loss=method, seed=seed)]
-            if todo:
-                x, mask = _turned(real, noise, seed)
-                decay = real.decay(x, seed)
-                for method in todo:
-                    _measure(real, x, mask, method, decay, {"part": "heads", "noise": noise, "seed": seed})
-    for seed in range(seeds):
-        for method in METHODS:
-            if not done(part="memorise", noise="uniform 20%", loss=method, seed=seed):
-                x, mask = _turned(real, "uniform 20%", seed)
-                _measure(real, x, mask, method, MEMORISING, {"part": "memorise", "noise": "uniform 20%", "seed": seed})
+    for truth in TRUTHS:
+        real = _Real(truth)
+        trials = [("heads", noise) for noise in NOISES if truth == "judge" or "model" not in noise]
+        for part, noise in (*trials, ("memorise", "uniform 20%")):
+            for seed in range(seeds):
+                keys = {"part": part, "truth": truth, "noise": noise, "seed": seed}
+                todo = [method for method in METHODS if not done(**keys, loss=method)]
+                if todo:
+                    x, mask = _turned(real, noise, seed)
+                    decay = real.decay(x, seed) if part == "heads" else MEMORISING
+                    for method in todo:
+                        _measure(real, x, mask, method, decay, keys)
 
 
 def _turned(real: _Real, noise: str, seed: int) -> tuple[Tensor, list[bool]]:
@@ -500,9 +510,8 @@ def _turned(real: _Real, noise: str, seed: int) -> tuple[Tensor, list[bool]]:
 
 def _measure(real: _Real, x: Tensor, mask: list[bool], method: str, decay: float, keys: dict[str, Any]) -> None:
     began = time.process_time()
-    grid = KNOBS[method]
     # Among equals the knob nearest to Bradley-Terry.
-    grid = sorted(grid, reverse=method in ("trimmed", "r3m"))
+    grid = sorted(KNOBS[method], reverse=method in ("trimmed", "r3m"))
     seed = keys["seed"]
     knob = max(grid, key=lambda value: real.validated(x, method, value, decay, seed)) if len(grid) > 1 else grid[0]
     head = _head(x, method, knob, decay)
@@ -548,19 +557,20 @@ def _found(margins: Tensor, mask: list[bool], method: str, knob: float) -> dict[
 TUNED = (("bt", RobustFields(loss="bt")), ("r3m .75", RobustFields(lam=0.75)), ("r3m .5", RobustFields(lam=0.5)),
          ("cdpo .2", RobustFields(loss="cdpo", smoothing=0.2)),
          ("rdpo .2", RobustFields(loss="rdpo", smoothing=0.2)))  # fmt: skip
-STEPS, SHARE, BETA = 3, 0.2, 0.1
-"""Operations of a problem, share of labels turned over, DPO's beta."""
+STEPS, SHARE, BETA = 3, 0.2, 0.5
+"""Operations of a problem, share of labels turned over, DPO's beta; at 0.1 nothing would ever be flagged."""
 
 
 def dpo(seeds: int = 3) -> None:
-    """A tiny policy, all weights trained, that first read answers of both kinds: labels turned over, five losses.
+    """A tiny policy, all weights trained, that first read right solutions: labels turned over, five losses.
 
     cDPO and rDPO are told the true share of wrong labels.
     """
     items = list(step_audit(8000, 0, steps=STEPS))
     raw = [preference_values(item) for item in items]
     pairs = [Preference(row["id"], row["prompt"], row["chosen"], row["rejected"]) for row in raw]
-    read_first, learnt, held = pairs[:5000], pairs[5000:7500], pairs[7500:]
+    right = [Preference(row["id"], row["prompt"], row["solution"], "") for row in raw[:5000]]
+    learnt, held = pairs[5000:7500], pairs[7500:]
     start: Any = None
     for seed in range(seeds):
         for noise in (0.0, SHARE):
@@ -568,17 +578,17 @@ def dpo(seeds: int = 3) -> None:
                 if done(part="dpo", noise=noise, loss=name, seed=seed):
                     continue
                 if start is None:
-                    start = _read(read_first)
+                    start = _read(right)
                 mask = uniform([row.id for row in learnt], noise, seed=seed)
                 keep({"part": "dpo", "noise": noise, "loss": name, "seed": seed, "read": start[1],
                       **_preferring(start[0], corrupt(learnt, mask), mask, held, robust, seed)})  # fmt: skip
 
 
-def _read(pairs: Sequence[Preference], steps: int = 1500, batch: int = 16) -> tuple[Any, dict[str, float]]:
-    """A tiny model that has read answers, better and worse ones alike."""
+def _read(solved: Sequence[Preference], steps: int = 2500, batch: int = 16) -> tuple[Any, dict[str, float]]:
+    """A tiny model that has read right solutions."""
     opened = tiny_model("llama")
     began = time.process_time()
-    texts = [torch.tensor(ids) for row in pairs for ids in pair_tokens(row, opened.tokenizer, chat=False)]
+    texts = [torch.tensor(pair_tokens(row, opened.tokenizer, chat=False)[0]) for row in solved]
     opened.model.train()
     optimizer = torch.optim.AdamW(opened.model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -605,7 +615,7 @@ def _preferring(
     policy = copy.deepcopy(start.model)
     began = time.process_time()
     data = [{"id": row.id, "prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in pairs]
-    args = _arguments("dpo", per_device_train_batch_size=16, num_train_epochs=2, learning_rate=1e-3, beta=BETA,
+    args = _arguments("dpo", per_device_train_batch_size=16, num_train_epochs=1, learning_rate=2e-4, beta=BETA,
                       max_length=512, seed=seed)  # fmt: skip
     trainer = R3MDPOTrainer(policy, ref_model=copy.deepcopy(start.model), args=args,
                             train_dataset=Dataset.from_list(data), processing_class=start.tokenizer,
@@ -722,7 +732,7 @@ def _cost_tables() -> None:
 def _bandit_table() -> None:
     print(f"\n| setting | pairs | wrong labels | {' | '.join(f'lam {lam:g}' for lam in LAMS)} |")
     print("|---|---|---|" + "---|" * len(LAMS))
-    for row in _of("bandit"):
+    for row in (row for row in _of("bandit") if row["n"] in (1000, 16000)):
         found = [row["lams"][str(lam)] for lam in LAMS]
         cells = [
             f"{statistics.mean(one['error']):.2f}, {statistics.mean(one['scaled']):.3f}, "
@@ -735,32 +745,34 @@ def _bandit_table() -> None:
 
 
 def _heads_table() -> None:
-    for part in ("heads", "memorise"):
-        print(f"\n{part}\n\n| noise | wrong | loss | knobs | accuracy | minus bt | nll | ece | AUC seen | AUC crossed |"
-              " precision seen | precision crossed | excess crossed |")  # fmt: skip
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
-        for noise in NOISES:
-            plain = {row["seed"]: row["accuracy"] for row in _of(part, noise=noise, loss="bt")}
-            for method in METHODS:
-                found = _of(part, noise=noise, loss=method)
-                if found:
-                    print(_heads_line(noise, method, found, plain))
+    for truth in TRUTHS:
+        for name, path in FIGURES.items():
+            print(f"\n{name}, the {truth} is right\n\n| noise | wrong | {' | '.join(METHODS)} |")
+            print("|---|---|" + "---|" * len(METHODS))
+            for part, noise in (*(("heads", noise) for noise in NOISES), ("memorise", "uniform 20%")):
+                found = {method: _of(part, truth=truth, noise=noise, loss=method) for method in METHODS}
+                if found["bt"] and (name == "accuracy" or noise != "none"):
+                    wrong = statistics.mean([row["wrong"] for row in found["bt"]])
+                    cells = " | ".join(_cell(found[method], found["bt"], path) for method in METHODS)
+                    print(f"| {noise}{', by heart' if part == 'memorise' else ''} | {wrong:.0f} | {cells} |")
 
 
-def _heads_line(noise: str, method: str, found: list[dict[str, Any]], plain: dict[int, float]) -> str:
-    def mean(*path: str) -> str:
-        values = [row[path[0]] if len(path) == 1 else row[path[0]].get(path[1]) for row in found]
-        return "" if None in values else f"{statistics.mean(values):.3f}"
+FIGURES = {"accuracy": ("accuracy",), "nll": ("nll",), "AUC, cross-fitted": ("crossed", "margin auc"),
+           "AUC, in-sample": ("seen", "margin auc"), "precision, cross-fitted": ("crossed", "margin precision"),
+           "excess, cross-fitted": ("crossed", "excess")}  # fmt: skip
 
-    right = [row["accuracy"] for row in found]
-    against = "" if method == "bt" else _paired(right, [plain[row["seed"]] for row in found])
-    knobs = ", ".join(f"{knob:g}" for knob in sorted({row["knob"] for row in found}))
-    wrong = f"{statistics.mean([row['wrong'] for row in found]):.0f}"
-    excess = f"{statistics.mean([row['crossed']['excess'] for row in found]):.0f}"
-    cells = [noise, wrong, method, knobs, f"{100 * statistics.mean(right):.1f}", against, mean("nll"), mean("ece"),
-             mean("seen", "margin auc"), mean("crossed", "margin auc"), mean("seen", "margin precision"),
-             mean("crossed", "margin precision"), excess]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+
+def _cell(found: list[dict[str, Any]], plain: list[dict[str, Any]], path: tuple[str, ...]) -> str:
+    """Mean over seeds; for others than Bradley-Terry also what it is more, in hundredths, with its interval."""
+
+    def values(rows: list[dict[str, Any]]) -> list[float]:
+        return [row[path[0]] if len(path) == 1 else row[path[0]][path[1]] for row in rows]
+
+    mean = statistics.mean(values(found))
+    if path[-1] == "excess":
+        return f"{mean:.0f}"
+    against = "" if found is plain or found[0]["loss"] == "bt" else f" {_paired(values(found), values(plain))}"
+    return f"{mean:.3f}{against}"
 
 
 def _rest_tables() -> None:
