@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -297,15 +296,14 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
 
     def command(opened: Any, config: Any, out: Path | None = None) -> int:
         values = {**opened.model_dump(), "stages": [{"use": method, **config.model_dump(exclude_unset=True)}]}
+        if verb == "audit" and out is not None and out.suffix == ".csv":  # the table, and its run folder beside it
+            values["stages"][0]["csv"] = str(out)
+            out = out.with_suffix("")
         from tenfold.pipeline.recipe import resolve
 
         plan = resolve(values, where=f"tenfold {verb}")
         # The same command finds its own folder again; another one never writes over it.
         settings = hashlib.sha256(plan.to_yaml().encode()).hexdigest()[:6]
-        if verb == "audit" and out is not None and out.suffix == ".csv":  # the table, and its run folder beside it
-            code = _execute(plan, out.with_suffix(""))
-            shutil.copy(out.with_suffix("") / "01-audit" / "audit.csv", out)
-            return code
         return _execute(plan, out or Path("runs") / f"{method}-{settings}")
 
     command.__annotations__ = {

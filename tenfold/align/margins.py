@@ -384,7 +384,8 @@ def pair_tokens(row: Preference, tokenizer: Any, chat: bool | None = None) -> tu
         ModelError: no chat template where one is asked for, or no end-of-text token.
 
     >>> from tenfold.models.tiny import tiny_tokenizer
-    >>> [len(ids) for ids in pair_tokens(Preference("1", "1+1=", "2", "33"), tiny_tokenizer("llama"))]
+    >>> row = Preference("1", "1+1=", "2", "33")
+    >>> [len(ids) for ids in pair_tokens(row, tiny_tokenizer("llama"), chat=False)]
     [6, 7]
     """
     pair = _tokenised("", row, tokenizer, _uses_chat(tokenizer, chat))

@@ -170,6 +170,8 @@ class AuditConfig(DataFields):
     """Tokens of prompt and answer; longer pairs are left out and counted."""
     worst: Annotated[int, Field(ge=1)] = 12
     """Most doubtful pairs that the report shows."""
+    csv: Path | None = None
+    """Also write the ranked table to this file; on the command line ``--out NAME.csv`` says the same."""
     action: Literal["drop", "flip", "weights"] = "drop"
     """What the cleaned data does with suspects: leaves them out, turns those over that are almost surely wrong, or
     keeps all with a weight."""

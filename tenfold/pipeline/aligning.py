@@ -93,6 +93,8 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     else:
         scored = score_policy_pairs(opened.model, opened.tokenizer, pairs, beta=config.beta, **keys)
     found, output = _audited(scored, pairs, _known_flips(context.rows), config.lam, config.worst, context.folder)
+    if config.csv is not None:
+        write_csv(config.csv, found)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in cleaned_rows(pairs, found, config.action))
     for path in (context.folder / "cleaned.jsonl", config.clean):
         if path is not None:
