@@ -637,7 +637,7 @@ def _preferring(
 # ---- adapter --------------------------------------------------------------------------------------------------------
 
 
-def adapter(pairs: int = 300, held: int = 200) -> None:
+def adapter(pairs: int = 120, held: int = 100) -> None:
     """The embedded model as a reward model, LoRA of rank 8, one epoch, 20 % of the labels turned over, one seed.
 
     Wrong labels are looked for by the margins of the training itself, each from before its own step.
