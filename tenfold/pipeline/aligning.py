@@ -144,14 +144,18 @@ def _learnt(
 
     disable_progress_bars()
     set_seed(context.seed)  # before the model is opened: the head of a reward model is random
-    opened = judging(context.model, config.target).open(merge=True)
-    task = "reward" if config.target == "reward" else "causal"
+    ref = judging(context.model, config.target)
+    opened, task = ref.open(merge=True), ref.task
     if config.rank:
         model: Any = lora.attach(opened.model, LoraConfig(rank=config.rank, targets=config.targets), task=task)
     else:
         model = full.attach(opened.model, FullConfig(), task=task)
-    tokens = [pair_tokens(row, opened.tokenizer) for row in pairs]
-    fitting = [sum(map(len, both)) for both in tokens if max(map(len, both)) <= config.max_length]
+    lengths = [[len(ids) for ids in pair_tokens(row, opened.tokenizer)] for row in pairs]
+    if config.target == "reward":  # TRL leaves over-long pairs out here, and cuts their end off in DPO
+        fitting = [sum(both) for both in lengths if max(both) <= config.max_length]
+    else:
+        fitting = [sum(min(length, config.max_length) for length in both) for both in lengths]
+    over_long = sum(max(both) > config.max_length for both in lengths)
     steps = total_steps(config, len(fitting), sum(fitting))
     arguments = trainer_arguments(config, model, steps=steps, folder=folder, seed=context.seed)
     arguments |= {"max_length": config.max_length, "gradient_checkpointing": config.gradient_checkpointing}
@@ -189,8 +193,9 @@ def _learnt(
                better="higher", kind="timing"),
         Metric(name="peak memory growth", value=growth.growth, unit="bytes", better="lower", kind="memory"),
     )  # fmt: skip
-    settings = {"pairs": len(fitting), "pairs left out as too long": len(pairs) - len(fitting)}
-    return model, opened, [Result(task="training", subject="after", metrics=figures, settings=settings)]
+    what = "left out" if config.target == "reward" else "cut"
+    settings = {"pairs": len(fitting), f"pairs {what} as too long": over_long}
+    return model, opened, [Result(task="preference training", subject="after", metrics=figures, settings=settings)]
 
 
 def _last_loss(trainer: Any) -> float:
