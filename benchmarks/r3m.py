@@ -9,7 +9,8 @@
     python -m benchmarks.r3m adapter   # the embedded model with an adapter on real pairs; slow
     python -m benchmarks.r3m table     # what docs/methods/r3m.md shows
 
-All of it is resumable row by row. Times are of the CPU (one thread, ``process_time``), since the machine was shared.
+`python -m benchmarks.r3m_choose` is a part of its own: the choice of the cap, on the same heads. All of it is resumable
+ row by row. Times are of the CPU (one thread, ``process_time``), since the machine was shared.
 """
 
 from __future__ import annotations
@@ -56,8 +57,7 @@ from tenfold.models.tiny import tiny_model
 
 RESULTS = Path(__file__).parent / "results" / "r3m.jsonl"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tenfold-bench" / "r3m"
-PAIRS = {"train": 1200, "dev": 400}
-"""Real pairs: 2,000 and 500 would have taken more than 25 minutes."""
+PAIRS = {"train": 2000, "dev": 500}
 LONGEST = 160
 """Tokens of prompt and answer; pairs with a longer answer are left out."""
 
@@ -290,14 +290,14 @@ def _recovery(setting: str, n: int, wrong: float, kind: str, lam: float, seed: i
     pushed = margin.clone()
     pushed[chosen] -= PUSH * margin[chosen].sign()
     label = torch.where(torch.rand(n, generator=generator, dtype=torch.float64) < pushed.sigmoid(), 1.0, -1.0)
-    found = fresh @ _fit(x * label[:, None], "r3m", lam=lam, decay=1e-3)
+    found = fresh @ fit_linear(x * label[:, None], "r3m", lam=lam, decay=1e-3)
     wanted = fresh @ truth
     scale = float((found * wanted).sum() / found.square().sum().clamp(min=1e-12))
     scaled = float((scale * found - wanted).square().mean() / wanted.square().mean())
     return float((found - wanted).square().mean()), scaled, float(((found > 0) == (wanted > 0)).double().mean())
 
 
-def _fit(
+def fit_linear(
     x: Tensor, loss: PairLoss, *, lam: float = 1.0, smoothing: float = 0.0, decay: float, start: Tensor | None = None
 ) -> Tensor:
     """Weights of a linear reward: the mean loss and ``decay / 2 * |w|**2``, by L-BFGS from 0 or from a start."""
@@ -388,7 +388,7 @@ MEMORISING = 1e-5
 """A weight decay at which a head learns its training labels by heart."""
 
 
-class _Real:
+class RealPairs:
     """Embedded pairs: of each the difference of its hidden states, in units of the answers' spread, and its row.
 
     Args:
@@ -418,7 +418,7 @@ class _Real:
         self.ids = [row.id for row in self.rows["train"]]
         self.place = {id: index for index, id in enumerate(self.ids)}
         if truth == "teacher":
-            teacher = _fit(torch.cat([self.train, self.dev]), "bt", decay=DECAYS[0])
+            teacher = fit_linear(torch.cat([self.train, self.dev]), "bt", decay=DECAYS[0])
             margins = self.train @ teacher
             self.train, self.dev = margins.sign()[:, None] * self.train, (self.dev @ teacher).sign()[:, None] * self.dev
             self.gap = self.sure = margins.abs().tolist()
@@ -457,14 +457,14 @@ class _Real:
 
     def validated(self, x: Tensor, method: str, knob: float, decay: float, seed: int) -> float:
         """Share of held-out training labels, wrong ones among them, that a head agrees with."""
-        agreed = [((x[held] @ _head(x[~held], method, knob, decay)) > 0).double().sum() for held in self.held(seed)]
+        agreed = [((x[held] @ head_of(x[~held], method, knob, decay)) > 0).double().sum() for held in self.held(seed)]
         return float(sum(agreed)) / len(x)
 
     def crossed(self, x: Tensor, method: str, knob: float, decay: float) -> Tensor:
         """Margins by heads that have not seen the pair."""
 
         def fit(rows: list[Preference], fold: int) -> Tensor:
-            return _head(x[[self.place[row.id] for row in rows]], method, knob, decay)
+            return head_of(x[[self.place[row.id] for row in rows]], method, knob, decay)
 
         def score(head: Tensor, rows: list[Preference]) -> Scored:
             ids = tuple(row.id for row in rows)
@@ -475,12 +475,12 @@ class _Real:
         return found.margins.double()
 
 
-def _head(x: Tensor, method: str, knob: float, decay: float) -> Tensor:
+def head_of(x: Tensor, method: str, knob: float, decay: float) -> Tensor:
     """A linear head. `trimmed` starts from R3M at lam .1, as it is not convex (section 8.1)."""
     loss = cast(PairLoss, method.split()[0])
     keys = {"lam": knob} if loss in ("r3m", "trimmed") else {"smoothing": knob}
-    start = _fit(x, "r3m", lam=0.1, decay=decay) if loss == "trimmed" else None
-    return _fit(x, loss, decay=decay, start=start, **keys)
+    start = fit_linear(x, "r3m", lam=0.1, decay=decay) if loss == "trimmed" else None
+    return fit_linear(x, loss, decay=decay, start=start, **keys)
 
 
 def heads(seeds: int = 5) -> None:
@@ -490,31 +490,31 @@ def heads(seeds: int = 5) -> None:
     next to no weight decay, where a head learns most labels by heart.
     """
     for truth in TRUTHS:
-        real = _Real(truth)
+        real = RealPairs(truth)
         trials = [("heads", noise) for noise in NOISES if truth == "judge" or "model" not in noise]
         for part, noise in (*trials, ("memorise", "uniform 20%")):
             for seed in range(seeds):
                 keys = {"part": part, "truth": truth, "noise": noise, "seed": seed}
                 todo = [method for method in METHODS if not done(**keys, loss=method)]
                 if todo:
-                    x, mask = _turned(real, noise, seed)
+                    x, mask = turned(real, noise, seed)
                     decay = real.decay(x, seed) if part == "heads" else MEMORISING
                     for method in todo:
                         _measure(real, x, mask, method, decay, keys)
 
 
-def _turned(real: _Real, noise: str, seed: int) -> tuple[Tensor, list[bool]]:
+def turned(real: RealPairs, noise: str, seed: int) -> tuple[Tensor, list[bool]]:
     mask = real.flips(noise, seed)
     return torch.where(torch.tensor(mask)[:, None], -real.train, real.train), mask
 
 
-def _measure(real: _Real, x: Tensor, mask: list[bool], method: str, decay: float, keys: dict[str, Any]) -> None:
+def _measure(real: RealPairs, x: Tensor, mask: list[bool], method: str, decay: float, keys: dict[str, Any]) -> None:
     began = time.process_time()
     # Among equals the knob nearest to Bradley-Terry.
     grid = sorted(KNOBS[method], reverse=method in ("trimmed", "r3m"))
     seed = keys["seed"]
     knob = max(grid, key=lambda value: real.validated(x, method, value, decay, seed)) if len(grid) > 1 else grid[0]
-    head = _head(x, method, knob, decay)
+    head = head_of(x, method, knob, decay)
     row = {**keys, "loss": method, "knob": knob, "decay": decay, "wrong": sum(mask), **_clean(real.dev @ head)}
     row["fitted"] = float(((x @ head) > 0).double().mean())
     for name, margins in (("seen", x @ head), ("crossed", real.crossed(x, method, knob, decay))):
@@ -637,7 +637,7 @@ def _preferring(
 # ---- adapter --------------------------------------------------------------------------------------------------------
 
 
-def adapter(pairs: int = 120, held: int = 100) -> None:
+def adapter(pairs: int = 500, held: int = 300) -> None:
     """The embedded model as a reward model, LoRA of rank 8, one epoch, 20 % of the labels turned over, one seed.
 
     Wrong labels are looked for by the margins of the training itself, each from before its own step.
@@ -647,8 +647,8 @@ def adapter(pairs: int = 120, held: int = 100) -> None:
     from tenfold.align.trainers import R3MRewardTrainer
 
     disable_progress_bars()
-    for name, robust in TUNED[:2]:
-        if done(part="adapter", loss=name):
+    for name, robust in TUNED[:3]:
+        if done(part="adapter", loss=name, pairs=pairs):
             continue
         torch.manual_seed(0)
         opened = open_model("demo", "reward", device="cpu")
@@ -694,7 +694,7 @@ def _of(part: str, **keys: Any) -> list[dict[str, Any]]:
     return [row for row in rows() if row["part"] == part and all(row.get(key) == keys[key] for key in keys)]
 
 
-def _paired(first: Sequence[float], second: Sequence[float], scale: float = 100) -> str:
+def paired(first: Sequence[float], second: Sequence[float], scale: float = 100) -> str:
     """Mean difference with its 95 % interval over seeds."""
     differences = [scale * (a - b) for a, b in zip(first, second, strict=True)]
     middle = statistics.mean(differences)
@@ -771,7 +771,7 @@ def _cell(found: list[dict[str, Any]], plain: list[dict[str, Any]], path: tuple[
     mean = statistics.mean(values(found))
     if path[-1] == "excess":
         return f"{mean:.0f}"
-    against = "" if found is plain or found[0]["loss"] == "bt" else f" {_paired(values(found), values(plain))}"
+    against = "" if found is plain or found[0]["loss"] == "bt" else f" {paired(values(found), values(plain))}"
     return f"{mean:.3f}{against}"
 
 
@@ -785,7 +785,7 @@ def _rest_tables() -> None:
             if not found:
                 continue
             right = [row["accuracy"] for row in found]
-            against = "" if name == "bt" else _paired(right, [plain[row["seed"]] for row in found])
+            against = "" if name == "bt" else paired(right, [plain[row["seed"]] for row in found])
             names = ("nll", "auc seen", "auc online", "precision seen", "precision online")
             cells = [f"{statistics.mean([row[key] for row in found]):.3f}" if key in found[0] else "" for key in names]
             print(f"| {100 * noise:.0f} % | {name} | {100 * statistics.mean(right):.1f} | {against} | "

@@ -349,6 +349,8 @@ def _execute(plan: Any, out: Path) -> int:
             console.rule(Text(sample.prompt), align="left")
             for subject, text in sample.outputs.items():
                 console.print(f"[{subject}] {text}", markup=False, highlight=False)
+        for note in summary.notes:
+            console.print(f"{summary.stage}: {note}", markup=False, highlight=False)
         if summary.artefact:
             console.print(f"{summary.stage}: {out / f'{summary.index:02d}-{summary.stage}' / summary.artefact}")
     rows = [(name, *map(_number, values), unit) for name, *values, unit in headline(summaries)]

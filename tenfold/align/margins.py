@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from tenfold.align.preferences import without_label
 from tenfold.data.encode import pad_id, require_chat_template
 from tenfold.data.read import hash_share
 from tenfold.data.rows import Preference, content
@@ -188,8 +190,7 @@ def cross_fit(
 ) -> Scored:
     """Margins by models that have not seen the pair: each fold is scored by a model trained on the others.
 
-    A row's fold comes from a hash of its id; rows that hold the same prompt and answers, in either order, share the
-    fold of the first of them, so that no model has seen a pair under another id. One model lives at a time.
+    Folds are those of `folds_of`, so that no model has seen a pair under another id. One model lives at a time.
 
     Args:
         rows: all pairs.
@@ -210,7 +211,7 @@ def cross_fit(
     """
     if folds < 2:
         raise ConfigError(f"folds: {folds} leaves nothing to train on", remedy="give 2 or more, such as 5")
-    fold_of = _folds(rows, folds)
+    fold_of = folds_of(rows, folds)
     found: dict[str, float] = {}
     over_long: set[str] = set()
     for fold in range(folds):
@@ -228,15 +229,36 @@ def cross_fit(
     )
 
 
-def _folds(rows: Sequence[Preference], folds: int) -> dict[str, int]:
+def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
+    """The fold of each row, by a hash that stays when rows come and go.
+
+    Rows of one prompt share a fold, since what is learnt of one pair tells of the others. Where a prompt has more than
+    a fold's share of the rows, only those with the same two answers do, in either order.
+
+    Args:
+        rows: all pairs.
+        folds: how many, 1 or more.
+
+    Returns:
+        Row id -> fold, from 0 on.
+
+    Raises:
+        DataError: an id comes twice.
+
+    >>> rows = [Preference(str(n), f"{n // 2}+1=", "1", "2") for n in range(20)]
+    >>> found = folds_of(rows, 2)
+    >>> all(found[str(n)] == found[str(n + 1)] for n in range(0, 20, 2))
+    True
+    """
+    sizes = Counter(row.prompt for row in rows)
     first: dict[tuple[str, ...], str] = {}
     fold_of: dict[str, int] = {}
     for row in rows:
         if row.id in fold_of:
             raise DataError(f"id {row.id!r} comes twice", remedy="give each row an id of its own")
-        same = (row.prompt, *sorted((row.chosen, row.rejected)))
+        group = (row.prompt,) if sizes[row.prompt] * folds <= len(rows) else without_label(row)
         # Not the hash that holds rows out: of what is trained on, it has only the upper part.
-        fold_of[row.id] = int(hash_share(f"fold|{first.setdefault(same, row.id)}") * folds)
+        fold_of[row.id] = int(hash_share(f"fold|{first.setdefault(group, row.id)}") * folds)
     return fold_of
 
 

@@ -179,6 +179,12 @@ def flipped(row: Preference) -> Preference:
     return Preference(row.id, row.prompt, row.rejected, row.chosen)
 
 
+def without_label(row: Preference) -> tuple[str, str, str]:
+    """Prompt and answers, equal for pairs that differ in nothing but the label and the id."""
+    first, second = sorted((row.chosen, row.rejected))
+    return row.prompt, first, second
+
+
 def write_corrupted(path: Path, rows: Sequence[Preference], mask: Sequence[bool]) -> None:
     """Write corrupted rows as JSON lines, with the mask beside them as the column ``flipped``.
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from tenfold.align.r3m import RunningKink, pair_loss, perturbation
-from tenfold.config.r3m import RobustFields
+from tenfold.align.r3m import PairLoss, RunningKink, pair_loss, perturbation
+from tenfold.config.r3m import TRIMMED_START, RobustFields
 from tenfold.errors import ConfigError, MissingDependencyError, RunError
 
 try:
@@ -108,11 +108,13 @@ class _Robust(Trainer):
         return next(found for found in self.callback_handler.callbacks if isinstance(found, R3MMemory))
 
     @property
-    def _lam(self) -> float:
+    def _now(self) -> tuple[PairLoss, float]:
+        """The loss of this step, and its cap."""
         if self.state.global_step < self.robust.lam_warmup * self.state.max_steps:
-            return 1.0
+            # What is trimmed too early never comes back, so first all pairs pull, and about equally.
+            return "r3m", TRIMMED_START if self.robust.loss == "trimmed" else 1.0
         moving = self._memory.kink
-        return self.robust.fixed_lam if moving is None else moving.lam
+        return self.robust.loss, self.robust.fixed_lam if moving is None else moving.lam
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         if ID not in next(iter(dataset), {ID: None}):
@@ -140,8 +142,8 @@ class _Robust(Trainer):
                 remedy=f"look at these pairs, lower learning_rate (now {self.args.learning_rate:g}), or train in "
                 "float32",
             )
-        lam = self._lam
-        losses = pair_loss(margin, self.robust.loss, lam=lam, smoothing=self.robust.smoothing)
+        loss, lam = self._now
+        losses = pair_loss(margin, loss, lam=lam, smoothing=self.robust.smoothing)
         self._note(margin.detach().float(), ids, lam)
         return losses
 

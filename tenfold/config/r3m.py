@@ -15,7 +15,7 @@ from tenfold.config.training import TrainingFields
 
 _CAPPED = ("r3m", "trimmed")
 _SMOOTHED = ("cdpo", "rdpo")
-_DEFAULT_LAM = 0.75
+_DEFAULT_LAM = {"r3m": 0.75, "trimmed": 0.9}
 
 
 class RobustFields(Config):
@@ -26,15 +26,16 @@ class RobustFields(Config):
     ``cdpo`` and ``rdpo`` reckon with a share of flipped labels."""
     lam: Annotated[float, Field(gt=0, le=1)] | None = None
     """Cap on the pull of one pair, which would be 1 at most: smaller is more robust, 1 is off. A pair is flagged where
-    the model gives its label less than ``1 - lam``. Default: 0.75, unless ``budget`` is given. Sensible: 0.5 to 0.95,
-    less where many labels are wrong."""
+    the model gives its label less than ``1 - lam``. Default: 0.75 (``trimmed``: 0.9), unless ``budget`` is given.
+    Sensible: 0.5 to 0.95, less where many labels are wrong."""
     budget: BudgetText | None = None
     """Instead of ``lam``: share of labels that may be wrong, such as ``10%``. The cap then follows the margins, so that
     about this share of the pairs is flagged."""
     smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """Share of labels that are flipped, as ``cdpo`` and ``rdpo`` take it."""
     lam_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the steps, the first ones, in which every label is trusted, because margins mean nothing yet."""
+    """Share of the steps, the first ones, in which every label is trusted, because margins mean nothing yet. For
+    ``trimmed``, which wants a good start, these are steps of ``r3m`` with ``lam`` 0.1; give 0.5."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -56,12 +57,12 @@ class RobustFields(Config):
     def fixed_lam(self) -> float:
         """The cap after the warm-up where no budget moves it; 1 of a loss that has none.
 
-        >>> RobustFields().fixed_lam, RobustFields(lam=0.9).fixed_lam, RobustFields(loss="bt").fixed_lam
+        >>> RobustFields().fixed_lam, RobustFields(loss="trimmed").fixed_lam, RobustFields(loss="bt").fixed_lam
         (0.75, 0.9, 1.0)
         """
         if self.loss not in _CAPPED:
             return 1.0
-        return _DEFAULT_LAM if self.lam is None else self.lam
+        return _DEFAULT_LAM[self.loss] if self.lam is None else self.lam
 
     @property
     def share(self) -> float | None:
@@ -126,11 +127,18 @@ class R3MConfig(RobustFields, TrainingFields):
     folds: Annotated[int, Field(ge=0)] = 0
     """Judge each training pair by a model that has not seen it: so many further trainings, 2 or more; 0 judges by the
     trained model, which may know wrong labels by heart."""
+    lams: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """Instead of ``lam``: train with each of these caps, and keep the one whose model explains best the pairs that it
+    has not seen, such as ``[1, 0.75, 0.5, 0.25]``. Without ``trusted`` a fifth of the training pairs judges, and their
+    labels may be wrong; so many further trainings."""
+    trusted: str | None = None
+    """Pairs whose labels are known to be right, in a file or as ``data`` names them: they choose among ``lams``."""
     worst: Annotated[int, Field(ge=1)] = 12
     """Most doubtful pairs that the report shows."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        self._choosable()
         if self.folds == 1:
             raise ValueError("folds: 1 leaves nothing to train on: give 0, or 2 or more")
         if self.target == "dpo" and self.rank == 0:
@@ -143,6 +151,16 @@ class R3MConfig(RobustFields, TrainingFields):
             parse_noise(self.noise)
         return self
 
+    def _choosable(self) -> None:
+        if len(set(self.lams)) != len(self.lams) or len(self.lams) == 1:
+            raise ValueError(f"lams: {list(self.lams)} leaves nothing to choose from: give two caps or more, each once")
+        if self.trusted is not None and not self.lams:
+            raise ValueError("trusted: these pairs choose among lams, and there are none: give lams: [1, 0.75, 0.5]")
+        if self.lams and (self.lam is not None or self.budget is not None or self.loss not in _CAPPED):
+            raise ValueError(
+                "lams: one of these takes the place of lam; give it without lam and budget, to r3m or trimmed"
+            )
+
     @property
     def audit_lam(self) -> float:
         """The level at which pairs are flagged afterwards: that of the training, unless it trusted everything.
@@ -153,6 +171,8 @@ class R3MConfig(RobustFields, TrainingFields):
         return self.fixed_lam if self.fixed_lam < 1 else AUDIT_LAM
 
 
+TRIMMED_START = 0.1
+"""The cap of ``r3m`` that ``trimmed`` warms up with (R3M specification, section 8.1)."""
 AUDIT_LAM = 0.85
 """A pair is flagged where the model gives its label less than 15 %."""
 
@@ -164,6 +184,8 @@ class AuditConfig(DataFields):
     """A pair is flagged where the model gives its label less than ``1 - lam``."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """For policies: the beta that they were trained with."""
+    reference: str | None = None
+    """For policies without an adapter: the model that they started from, a folder, a hub id or ``demo``."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Pairs of a forward pass, which has twice as many sequences."""
     max_length: Annotated[int, Field(ge=8)] = 1024

@@ -17,7 +17,8 @@ from transformers import set_seed
 from tenfold.adapt import full, lora
 from tenfold.adapt.training import carry_out, total_steps, trainer_arguments
 from tenfold.align.audit import Audit, Verdict, audit, cleaned_rows, worst_pairs, write_csv
-from tenfold.align.margins import Scored, cross_fit, pair_tokens, score_pairs, score_policy_pairs
+from tenfold.align.choose import LEAST, Candidate, choose_lam
+from tenfold.align.margins import Scored, cross_fit, folds_of, pair_tokens, score_pairs, score_policy_pairs
 from tenfold.align.preferences import (
     corrupt,
     flip_mask,
@@ -26,6 +27,7 @@ from tenfold.align.preferences import (
     stochastic,
     true_rewards,
     uniform,
+    without_label,
     write_corrupted,
 )
 from tenfold.config.full import FullConfig
@@ -45,6 +47,7 @@ from tenfold.models.open import saved_task
 from tenfold.models.opened import Opened
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.adapting import base_of
+from tenfold.pipeline.checking import trusted_rows
 from tenfold.pipeline.context import Context, StageOutput
 from tenfold.report.record import Figure, Sample, Series, Table
 
@@ -56,12 +59,15 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
     mask = _mask(kept, config, context.seed)
     pairs = corrupt(_preferences(kept), mask)
     write_corrupted(context.folder / "training.jsonl", _preferences(kept), mask)
+    config, tried, notes = _chosen(pairs, config, context)
     model, opened, results = _learnt(pairs, config, context, context.folder)
     results += context.remember("held-out", lambda: [_quality(model, opened, held, config, context)])
     scored = _judged(model, opened, pairs, config, context)
     found, output = _audited(scored, pairs, dict(zip((row.id for row in pairs), mask, strict=True)), config.audit_lam,
                              config.worst, context.folder)  # fmt: skip
     method = {"method": f"R3M ({config.loss}, {config.target})", "pairs": len(pairs), "flagged": found.flags}
+    if tried:
+        method["lam"] = config.fixed_lam
     if config.rank:
         save_adapter(model, opened.tokenizer, context.folder / "adapter", base=base_of(context.model))
         attached = {**lora.attached(model), **method}
@@ -70,7 +76,12 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
         attached = method
     kind: Any = "adapter" if config.rank else "model"
     return dataclasses.replace(
-        output, results=[*results, *output.results], attached=attached, artefact=kind, continues_with=kind
+        output,
+        results=[*tried, *results, *output.results],
+        notes=[*notes, *output.notes],
+        attached=attached,
+        artefact=kind,
+        continues_with=kind,
     )
 
 
@@ -91,6 +102,7 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     if model.task == "reward":
         scored = score_pairs(opened.model, opened.tokenizer, pairs, **keys)
     else:
+        keys["reference"] = None if config.reference is None else _reference(config.reference, context)
         scored = score_policy_pairs(opened.model, opened.tokenizer, pairs, beta=config.beta, **keys)
     found, output = _audited(scored, pairs, _known_flips(context.rows), config.lam, config.worst, context.folder)
     if config.csv is not None:
@@ -101,6 +113,12 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
             write_text(path, text)
     note = f"{found.count('drop')} rows to drop, {found.count('flip')} to flip, {found.count('review')} to review."
     return dataclasses.replace(output, notes=[*output.notes, note])
+
+
+def _reference(source: str, context: Context) -> Any:
+    """The model that a policy started from, opened like the policy."""
+    like = context.model
+    return ModelRef(source, dtype=like.dtype, device=like.device, trust_remote_code=like.trust_remote_code).open().model
 
 
 def _preferences(rows: Rows) -> list[Preference]:
@@ -244,18 +262,70 @@ def _judged(model: Any, opened: Opened, pairs: Sequence[Preference], config: R3M
     if not config.folds:
         return _scorer(config, opened, cache=context.folder / "margins.jsonl", progress=tell)(model, list(pairs))
 
-    def fit(rows: list[Preference], fold: int) -> Any:
-        folder = context.folder / f"fold-{fold}"
+    def score(fitted: tuple[list[Preference], int], held: list[Preference]) -> Scored:
+        return _unseen(fitted[0], held, config, context, f"fold-{fitted[1]}")
+
+    return cross_fit(pairs, config.folds, lambda rows, fold: (rows, fold), score)
+
+
+def _unseen(
+    rows: Sequence[Preference], judged: Sequence[Preference], config: R3MConfig, context: Context, name: str
+) -> Scored:
+    """Margins of pairs by a model trained on others; kept in a file, for a resumed stage that has trained it."""
+    kept, folder = context.folder / f"{name}.json", context.folder / name
+    if not kept.exists():
         folder.mkdir(exist_ok=True)
-        return _learnt(rows, config, context, folder)[0]
+        model, opened, _ = _learnt(rows, config, context, folder)
+        found = _scorer(config, opened, progress=partial(context.progress, f"scoring, {name}"))(model, list(judged))
+        values = {"ids": found.ids, "margins": found.margins.tolist(), "over_long": found.over_long}
+        write_text(kept, json.dumps(values))
+    shutil.rmtree(folder, ignore_errors=True)
+    values = json.loads(kept.read_text(encoding="utf-8"))
+    return Scored(tuple(values["ids"]), torch.tensor(values["margins"]), tuple(values["over_long"]))
 
-    def score(fitted: Any, rows: list[Preference]) -> Scored:
-        return _scorer(config, opened)(fitted, rows)
 
-    found = cross_fit(pairs, config.folds, fit, score)
-    for folder in context.folder.glob("fold-*"):
-        shutil.rmtree(folder)
-    return found
+JUDGES = 5
+"""One in so many training pairs judges caps, where no pair is trusted."""
+
+
+def _chosen(
+    pairs: Sequence[Preference], config: R3MConfig, context: Context
+) -> tuple[R3MConfig, list[Result], list[str]]:
+    """The configuration with the cap whose training explains unseen pairs best, and what is to be said of it."""
+    if not config.lams:
+        return config, [], []
+    if config.trusted is not None:
+        judges = _preferences(trusted_rows(config))
+        known = {without_label(row) for row in judges}
+        rows = [row for row in pairs if without_label(row) not in known]
+    else:
+        fold_of = folds_of(pairs, JUDGES)
+        judges = [row for row in pairs if not fold_of[row.id]]
+        rows = [row for row in pairs if fold_of[row.id]]
+    if len(judges) < LEAST:
+        raise DataError(
+            f"lams: {len(judges)} pairs cannot choose among caps",
+            remedy=f"give {LEAST} or more under trusted, or {JUDGES * LEAST} or more to train on; best ten times that",
+        )
+    fixed = {lam: config.model_copy(update={"lam": lam, "lams": (), "trusted": None}) for lam in config.lams}
+    margins = {lam: _unseen(rows, judges, one, context, f"lam-{lam:g}").margins for lam, one in fixed.items()}
+    choice = choose_lam(margins, trusted=config.trusted is not None)
+    labels = "trusted" if config.trusted is not None else "doubtful"
+    close = [f"{one.lam:g}" for one in choice.candidates if one.lam != choice.lam and one.behind < 2 * one.stderr]
+    note = f"lam {choice.lam:g} explains {len(margins[choice.lam])} unseen pairs with {labels} labels best"
+    note += f"; there is no evidence that {', '.join(close)} would be worse." if close else "."
+    return fixed[choice.lam], [_tried(one, len(margins[one.lam]), labels) for one in choice.candidates], [note]
+
+
+def _tried(one: Candidate, pairs: int, labels: str) -> Result:
+    metrics = [
+        Metric(name="agreement", value=one.agreement, count=pairs, better="higher"),
+        Metric(name="nats, recalibrated", value=one.nats, unit="nats/pair", count=pairs, better="lower"),
+        Metric(name="behind the best", value=one.behind, stderr=one.stderr, unit="nats/pair", better="lower"),
+    ]
+    if labels == "doubtful":
+        metrics.append(Metric(name="share of wrong labels, estimated", value=one.wrong))
+    return Result(task="choice of lam", subject=f"{one.lam:g}", metrics=tuple(metrics), settings={"labels": labels})
 
 
 def _audited(

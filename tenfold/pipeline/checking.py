@@ -90,10 +90,24 @@ def _check_training(config: TrainingFields, rows: Rows | None, where: str) -> No
     _check_kind(rows, kinds, f"{where}: training")
     assert rows is not None
     rows.split(config.holdout)
+    if isinstance(config, R3MConfig) and config.trusted is not None:
+        trusted_rows(config)
     for name in config.report_to:
         package = {"tensorboard": "tensorboard"}.get(name, name)
         if find_spec(package) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
             raise MissingDependencyError(f"{where}: report_to: {name} is not installed", f"pip install {package}")
+
+
+def trusted_rows(config: R3MConfig) -> Rows:
+    """The pairs that choose among caps, read like the training data.
+
+    Raises:
+        DataError: they cannot be read, or are no preferences.
+    """
+    from tenfold.data.read import read_rows
+
+    assert config.trusted is not None
+    return read_rows(config.trusted, rows="preference", columns=config.columns)
 
 
 def _check_kind(rows: Rows | None, kinds: tuple[str, ...], what: str) -> None:

@@ -30,10 +30,12 @@ import tenfold
 from tenfold.config.base import Config
 from tenfold.config.data import DataFields
 from tenfold.config.pasta import SteeringFields
+from tenfold.config.r3m import AuditConfig, R3MConfig
 from tenfold.errors import RunError, TenfoldError
 from tenfold.files import replace_folder, write_text
 from tenfold.models.embedded import DEMO_HUB_ID
-from tenfold.pipeline.checking import check_stage
+from tenfold.models.reference import ModelRef
+from tenfold.pipeline.checking import check_stage, trusted_rows
 from tenfold.pipeline.context import Context, StageOutput
 from tenfold.pipeline.progress import Progress
 from tenfold.pipeline.recipe import Plan, Step
@@ -45,7 +47,6 @@ from tenfold.report.record import StageSummary
 
 if TYPE_CHECKING:
     from tenfold.data.read import Rows
-    from tenfold.models.reference import ModelRef
 
 
 NO_FIGURE = {"save_every", "log_every", "report_to"}
@@ -171,7 +172,7 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
         inputs: dict[str, Any] = {"model": identity}
         if rows is not None:
             inputs["data"] = {"source": rows.source, "sha256": rows.sha256, "rows": len(rows)}
-        inputs |= _files(step.config)
+        inputs |= _named(step.config)
         basis = {
             "previous": previous,
             "stage": step.name,
@@ -185,11 +186,18 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
         previous = fingerprint
 
 
-def _files(config: Config) -> dict[str, str]:
-    """Hashes of the files that a configuration names beside its data; an earlier stage has a fingerprint of its own."""
+def _named(config: Config) -> dict[str, Any]:
+    """Hashes of what a configuration names beside its data; an earlier stage has a fingerprint of its own."""
     context = getattr(config, "context", None)
     paths = {"context": context, "profile": config.profile_file() if isinstance(config, SteeringFields) else None}
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if isinstance(path, Path)}
+    found: dict[str, Any] = {
+        key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if isinstance(path, Path)
+    }
+    if isinstance(config, R3MConfig) and config.trusted is not None:
+        found["trusted"] = trusted_rows(config).sha256
+    if isinstance(config, AuditConfig) and config.reference is not None:
+        found["reference"] = ModelRef(config.reference).identity()
+    return found
 
 
 def _finished(out: Path, job: Job) -> StageSummary | None:

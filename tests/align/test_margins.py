@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tenfold.align import margins as scoring
-from tenfold.align.margins import Scored, cross_fit, score_pairs, score_policy_pairs
+from tenfold.align.margins import Scored, cross_fit, folds_of, score_pairs, score_policy_pairs
 from tenfold.data.read import hash_share, read_rows
 from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError, ModelError
@@ -366,6 +366,16 @@ class TestCrossFit:
         _, trained = self.run(self.ROWS + copies)
         for ids in trained:
             assert all((row.id in ids) == (f"copy-{row.id}" in ids) for row in self.ROWS)
+
+    def test_pairs_of_one_prompt_share_a_fold_unless_it_has_more_than_its_share(self):
+        rows = [Preference(str(n), f"prompt {n // 4}", str(n), "-") for n in range(200)]
+        fold_of = folds_of(rows, 5)
+        assert set(fold_of.values()) == set(range(5))
+        assert all(len({fold_of[str(n)] for n in range(first, first + 4)}) == 1 for first in range(0, 200, 4))
+        alone = [Preference(str(n), "the only prompt", str(n // 2), "-") for n in range(200)]
+        fold_of = folds_of(alone, 5)
+        assert set(fold_of.values()) == set(range(5))
+        assert all(fold_of[str(n)] == fold_of[str(n + 1)] for n in range(0, 200, 2)), "equal pairs still do"
 
     def test_one_model_lives_at_a_time(self):
         class Weights:

@@ -228,6 +228,24 @@ def test_warm_up_trusts_every_label(tmp_path, make):
 
 
 @BOTH
+def test_trimmed_starts_with_a_small_cap(tmp_path, make):
+    found = trainer(make, tmp_path, pairs(), RobustFields(loss="trimmed", lam=0.8, lam_warmup=0.5))
+    seen, original = [], found._pair_losses
+
+    def spy(margin, ids):
+        losses = original(margin, ids)
+        seen.append((margin.detach(), losses.detach()))
+        return losses
+
+    found._pair_losses = spy
+    found.train()
+    assert [line["r3m/lam"] for line in steps(found)] == [0.1, 0.1, 0.1, 0.8, 0.8, 0.8]
+    for number, (margin, losses) in enumerate(seen):
+        expected = r3m_loss(margin, 0.1) if number < 3 else r3m_loss(margin.clamp(min=kink(0.8)), 1)
+        torch.testing.assert_close(losses, expected)
+
+
+@BOTH
 def test_evaluation_flags_and_learns_nothing(tmp_path, make):
     found = trainer(make, tmp_path, pairs(), RobustFields(lam=0.3), learning_rate=0.0, max_steps=4)
     found.train()

@@ -12,8 +12,11 @@ from rich.console import Console
 from tenfold import cli
 from tenfold.config.r3m import RobustFields
 from tenfold.config.training import TrainingFields
+from tenfold.data.sources import open_source
 from tenfold.errors import ConfigError, DataError
+from tenfold.models.export import save_model
 from tenfold.models.open import open_model
+from tenfold.pipeline import aligning
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.recipe import resolve
 from tenfold.pipeline.stages import stage
@@ -34,6 +37,12 @@ def recipe(*more, **keys):
 
 def execute(values, out):
     return runner.run(resolve(values, "contract"), out, Console(quiet=True))
+
+
+def step_audit_rows(source):
+    keys = ("id", "prompt", "chosen", "rejected")
+    return [{key: f"right-{record.values[key]}" if key == "id" else record.values[key] for key in keys}
+            for record in open_source(source).records]  # fmt: skip
 
 
 def figures(summaries):
@@ -88,7 +97,8 @@ def test_interrupted_halfway_it_ends_as_if_it_never_was(keys, tmp_path, monkeypa
 def test_out_of_fold_margins_are_those_of_models_that_have_not_seen_the_pair(tmp_path):
     (plain,) = execute(recipe(**TARGETS["reward"]), tmp_path / "plain")
     (crossed,) = execute(recipe(**TARGETS["reward"], folds=2), tmp_path / "crossed")
-    assert not list((tmp_path / "crossed" / "01-r3m").glob("fold-*"))
+    kept = sorted(path.name for path in (tmp_path / "crossed" / "01-r3m").glob("fold-*"))
+    assert kept == ["fold-0.json", "fold-1.json"], "margins, no weights"
 
     def margins(folder):
         with (folder / "01-r3m" / "audit.csv").open() as file:
@@ -99,6 +109,109 @@ def test_out_of_fold_margins_are_those_of_models_that_have_not_seen_the_pair(tmp
     assert first != second
     held = [result for result in plain.results if result.task == "held-out preferences"]
     assert held == [result for result in crossed.results if result.task == "held-out preferences"]
+
+
+CHOOSING = {**TARGETS["reward"], "data": "step-audit:80", "lams": [1, 0.4], "steps": 3}
+
+
+@pytest.fixture
+def right(tmp_path):
+    """Pairs with right labels."""
+    path = tmp_path / "right.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in step_audit_rows("step-audit:20:7")))
+    return path
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_cap_is_chosen_by_pairs_that_its_training_has_not_seen(trusted, right, tmp_path, monkeypatch):
+    judged, trained = [], []
+    learnt, unseen = aligning._learnt, aligning._unseen
+
+    def spy_learnt(pairs, config, context, folder):
+        trained.append(({row.id for row in pairs}, config.fixed_lam))
+        return learnt(pairs, config, context, folder)
+
+    def spy_unseen(rows, judges, *rest):
+        judged.append({row.id for row in judges})
+        return unseen(rows, judges, *rest)
+
+    monkeypatch.setattr(aligning, "_learnt", spy_learnt)
+    monkeypatch.setattr(aligning, "_unseen", spy_unseen)
+    keys = {**CHOOSING, **({"trusted": str(right)} if trusted else {})}
+    (summary,) = execute(recipe(**keys), tmp_path / "run")
+    folder = tmp_path / "run/01-r3m"
+    everything = {json.loads(line)["id"] for line in (folder / "training.jsonl").read_text().splitlines()}
+    assert [lam for _, lam in trained[:2]] == [1.0, 0.4]
+    for (rows, _), judges in zip(trained, judged, strict=False):
+        assert not rows & judges
+        assert rows == everything if trusted else rows | judges == everything
+    assert judged[0] == judged[1]
+    tried = [result for result in summary.results if result.task == "choice of lam"]
+    nats = {float(one.subject): next(m.value for m in one.metrics if "nats" in m.name) for one in tried}
+    chosen = min(nats, key=nats.get)
+    assert trained[2] == (everything, chosen)
+    assert summary.attached["lam"] == chosen
+    assert any(f"lam {chosen:g} explains" in note for note in summary.notes)
+    assert sorted(path.name for path in folder.glob("lam-*")) == ["lam-0.4.json", "lam-1.json"]
+
+
+def test_too_few_judges_are_refused_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(aligning, "_learnt", None)
+    with pytest.raises(DataError, match=r"lams: \d pairs cannot choose"):
+        execute(recipe(**{**CHOOSING, "data": "step-audit:30"}), tmp_path / "run")
+
+
+def test_a_choice_that_is_interrupted_goes_on_with_the_caps_that_are_left(tmp_path, monkeypatch):
+    whole = execute(recipe(**CHOOSING), tmp_path / "whole")
+    learnt = aligning._learnt
+
+    def stop(pairs, config, context, folder):
+        if folder.name == "lam-0.4":
+            raise KeyboardInterrupt
+        return learnt(pairs, config, context, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aligning, "_learnt", stop)
+        with pytest.raises(KeyboardInterrupt):
+            execute(recipe(**CHOOSING), tmp_path / "cut")
+
+    def first_once(pairs, config, context, folder):
+        assert folder.name != "lam-1"
+        return learnt(pairs, config, context, folder)
+
+    monkeypatch.setattr(aligning, "_learnt", first_once)
+    assert figures(execute(recipe(**CHOOSING), tmp_path / "cut")) == figures(whole)
+
+
+def test_trusted_pairs_are_read_before_any_training_and_decide_whether_a_run_is_finished(right, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "no pair"}\n')
+    with pytest.raises(DataError, match=r"bad.jsonl.*line 1"):
+        execute(recipe(**CHOOSING, trusted=str(bad)), tmp_path / "run")
+    first = execute(recipe(**CHOOSING, trusted=str(right)), tmp_path / "run")
+    assert execute(recipe(**CHOOSING, trusted=str(right)), tmp_path / "run") == first
+    right.write_text("".join(right.read_text().splitlines(keepends=True)[:15]))
+    assert execute(recipe(**CHOOSING, trusted=str(right)), tmp_path / "run") != first
+
+
+def test_a_policy_without_an_adapter_is_audited_against_the_model_it_started_from(tmp_path, capsys):
+    execute(recipe(**TARGETS["dpo"]), tmp_path / "run")
+    stage_folder = tmp_path / "run/01-r3m"
+    data = ["--data", str(stage_folder / "training.jsonl"), "--beta", "0.5"]
+    merged = tmp_path / "merged"
+    opened = open_model(stage_folder / "adapter")
+    save_model(opened.model.merge_and_unload(), opened.tokenizer, merged)
+
+    def margins(arguments, name):
+        assert cli.main(["audit", *arguments, *data, "--out", str(tmp_path / f"{name}.csv")]) == 0
+        with (tmp_path / f"{name}.csv").open() as file:
+            return {row["id"]: float(row["margin"]) for row in csv.DictReader(file)}
+
+    ours = margins([str(merged), "--reference", "tiny:llama"], "merged")
+    assert ours == pytest.approx(margins([str(stage_folder / "adapter")], "adapter"), abs=1e-4)
+    capsys.readouterr()
+    assert cli.main(["audit", str(merged), *data]) == 2
+    assert "reference" in capsys.readouterr().err
 
 
 def test_after_a_reward_its_head_is_known_and_other_stages_are_refused(tmp_path):
@@ -122,7 +235,9 @@ def test_audit_from_the_command_line(target, tmp_path, capsys):
     assert len(table) == len(rows)
     kept = {row["id"] for row in table if row["suggestion"] in ("keep", "review")}
     assert {json.loads(line)["id"] for line in clean.read_text().splitlines()} == kept
-    assert "precision" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "precision" in told
+    assert "rows to drop" in told
     summary = json.loads((tmp_path / "audit/01-audit/summary.json").read_text())
     assert summary["samples"]
 
@@ -144,7 +259,8 @@ def test_the_base_is_untouched_and_the_adapter_needs_no_tenfold(tmp_path):
     "values",
     [{"noise": "loud"}, {"noise": "uniform:0"}, {"folds": 1}, {"lam": 0}, {"lam": 0.5, "budget": "10%"},
      {"budget": "60%"}, {"beta": 0.2}, {"rank": 0, "target": "dpo"}, {"loss": "bt", "lam": 0.5}, {"smoothing": 0.2},
-     {"loss": "new"}],
+     {"loss": "new"}, {"lams": [0.5]}, {"lams": [0.5, 0.5]}, {"lams": [1, 0]}, {"trusted": "right.jsonl"},
+     {"lams": [1, 0.5], "lam": 0.5}, {"lams": [1, 0.5], "budget": "10%"}, {"lams": [1, 0.5], "loss": "bt"}],
     ids=str,
 )  # fmt: skip
 def test_impossible_values_are_refused(values):
