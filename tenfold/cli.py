@@ -297,6 +297,8 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
     def command(opened: Any, config: Any, out: Path | None = None) -> int:
         values = {**opened.model_dump(), "stages": [{"use": method, **config.model_dump(exclude_unset=True)}]}
         if verb == "audit" and out is not None and out.suffix == ".csv":  # the table, and its run folder beside it
+            if values["stages"][0].get("csv") is not None:
+                raise ConfigError(f"--out {out} and --csv both name the table", remedy="give one of them")
             values["stages"][0]["csv"] = str(out)
             out = out.with_suffix("")
         from tenfold.pipeline.recipe import resolve

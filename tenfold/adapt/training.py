@@ -206,5 +206,5 @@ class _Watch(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
-_LOGGED = ("loss", "grad_norm", "learning_rate")
-"""What every Trainer logs; what a method adds has a slash in its name."""
+_LOGGED = ("loss", "grad_norm", "learning_rate", "accuracy", "margin")
+"""What every Trainer logs, and TRL's of rewards; what a method adds has a slash in its name."""

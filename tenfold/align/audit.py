@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -68,6 +68,8 @@ class Verdict:
         flagged: whether delta is above 0.
         p_wrong: the probability that the label is wrong; see the head of this file.
         suggestion: what to do with the pair.
+        epoch_margin: its mean margin in training, each from before that step, in training mode; None where the model
+            was not just trained. A pair that was learnt by heart late has a low one.
     """
 
     id: str
@@ -78,6 +80,7 @@ class Verdict:
     flagged: bool
     p_wrong: float
     suggestion: Suggestion
+    epoch_margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ class Audit:
         return sum(verdict.suggestion == suggestion for verdict in self.verdicts)
 
 
-def audit(margins: Tensor | Sequence[float], ids: Sequence[str], lam: float) -> Audit:
+def audit(
+    margins: Tensor | Sequence[float], ids: Sequence[str], lam: float, epochs: Mapping[str, float] | None = None
+) -> Audit:
     """Judge every pair by its margin.
 
     Args:
@@ -117,6 +122,7 @@ def audit(margins: Tensor | Sequence[float], ids: Sequence[str], lam: float) -> 
         ids: of the pairs, [pairs].
         lam: as of the R3M loss, above 0 and below 1: a pair is flagged where the model gives its label less than
             ``1 - lam``.
+        epochs: mean margins in training, by id, to stand beside the others; they judge nothing.
 
     Raises:
         ConfigError: ``lam`` is out of its range.
@@ -142,7 +148,7 @@ def audit(margins: Tensor | Sequence[float], ids: Sequence[str], lam: float) -> 
     ranks = {index: rank for rank, index in enumerate(order, start=1)}
     columns = zip(ids, values, p_label.tolist(), delta.tolist(), flagged.tolist(), p_wrong.tolist(), strict=True)
     verdicts = tuple(
-        Verdict(id, margin, p, d, ranks[index], flag, w, _suggestion(flag, p, w))
+        Verdict(id, margin, p, d, ranks[index], flag, w, _suggestion(flag, p, w), (epochs or {}).get(id))
         for index, (id, margin, p, d, flag, w) in enumerate(columns)
     )
     return Audit(lam, verdicts, flags, expected, stderr, excess, interval, share)
@@ -193,7 +199,12 @@ def write_csv(path: Path, found: Audit) -> None:
     write_text(path, text.getvalue())
 
 
-def cleaned_rows(rows: Iterable[Preference], found: Audit, action: Action) -> Iterator[dict[str, Any]]:
+def cleaned_rows(
+    rows: Iterable[Preference],
+    found: Audit,
+    action: Action,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[dict[str, Any]]:
     """The rows as they should be trained on, ready to be written as JSON lines.
 
     Rows that were not audited (over-long ones) come through as they are; those to review stay, too.
@@ -204,6 +215,8 @@ def cleaned_rows(rows: Iterable[Preference], found: Audit, action: Action) -> It
         action: ``drop`` leaves out the rows whose suggestion is ``drop`` or ``flip``; ``flip`` turns over those of
             ``flip`` and leaves out those of ``drop``; ``weights`` keeps all and adds the column ``weight``, the
             probability that the label is right.
+        others: further columns by id, which stay with their rows. What is named ``chosen_...`` and ``rejected_...``
+            changes places with the answers.
 
     Raises:
         ConfigError: unknown action.
@@ -216,16 +229,37 @@ def cleaned_rows(rows: Iterable[Preference], found: Audit, action: Action) -> It
     if action not in get_args(Action):
         raise ConfigError(f"clean: {action!r} is unknown", remedy=f"give one of {', '.join(get_args(Action))}")
     verdicts = {verdict.id: verdict for verdict in found.verdicts}
-    return (kept for row in rows if (kept := _cleaned(row, verdicts.get(row.id), action)) is not None)
+    return _cleaned(rows, verdicts, action, others or {})
 
 
-def _cleaned(row: Preference, verdict: Verdict | None, action: Action) -> dict[str, Any] | None:
-    if action == "weights":
-        return {**asdict(row), "weight": 1.0 if verdict is None else 1.0 - verdict.p_wrong}
-    suggestion = "keep" if verdict is None else verdict.suggestion
-    if suggestion == "drop" or (suggestion == "flip" and action == "drop"):
-        return None
-    return asdict(flipped(row) if suggestion == "flip" else row)
+def _cleaned(
+    rows: Iterable[Preference],
+    verdicts: Mapping[str, Verdict],
+    action: Action,
+    others: Mapping[str, Mapping[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        verdict, further = verdicts.get(row.id), dict(others.get(row.id, {}))
+        if action == "weights":
+            yield {**further, **asdict(row), "weight": 1.0 if verdict is None else 1.0 - verdict.p_wrong}
+            continue
+        suggestion = "keep" if verdict is None else verdict.suggestion
+        if suggestion == "flip" and action == "flip":
+            yield {**_exchanged(further), **asdict(flipped(row))}
+        elif suggestion not in ("drop", "flip"):
+            yield {**further, **asdict(row)}
+
+
+def _exchanged(further: dict[str, Any]) -> dict[str, Any]:
+    exchanged = dict(further)
+    for name, value in further.items():
+        head, _, tail = name.partition("_")
+        other = f"{'rejected' if head == 'chosen' else 'chosen'}_{tail}"
+        if head in ("chosen", "rejected") and other in further:
+            exchanged[other] = value
+    if isinstance(further.get("flipped"), bool):
+        exchanged["flipped"] = not further["flipped"]
+    return exchanged
 
 
 def worst_pairs(rows: Iterable[Preference], found: Audit, count: int) -> list[tuple[Verdict, Preference]]:

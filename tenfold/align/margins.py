@@ -8,9 +8,7 @@ Source: R3M specification, sections 2.4 (step 5), 2.5 and 8.3; tokens are those 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from tenfold.align.known import KnownMargins, fingerprint, tokenizer_hash
 from tenfold.align.preferences import without_label
 from tenfold.data.encode import pad_id, require_chat_template
 from tenfold.data.read import hash_share
-from tenfold.data.rows import Preference, content
+from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.evaluate.inference import evaluating, input_device
 from tenfold.evaluate.score import Progress, Window, score
@@ -116,12 +115,12 @@ def score_pairs(
             remedy="set model.config.pad_token_id to that of the tokenizer",
         )
     chat = _uses_chat(tokenizer, chat)
-    settings = [_fingerprint(model), _template(tokenizer, chat), max_length]
+    settings = [fingerprint(model), _template(tokenizer, chat), max_length]
     return _score(
         rows,
         partial(_tokenised, tokenizer=tokenizer, chat=chat),
         partial(_reward_margins, model, pad),
-        known=_Known(cache, settings),
+        known=KnownMargins(cache, settings),
         sizes=(batch_size, max_length),
         progress=progress,
     )
@@ -171,12 +170,12 @@ def score_policy_pairs(
             remedy="give the model that the policy started from as reference",
         )
     chat = _uses_chat(tokenizer, chat)
-    models = [_fingerprint(model), reference and _fingerprint(reference)]
+    models = [fingerprint(model), reference and fingerprint(reference)]
     return _score(
         rows,
         partial(_tokenised, tokenizer=tokenizer, chat=chat),
         partial(_policy_margins, model, reference, tokenizer, chat, beta),
-        known=_Known(cache, [*models, beta, _template(tokenizer, chat), max_length]),
+        known=KnownMargins(cache, [*models, beta, _template(tokenizer, chat), max_length]),
         sizes=(batch_size, max_length),
         progress=progress,
     )
@@ -267,7 +266,7 @@ def _score(
     tokenise: Tokenise,
     measure: Measure,
     *,
-    known: _Known,
+    known: KnownMargins,
     sizes: tuple[int, int],
     progress: Progress | None,
 ) -> Scored:
@@ -296,18 +295,23 @@ def _score(
     return Scored(tuple(ids), torch.tensor(margins, dtype=torch.float32), tuple(over_long))
 
 
-def _fill(pairs: list[_Pair], measure: Measure, known: _Known, sizes: tuple[int, int]) -> Iterator[int]:
+def _fill(pairs: list[_Pair], measure: Measure, known: KnownMargins, sizes: tuple[int, int]) -> Iterator[int]:
     """Make the margins of a window known; gives after each batch how many of its pairs are done."""
     batch_size, max_length = sizes
     over_long = [pair for pair in pairs if pair.length > max_length]
-    known.add([pair for pair in over_long if pair.key not in known.margins], None)
+    _remember(known, [pair for pair in over_long if pair.key not in known.margins], None)
     fitting = sorted((pair for pair in pairs if pair.length <= max_length), key=lambda pair: -pair.length)
     for first in range(0, len(fitting), batch_size):
         # Batches are those of a run without a cache: after a kill, padding and margins come out the same.
         missing = [pair for pair in fitting[first : first + batch_size] if pair.key not in known.margins]
         if missing:
-            known.add(missing, _finite(missing, measure(missing)))
+            _remember(known, missing, _finite(missing, measure(missing)))
         yield len(over_long) + min(first + batch_size, len(fitting))
+
+
+def _remember(known: KnownMargins, pairs: Sequence[_Pair], margins: Sequence[float] | None) -> None:
+    values = [None] * len(pairs) if margins is None else margins
+    known.add([pair.row.id for pair in pairs], [pair.key for pair in pairs], values)
 
 
 def _finite(pairs: Sequence[_Pair], margins: Tensor) -> list[float]:
@@ -321,62 +325,6 @@ def _finite(pairs: Sequence[_Pair], margins: Tensor) -> list[float]:
     return values
 
 
-class _Known:
-    """Margins that are already there: in memory, and in a file where one is given. None stands for an over-long pair.
-
-    A line holds a whole batch, so that a batch is either there or not, whenever the process is killed.
-    """
-
-    def __init__(self, path: Path | None, settings: Sequence[Any]) -> None:
-        self._path = path
-        self._settings = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-        self.margins: dict[str, float | None] = {}
-        if path is not None and path.exists():
-            self._load(path)
-
-    def _load(self, path: Path) -> None:
-        torn = False
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                torn = not line.endswith(b"\n")
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # the line that was being written when the run was killed
-                    continue
-                if not isinstance(entry, dict) or "margins" not in entry:
-                    raise DataError(f"{path}, line {number}: holds no margins", remedy="name another file as cache")
-                self.margins.update((key, margin) for _, key, margin in entry["margins"])
-        if torn:
-            with path.open("ab") as file:
-                file.write(b"\n")
-
-    def key(self, row: Preference) -> str:
-        """What stands for this row, scored in this way."""
-        return hashlib.sha256(f"{self._settings}|{row.id}|{content(row)}".encode()).hexdigest()[:32]
-
-    def add(self, pairs: Sequence[_Pair], margins: Sequence[float] | None) -> None:
-        """Remember the margins of a batch, or that its pairs are over-long."""
-        values = [None] * len(pairs) if margins is None else margins
-        new = [(pair.row.id, pair.key, value) for pair, value in zip(pairs, values, strict=True)]
-        self.margins.update((key, margin) for _, key, margin in new)
-        if self._path is not None and new:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"margins": new}) + "\n")
-
-
-def _fingerprint(model: Any) -> str:
-    """A hash that tells one set of weights from another by a few values of each tensor; cheap for any size."""
-    # The same weights score otherwise when another adapter is switched on.
-    active = list(model.active_adapters) if hasattr(model, "disable_adapter") else []
-    digest = hashlib.sha256(repr(active).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            digest.update(str(flat[:: max(1, -(-len(flat) // 16))].tolist()).encode())
-    return digest.hexdigest()
-
-
 def _uses_chat(tokenizer: Any, chat: bool | None) -> bool:
     chat = tokenizer.chat_template is not None if chat is None else chat
     if chat:
@@ -388,7 +336,8 @@ def _uses_chat(tokenizer: Any, chat: bool | None) -> bool:
 
 def _template(tokenizer: Any, chat: bool) -> str:
     """What, beside the row, decides its tokens."""
-    return f"chat: {tokenizer.get_chat_template()}" if chat else f"plain: {tokenizer.eos_token}"
+    form = f"chat: {tokenizer.get_chat_template()}" if chat else f"plain: {tokenizer.eos_token}"
+    return f"{tokenizer_hash(tokenizer)} {form}"
 
 
 def pair_tokens(row: Preference, tokenizer: Any, chat: bool | None = None) -> tuple[list[int], list[int]]:
@@ -414,6 +363,26 @@ def pair_tokens(row: Preference, tokenizer: Any, chat: bool | None = None) -> tu
     return pair.chosen, pair.rejected
 
 
+def pair_lengths(row: Preference, tokenizer: Any, chat: bool | None = None) -> tuple[int, int, int]:
+    """Tokens of the prompt, and of the prompt with the chosen and with the rejected answer, as TRL counts them.
+
+    Args:
+        row: the pair.
+        tokenizer: of the model.
+        chat: as for `score_pairs`.
+
+    Raises:
+        ModelError: no chat template where one is asked for, or no end-of-text token.
+
+    >>> from tenfold.models.tiny import tiny_tokenizer
+    >>> pair_lengths(Preference("1", "1+1=", "2", "33"), tiny_tokenizer("llama"), chat=False)
+    (4, 6, 7)
+    """
+    chat = _uses_chat(tokenizer, chat)
+    chosen, rejected = pair_tokens(row, tokenizer, chat)
+    return len(_prompt(row.prompt, tokenizer, chat)), len(chosen), len(rejected)
+
+
 def _tokenised(key: str, row: Preference, tokenizer: Any, chat: bool) -> _Pair:
     chosen, rejected = (_whole(row.prompt, answer, tokenizer, chat) for answer in (row.chosen, row.rejected))
     return _Pair(key, row, chosen, rejected)
@@ -426,6 +395,12 @@ def _whole(prompt: str, answer: str, tokenizer: Any, chat: bool) -> list[int]:
         return _rendered(tokenizer, turns, ask=False)
     end = "" if answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
     return list(tokenizer(prompt + answer + end, verbose=False)["input_ids"])
+
+
+def _prompt(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
+    if chat:
+        return _rendered(tokenizer, [{"role": "user", "content": prompt}], ask=True)
+    return list(tokenizer(prompt, verbose=False)["input_ids"])
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, str]], *, ask: bool) -> list[int]:
@@ -472,10 +447,7 @@ def _policy_margins(model: Any, reference: Any, tokenizer: Any, chat: bool, beta
 
 def _prompt_length(pair: _Pair, tokenizer: Any, chat: bool) -> int:
     """Tokens that the prompt shares with both texts, as in TRL; at least 1, for nothing predicts a first token."""
-    if chat:
-        prompt = _rendered(tokenizer, [{"role": "user", "content": pair.row.prompt}], ask=True)
-    else:
-        prompt = tokenizer(pair.row.prompt, verbose=False)["input_ids"]
+    prompt = _prompt(pair.row.prompt, tokenizer, chat)
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(prompt, pair.chosen, pair.rejected, strict=False))
     return max(1, sum(1 for _ in same))
 

@@ -17,10 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tenfold.data.check import wrong
-from tenfold.data.read import hash_share
+from tenfold.data.read import Rows, hash_share
 from tenfold.data.rows import Preference
-from tenfold.data.sources import Record, open_source
 from tenfold.errors import ConfigError, DataError
 from tenfold.files import write_text
 
@@ -204,63 +202,68 @@ def write_corrupted(path: Path, rows: Sequence[Preference], mask: Sequence[bool]
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def flip_mask(source: str) -> dict[str, bool]:
+def flip_mask(rows: Rows) -> dict[str, bool]:
     """The mask that is stored with corrupted rows: row id -> whether its label was turned over.
 
     Args:
-        source: as for `tenfold.data.read.read_rows`.
+        rows: preferences with the column ``flipped``: true or false, or 1 or 0.
 
     Raises:
-        DataError: a row has no id, or no ``flipped`` that is true or false.
+        DataError: a row has none.
     """
-    found = {}
-    for record in open_source(source).records:
-        value = record.values.get("flipped")
-        if not isinstance(value, bool):
-            raise wrong(record, "flipped", f"{value!r}, expected true or false", "give data of `write_corrupted`")
-        found[_id(record)] = value
-    return found
+    return {row.id: _flag(rows, index) for index, row in enumerate(rows)}
 
 
-def true_rewards(source: str) -> dict[str, StepRewards]:
+def true_rewards(rows: Rows) -> dict[str, StepRewards]:
     """True rewards per step, where the data has them: the columns ``chosen_rewards`` and ``rejected_rewards``.
 
     Args:
-        source: as for `tenfold.data.read.read_rows`; ``step-audit`` has them.
+        rows: preferences; those of ``step-audit`` have them.
 
     Returns:
         Row id -> rewards.
 
     Raises:
-        DataError: a row has no id, or no list of numbers in one of the columns.
+        DataError: no list of numbers in one of the columns.
 
-    >>> true_rewards("step-audit:1")["step-audit-0-0"].gap > 0
+    >>> from tenfold.data.read import read_rows
+    >>> true_rewards(read_rows("step-audit:1"))["step-audit-0-0"].gap > 0
     True
     """
     return {
-        _id(record): StepRewards(_numbers(record, "chosen_rewards"), _numbers(record, "rejected_rewards"))
-        for record in open_source(source).records
+        row.id: StepRewards(_numbers(rows, index, "chosen_rewards"), _numbers(rows, index, "rejected_rewards"))
+        for index, row in enumerate(rows)
     }
 
 
-def _id(record: Record) -> str:
-    value = record.values.get("id")
-    if value is None:
-        raise wrong(record, "id", "missing; what is known of a pair is found by its id", "give each row an id")
-    return str(value)
+def _flag(rows: Rows, index: int) -> bool:
+    value = rows.others[index].get("flipped")
+    flags = {"true": True, "false": False, "1": True, "0": False}
+    found = value if isinstance(value, bool) else flags.get(str(value).strip().lower())
+    if found is None:
+        raise _unusable(rows, index, "flipped", "true or false", "mend the column, or leave it out of all rows")
+    return found
 
 
-def _numbers(record: Record, column: str) -> tuple[float, ...]:
-    value = record.values.get(column)
+def _numbers(rows: Rows, index: int, column: str) -> tuple[float, ...]:
+    value = rows.others[index].get(column)
     good = isinstance(value, list) and value
     if not good or any(isinstance(item, bool) or not isinstance(item, int | float) for item in value or ()):
-        raise wrong(
-            record,
+        raise _unusable(
+            rows,
+            index,
             column,
-            f"{value!r}, expected a list of numbers, the true reward of each step",
+            "a list of numbers, the true reward of each step",
             "add it, or use a noise model that needs no rewards (uniform)",
         )
     return tuple(float(item) for item in value or ())
+
+
+def _unusable(rows: Rows, index: int, column: str, wanted: str, remedy: str) -> DataError:
+    found = rows.others[index].get(column)
+    return DataError(
+        f"{rows.source}, row {rows[index].id!r}, column {column!r}: {found!r}, expected {wanted}", remedy=remedy
+    )
 
 
 def _check(ids: Sequence[str], rewards: Sequence[Any]) -> None:

@@ -239,15 +239,25 @@ class RunningKink:
         # Above a kink of 30 no pair pulls at all; there the exponential would overflow one day.
         return 1 / (1 + math.exp(min(self.value, 30.0)))
 
-    def observe(self, margins: Sequence[float]) -> None:
-        """Take in the margins of a batch, all finite, that was judged by the kink as it is now."""
-        self._owed += self.share * len(margins) - sum(margin < self.value for margin in margins)
+    @property
+    def enough(self) -> int:
+        """Margins that are waited for until the kink moves."""
+        return math.ceil(self.BELOW / self.share)
+
+    def observe(self, margins: Sequence[float], *, judged: bool = True) -> None:
+        """Take in the margins of a batch, all finite.
+
+        Args:
+            margins: [pairs].
+            judged: whether the kink as it is now judged them; in a warm-up nothing does, and nothing is owed.
+        """
+        if judged:
+            self._owed += self.share * len(margins) - sum(margin < self.value for margin in margins)
         self._waiting.extend(margins)
-        enough = math.ceil(self.BELOW / self.share)
-        while len(self._waiting) >= enough:
-            level = min(self.share + self._owed / (enough * self.ROUNDS), self.MOST * self.share)
-            found = _quantile(self._waiting[:enough], level)
-            self._waiting = self._waiting[enough:]
+        while len(self._waiting) >= self.enough:
+            level = min(self.share + self._owed / (self.enough * self.ROUNDS), self.MOST * self.share)
+            found = _quantile(self._waiting[: self.enough], level)
+            self._waiting = self._waiting[self.enough :]
             self.value = found if math.isinf(self.value) else self.value + self.RATE * (found - self.value)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,18 +8,19 @@ R3M specification, sections 2.4, 2.5 and 6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from tenfold.align.r3m import PairLoss, RunningKink, pair_loss, perturbation
 from tenfold.config.r3m import TRIMMED_START, RobustFields
-from tenfold.errors import ConfigError, MissingDependencyError, RunError
+from tenfold.errors import ConfigError, DataError, MissingDependencyError, RunError
 
 try:
     from trl import DPOTrainer, RewardTrainer
@@ -48,17 +49,21 @@ class R3MMemory(TrainerCallback, ExportableState):
         self.share = share
         self.kink = None if share is None else RunningKink(share)
         self.margins: dict[Any, float] = {}
+        self.sums: dict[Any, tuple[float, int]] = {}
 
-    def observe(self, ids: Iterable[Any], margins: list[float]) -> None:
+    def observe(self, ids: Iterable[Any], margins: list[float], *, judged: bool) -> None:
         """Take in a training batch, after its loss: no pair moves the kink that it is judged by."""
-        self.margins.update(zip(ids, margins, strict=True))
+        for id, margin in zip(ids, margins, strict=True):
+            before, times = self.sums.get(id, (0.0, 0))
+            self.margins[id], self.sums[id] = margin, (before + margin, times + 1)
         if self.kink is not None:
-            self.kink.observe(margins)
+            self.kink.observe(margins, judged=judged)
 
     def state(self) -> dict[str, Any]:
         """What transformers writes, in the form that it wants."""
-        # Two lists, since the keys of a JSON object are text and an id may be a number.
+        # Lists, since the keys of a JSON object are text and an id may be a number.
         saved: dict[str, Any] = {"ids": list(self.margins), "margins": list(self.margins.values())}
+        saved["sums"] = list(self.sums.values())
         saved["kink"] = None if self.kink is None else self.kink.state_dict()
         return {"args": {"share": self.share}, "attributes": {"saved": saved}}
 
@@ -67,6 +72,13 @@ class R3MMemory(TrainerCallback, ExportableState):
         # A checkpoint of another trainer has none; transformers needs the key when it saves the next one.
         found = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]["saved"]
         self.margins = dict(zip(found["ids"], found["margins"], strict=True))
+        self.sums = dict(zip(found["ids"], map(tuple, found["sums"]), strict=True))
+        seen = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * state.max_steps
+        if self.kink is not None and seen < self.kink.enough:
+            raise ConfigError(
+                f"budget: {self.share:.2g} of {seen} pairs are too few to see which margins are low",
+                remedy=f"train on {self.kink.enough} pairs or more, epochs counted, or give lam",
+            )
         if self.kink is not None and found["kink"] is not None:
             self.kink.load_state_dict(found["kink"])
 
@@ -89,11 +101,11 @@ class _Robust(Trainer):
 
     data_collator: Any
 
-    def __init__(self, *args: Any, robust: RobustFields, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, robust: RobustFields | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.robust = robust
+        self.robust = RobustFields() if robust is None else robust
         self.data_collator = _WithIds(self.data_collator)
-        self.add_callback(R3MMemory(robust.share))
+        self.add_callback(R3MMemory(self.robust.share))
 
     def margins(self) -> dict[Any, float]:
         """Of each pair that was trained on, its margin when it last was: before that step, in training mode.
@@ -102,22 +114,33 @@ class _Robust(Trainer):
         """
         return dict(self._memory.margins)
 
+    def epoch_margins(self) -> dict[Any, float]:
+        """Of each pair that was trained on, the mean of its margins over epochs; otherwise as `margins`."""
+        return {id: total / times for id, (total, times) in self._memory.sums.items()}
+
     @property
     def _memory(self) -> R3MMemory:
         # Looked up, since transformers can be told to put a restored one in its place.
         return next(found for found in self.callback_handler.callbacks if isinstance(found, R3MMemory))
 
     @property
+    def _warming(self) -> bool:
+        return self.state.global_step < self.robust.lam_warmup * self.state.max_steps
+
+    @property
     def _now(self) -> tuple[PairLoss, float]:
         """The loss of this step, and its cap."""
-        if self.state.global_step < self.robust.lam_warmup * self.state.max_steps:
+        if self._warming:
             # What is trimmed too early never comes back, so first all pairs pull, and about equally.
             return "r3m", TRIMMED_START if self.robust.loss == "trimmed" else 1.0
         moving = self._memory.kink
         return self.robust.loss, self.robust.fixed_lam if moving is None else moving.lam
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if ID not in next(iter(dataset), {ID: None}):
+        named = ID in next(iter(dataset), {ID: None})
+        if named and isinstance(dataset, Dataset):
+            _check_ids(dataset[ID])
+        if not named:
             # Now, for TRL leaves pairs out that are too long, and then the numbers shift.
             dataset = dataset.map(_number, with_indices=True)
         return super()._prepare_dataset(dataset, *args, **kwargs)
@@ -144,10 +167,10 @@ class _Robust(Trainer):
             )
         loss, lam = self._now
         losses = pair_loss(margin, loss, lam=lam, smoothing=self.robust.smoothing)
-        self._note(margin.detach().float(), ids, lam)
+        self._note(margin.detach().float(), ids, lam, judged=not self._warming)
         return losses
 
-    def _note(self, margin: Tensor, ids: list[Any], lam: float) -> None:
+    def _note(self, margin: Tensor, ids: list[Any], lam: float, *, judged: bool) -> None:
         mode = "train" if self.model.training else "eval"
         margins = self.accelerator.gather(margin)
         delta = perturbation(margins, lam)
@@ -156,7 +179,7 @@ class _Robust(Trainer):
         for name, number in (numbers | {"lam": lam}).items():
             self._metrics[mode][f"r3m/{name}"].append(number)
         if mode == "train":
-            self._memory.observe(gather_object(ids), margins.tolist())
+            self._memory.observe(gather_object(ids), margins.tolist(), judged=judged)
 
 
 class R3MRewardTrainer(_Robust, RewardTrainer):
@@ -166,7 +189,7 @@ class R3MRewardTrainer(_Robust, RewardTrainer):
 
     Args:
         *args: of TRL's trainer.
-        robust: the loss.
+        robust: the loss; by default R3M with ``lam`` 0.75.
         **kwargs: of TRL's trainer.
 
     Raises:
@@ -211,7 +234,7 @@ class R3MDPOTrainer(_Robust, DPOTrainer):
 
     Args:
         *args: of TRL's trainer.
-        robust: the loss.
+        robust: the loss; by default R3M with ``lam`` 0.75.
         **kwargs: of TRL's trainer.
 
     Raises:
@@ -230,7 +253,7 @@ class R3MDPOTrainer(_Robust, DPOTrainer):
     loss_weights: list[float]
     precompute_ref_logps: bool
 
-    def __init__(self, *args: Any, robust: RobustFields, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, robust: RobustFields | None = None, **kwargs: Any) -> None:
         super().__init__(*args, robust=robust, **kwargs)
         _refuse_other_losses(self.args)
         if self._is_vision_dataset:
@@ -292,6 +315,19 @@ def _refuse_other_losses(args: Any) -> None:
     for name, (value, remedy) in wanted.items():
         if getattr(args, name) != value:
             raise ConfigError(f"{name}: {getattr(args, name)!r} does not go with R3M", remedy=remedy)
+
+
+def _check_ids(ids: Sequence[Any]) -> None:
+    """Refuse ids by which margins could not be told apart."""
+    seen = set()
+    for index, id in enumerate(ids):
+        if id is None or isinstance(id, list | dict) or id in seen:
+            said = "comes twice" if isinstance(id, str | int) else "is no name"
+            raise DataError(
+                f"train_dataset, row {index}: the id {id!r} {said}",
+                remedy="give each pair an id of its own, text or a number, or remove the column",
+            )
+        seen.add(id)
 
 
 def _number(row: dict[str, Any], index: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class RobustFields(Config):
         return None if self.budget is None else parse_budget(self.budget).amount
 
 
-NOISES = {"uniform": "20%", "stochastic": "2", "myopic": "0.5", "irrational": "0.5"}
+NOISES = {"uniform": "20%", "stochastic": "2", "myopic": "0.5", "irrational": "1/2"}
 """Noise models, and a strength of each."""
 
 
@@ -91,17 +91,20 @@ def parse_noise(text: str) -> Noise:
     Raises:
         ValueError: saying which forms exist.
 
-    >>> parse_noise("uniform:20%"), parse_noise("stochastic:2")
-    (Noise(kind='uniform', strength=0.2), Noise(kind='stochastic', strength=2.0))
+    >>> parse_noise("uniform:20%"), parse_noise("irrational:1/2")
+    (Noise(kind='uniform', strength=0.2), Noise(kind='irrational', strength=0.5))
     """
     kind, _, strength = text.partition(":")
+    above, slash, below = strength.removesuffix("%").partition("/")
     try:
-        number = float(strength.removesuffix("%")) / (100 if strength.endswith("%") else 1)
-    except ValueError:
+        number = float(above) / (float(below) if slash else 1) / (100 if strength.endswith("%") else 1)
+    except (ValueError, ZeroDivisionError):
         number = math.nan
     if kind not in NOISES or not 0 < number < math.inf:
         forms = ", ".join(f"{name}:{example}" for name, example in NOISES.items())
         raise ValueError(f"noise: {text!r} is none: write {forms}")
+    if number > 1 and kind != "stochastic":
+        raise ValueError(f"noise: {text!r} is too strong: {kind} goes up to 1, as in {kind}:{NOISES[kind]}")
     return Noise(kind, number)
 
 
@@ -123,7 +126,7 @@ class R3MConfig(RobustFields, TrainingFields):
     """Peak learning rate of AdamW."""
     noise: str | None = None
     """Turn training labels over on purpose, to see whether they are found: ``uniform:20%``, ``stochastic:2``,
-    ``myopic:0.5``, ``irrational:0.5``; all but the first need true rewards per step (``step-audit`` has them)."""
+    ``myopic:0.5``, ``irrational:1/2``; all but the first need true rewards per step (``step-audit`` has them)."""
     folds: Annotated[int, Field(ge=0)] = 0
     """Judge each training pair by a model that has not seen it: so many further trainings, 2 or more; 0 judges by the
     trained model, which may know wrong labels by heart."""
@@ -162,12 +165,16 @@ class R3MConfig(RobustFields, TrainingFields):
             )
 
     @property
-    def audit_lam(self) -> float:
+    def audit_lam(self) -> float | None:
         """The level at which pairs are flagged afterwards: that of the training, unless it trusted everything.
 
-        >>> R3MConfig(lam=0.9).audit_lam, R3MConfig(loss="bt").audit_lam
-        (0.9, 0.85)
+        None where a budget says it: then about that share of the labels is flagged.
+
+        >>> R3MConfig(lam=0.9).audit_lam, R3MConfig(loss="bt").audit_lam, R3MConfig(budget="10%").audit_lam
+        (0.9, 0.85, None)
         """
+        if self.budget is not None:
+            return None
         return self.fixed_lam if self.fixed_lam < 1 else AUDIT_LAM
 
 
@@ -182,20 +189,22 @@ class AuditConfig(DataFields):
 
     lam: Annotated[float, Field(gt=0, lt=1)] = AUDIT_LAM
     """A pair is flagged where the model gives its label less than ``1 - lam``."""
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """For policies: the beta that they were trained with."""
+    beta: Annotated[float, Field(gt=0)] | None = None
+    """For policies: the beta that they were trained with. Default: what the adapter says that this library trained,
+    else 0.1."""
     reference: str | None = None
     """For policies without an adapter: the model that they started from, a folder, a hub id or ``demo``."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Pairs of a forward pass, which has twice as many sequences."""
-    max_length: Annotated[int, Field(ge=8)] = 1024
-    """Tokens of prompt and answer; longer pairs are left out and counted."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens of prompt and answer; longer pairs are left out and counted. Default: that of the training where the model
+    says so, else 1024."""
     worst: Annotated[int, Field(ge=1)] = 12
     """Most doubtful pairs that the report shows."""
     csv: Path | None = None
     """Also write the ranked table to this file; on the command line ``--out NAME.csv`` says the same."""
     action: Literal["drop", "flip", "weights"] = "drop"
     """What the cleaned data does with suspects: leaves them out, turns those over that are almost surely wrong, or
-    keeps all with a weight."""
+    keeps all with a column ``weight``, for trainers that weigh rows (those here do not)."""
     clean: Path | None = None
     """Also write the cleaned rows to this file (.jsonl)."""

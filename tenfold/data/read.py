@@ -12,8 +12,9 @@ from typing import Any, overload
 
 from tenfold.config.data import Kind
 from tenfold.data.check import build, kind_of, unknown_kind, wrong
-from tenfold.data.rows import OUR_COLUMNS, Classification, Row, content
+from tenfold.data.rows import KINDS, OUR_COLUMNS, Classification, Row, content
 from tenfold.data.sources import Record, open_source
+from tenfold.data.turns import as_texts
 from tenfold.errors import ConfigError, DataError
 
 _TRAIN = "train"
@@ -31,6 +32,7 @@ class Rows(Sequence[Row]):
         source: what was read, as the user named it.
         notes: sentences a reader of the results must know: rows left out, splits chosen.
         splits: each row's own ``split`` column, or None.
+        others: of each row, the columns that its kind has no use for, under our names.
 
     >>> rows = read_rows("python-reference")
     >>> rows.kind, rows[0].id
@@ -42,6 +44,7 @@ class Rows(Sequence[Row]):
     source: str
     notes: tuple[str, ...] = ()
     splits: tuple[str, ...] | None = None
+    others: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -52,7 +55,8 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: slice) -> Rows: ...
     def __getitem__(self, index: int | slice) -> Row | Rows:
         if isinstance(index, slice):
-            return replace(self, items=self.items[index], splits=self.splits and self.splits[index])
+            splits = self.splits and self.splits[index]
+            return replace(self, items=self.items[index], splits=splits, others=self.others[index])
         return self.items[index]
 
     @cached_property
@@ -114,6 +118,7 @@ class Rows(Sequence[Row]):
             self,
             items=tuple(itertools.compress(self.items, keep)),
             splits=self.splits and tuple(itertools.compress(self.splits, keep)),
+            others=tuple(itertools.compress(self.others, keep)),
             notes=(*self.notes, note) if note else self.notes,
         )
 
@@ -173,7 +178,7 @@ def read_rows(
     opened = open_source(source)
     reading = _Reading(kind=rows)
     for record in itertools.islice(opened.records, limit):
-        values = _rename(record, columns)
+        values = as_texts(record, _rename(record, columns))
         if not opened.editable and _is_blank_text(values):
             reading.blank += 1
             continue
@@ -186,6 +191,7 @@ def read_rows(
         source=source,
         notes=opened.notes + reading.notes(source),
         splits=reading.own_splits(),
+        others=tuple(reading.others),
     )
 
 
@@ -196,6 +202,7 @@ class _Reading:
         self.kind = kind
         self.items: list[Row] = []
         self.splits: list[Any] = []
+        self.others: list[Mapping[str, Any]] = []
         self.repeated: list[str] = []
         self.blank = 0
         self._seen: dict[str, tuple[str, bool]] = {}
@@ -224,6 +231,9 @@ class _Reading:
             self._check_label(row, record)
         self.items.append(row)
         self.splits.append(values.get("split"))
+        spec = KINDS[self.kind]
+        used = {"id", *spec.needed, *spec.further}
+        self.others.append({name: value for name, value in values.items() if name not in used})
 
     def _check_label(self, row: Classification, record: Record) -> None:
         kind = str if isinstance(row.label, str) else float

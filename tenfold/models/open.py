@@ -138,16 +138,22 @@ def attach_adapter(model: Any, folder: Path, task: str) -> Any:
     Raises:
         ModelError: an adapter for another task, or one that does not fit the model.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     made_for = str(read_json(folder / "adapter_config.json").get("task_type"))
     fitting = [known for known, name in PEFT_TASKS.items() if name == made_for]
-    if fitting and task not in fitting:
+    keys = {}
+    if made_for == PEFT_TASKS["causal"] and PEFT_TASKS[task] == PEFT_TASKS["reward"]:
+        # What was learnt under one head serves under another; only PEFT's wrapper for it would want to generate.
+        config = PeftConfig.from_pretrained(str(folder))
+        config.task_type = None
+        keys["config"] = config
+    elif fitting and task not in fitting:
         raise ModelError(
             f"{folder}: an adapter for {made_for}, not for task {task!r}", f"open it with task={fitting[0]!r}"
         )
     try:
-        return PeftModel.from_pretrained(model, str(folder))
+        return PeftModel.from_pretrained(model, str(folder), **keys)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder}: does not fit a {model.config.model_type} model: {_first_line(error)}",

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import set_seed
@@ -18,7 +18,7 @@ from tenfold.adapt import full, lora
 from tenfold.adapt.training import carry_out, total_steps, trainer_arguments
 from tenfold.align.audit import Audit, Verdict, audit, cleaned_rows, worst_pairs, write_csv
 from tenfold.align.choose import LEAST, Candidate, choose_lam
-from tenfold.align.margins import Scored, cross_fit, folds_of, pair_tokens, score_pairs, score_policy_pairs
+from tenfold.align.margins import Scored, cross_fit, folds_of, pair_lengths, score_pairs, score_policy_pairs
 from tenfold.align.preferences import (
     corrupt,
     flip_mask,
@@ -30,13 +30,13 @@ from tenfold.align.preferences import (
     without_label,
     write_corrupted,
 )
+from tenfold.align.r3m import RunningKink
 from tenfold.config.full import FullConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.config.r3m import AuditConfig, R3MConfig, parse_noise
 from tenfold.data.read import Rows
 from tenfold.data.rows import Preference
-from tenfold.data.sources import open_source
-from tenfold.errors import DataError
+from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.evaluate.choice import share
 from tenfold.evaluate.memory import measure_growth
 from tenfold.evaluate.ranking import precision_at, roc_auc
@@ -46,6 +46,7 @@ from tenfold.models.export import save_adapter, save_model
 from tenfold.models.open import saved_task
 from tenfold.models.opened import Opened
 from tenfold.models.reference import ModelRef
+from tenfold.models.source import read_json
 from tenfold.pipeline.adapting import base_of
 from tenfold.pipeline.checking import trusted_rows
 from tenfold.pipeline.context import Context, StageOutput
@@ -57,62 +58,102 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
     assert context.rows is not None
     kept, held = context.rows.split(config.holdout)
     mask = _mask(kept, config, context.seed)
+    flips, notes = _known_flips(kept, mask if config.noise is not None else None)
     pairs = corrupt(_preferences(kept), mask)
     write_corrupted(context.folder / "training.jsonl", _preferences(kept), mask)
-    config, tried, notes = _chosen(pairs, config, context)
-    model, opened, results = _learnt(pairs, config, context, context.folder)
-    results += context.remember("held-out", lambda: [_quality(model, opened, held, config, context)])
-    scored = _judged(model, opened, pairs, config, context)
-    found, output = _audited(scored, pairs, dict(zip((row.id for row in pairs), mask, strict=True)), config.audit_lam,
-                             config.worst, context.folder)  # fmt: skip
+    config, tried, chosen = _chosen(pairs, config, context)
+    trained = _learnt(pairs, config, context, context.folder)
+    results = trained.results + context.remember(
+        "held-out", lambda: [_quality(trained.model, trained.opened, held, config, context)]
+    )
+    scored = _judged(trained, pairs, config, context)
+    found, output = _audited(scored, pairs, flips, config.audit_lam or _level(scored, config.share), config.worst,
+                             context.folder, trained.margins)  # fmt: skip
     method = {"method": f"R3M ({config.loss}, {config.target})", "pairs": len(pairs), "flagged": found.flags}
     if tried:
         method["lam"] = config.fixed_lam
-    if config.rank:
-        save_adapter(model, opened.tokenizer, context.folder / "adapter", base=base_of(context.model))
-        attached = {**lora.attached(model), **method}
-    else:
-        save_model(model, opened.tokenizer, context.folder / "model")
-        attached = method
     kind: Any = "adapter" if config.rank else "model"
+    if config.rank:
+        save_adapter(trained.model, trained.opened.tokenizer, context.folder / kind, base=base_of(context.model))
+        method = {**lora.attached(trained.model), **method}
+    else:
+        save_model(trained.model, trained.opened.tokenizer, context.folder / kind)
+    known = {"target": config.target, "beta": config.beta, "max_length": config.max_length}
+    write_text(context.folder / kind / TRAINED, json.dumps(known))
     return dataclasses.replace(
         output,
         results=[*tried, *results, *output.results],
-        notes=[*notes, *output.notes],
-        attached=attached,
+        notes=[*notes, *chosen, *output.notes],
+        attached=method,
         artefact=kind,
         continues_with=kind,
     )
 
 
+TRAINED = "r3m.json"
+"""Lies beside trained weights: how their margins are to be read."""
+
+
 def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     """The stage ``audit``: what a model thinks of labels that are there; the model stays as it is."""
     assert context.rows is not None
+    flips, notes = _known_flips(context.rows, None)
     model = context.model
     if not model.adapters and Path(model.source).is_dir():
         model = dataclasses.replace(model, task=saved_task(Path(model.source), model.task))
+    folder = Path(model.adapters[-1] if model.adapters else model.source)
+    trained = read_json(folder / TRAINED) if (folder / TRAINED).exists() else {}
     opened = model.open()
+    if model.task == "reward":
+        _check_head(opened.model, str(folder))
     pairs = _preferences(context.rows)
     keys: dict[str, Any] = {
         "batch_size": config.batch_size,
-        "max_length": config.max_length,
-        "cache": context.folder / "margins.jsonl",
+        "max_length": config.max_length or trained.get("max_length", 1024),
+        "cache": _cache(context),
         "progress": partial(context.progress, "scoring"),
     }
     if model.task == "reward":
         scored = score_pairs(opened.model, opened.tokenizer, pairs, **keys)
     else:
         keys["reference"] = None if config.reference is None else _reference(config.reference, context)
-        scored = score_policy_pairs(opened.model, opened.tokenizer, pairs, beta=config.beta, **keys)
-    found, output = _audited(scored, pairs, _known_flips(context.rows), config.lam, config.worst, context.folder)
-    if config.csv is not None:
-        write_csv(config.csv, found)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in cleaned_rows(pairs, found, config.action))
-    for path in (context.folder / "cleaned.jsonl", config.clean):
-        if path is not None:
-            write_text(path, text)
-    note = f"{found.count('drop')} rows to drop, {found.count('flip')} to flip, {found.count('review')} to review."
-    return dataclasses.replace(output, notes=[*output.notes, note])
+        keys["beta"] = trained.get("beta", 0.1) if config.beta is None else config.beta
+        scored = score_policy_pairs(opened.model, opened.tokenizer, pairs, **keys)
+        notes.append(f"Margins are those of beta {keys['beta']:g}.")
+    found, output = _audited(scored, pairs, flips, config.lam, config.worst, context.folder)
+    others = dict(zip((row.id for row in context.rows), context.rows.others, strict=True))
+    cleaned = cleaned_rows(pairs, found, config.action, others)
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in cleaned)
+    write_text(context.folder / "cleaned.jsonl", "".join(lines))
+    notes.append(
+        f"{found.count('drop')} rows to drop, {found.count('flip')} to flip, {found.count('review')} to review."
+    )
+    return dataclasses.replace(output, notes=[*output.notes, *notes])
+
+
+def _check_head(model: Any, name: str) -> None:
+    """Refuse a reward model whose score is random, because no file held one."""
+    adapters = getattr(model, "peft_config", {}).values()
+    trained = any(getattr(adapter, "modules_to_save", None) for adapter in adapters)
+    names = [str(one) for one in model.config.architectures or ()]
+    if not trained and not any("ForSequenceClassification" in one or "Reward" in one for one in names):
+        raise ModelError(
+            f"{name}: has no reward head, so its rewards would be random",
+            remedy="train one (tenfold align --target reward), or audit a policy: leave the task out",
+        )
+
+
+def _cache(context: Context) -> Path:
+    """Scores of all runs in this folder: what judges otherwise need not score again."""
+    return context.folder.parent / ".margins.jsonl"
+
+
+def _level(scored: Scored, share: float | None) -> float:
+    """The cap at which this share of the pairs is flagged; none with which the model agrees is."""
+    assert share is not None
+    running = RunningKink(share)
+    running.value = min(0.0, float(torch.quantile(scored.margins.double(), share)) if len(scored.ids) else 0.0)
+    return running.lam
 
 
 def _reference(source: str, context: Context) -> Any:
@@ -133,18 +174,33 @@ def _mask(rows: Rows, config: R3MConfig, seed: int) -> list[bool]:
     kind, strength = parse_noise(config.noise)
     ids = [row.id for row in pairs]
     if kind == "uniform":
-        return uniform(ids, strength, seed=seed)
-    rewards = true_rewards(rows.source)
-    steps = [rewards[id] for id in ids]
-    if kind == "myopic":
-        return myopic(steps, strength)
-    return (stochastic if kind == "stochastic" else irrational)(ids, steps, strength, seed=seed)
+        mask = uniform(ids, strength, seed=seed)
+    else:
+        rewards = true_rewards(rows)
+        steps = [rewards[id] for id in ids]
+        if kind == "myopic":
+            mask = myopic(steps, strength)
+        else:
+            mask = (stochastic if kind == "stochastic" else irrational)(ids, steps, strength, seed=seed)
+    if not any(mask):
+        raise ConfigError(
+            f"noise: {config.noise} turns over none of {len(ids)} labels", remedy="make it stronger, or leave it out"
+        )
+    return mask
 
 
-def _known_flips(rows: Rows) -> dict[str, bool]:
-    """Which labels are known to be wrong, where the data says so."""
-    first = next(iter(open_source(rows.source).records), None)
-    return flip_mask(rows.source) if first is not None and "flipped" in first.values else {}
+def _known_flips(rows: Rows, noise: Sequence[bool] | None) -> tuple[dict[str, bool], list[str]]:
+    """Which labels are wrong, where that is known: by the column ``flipped``, and by the noise that was added to it."""
+    known: dict[str, bool] | None = None
+    notes = []
+    if any("flipped" in other for other in rows.others):
+        try:
+            known = flip_mask(rows)
+        except DataError as error:
+            notes.append(f"The column flipped is not used: {str(error).splitlines()[0]}.")
+    if noise is None:
+        return known or {}, notes
+    return {row.id: flip != (known or {}).get(row.id, False) for row, flip in zip(rows, noise, strict=True)}, notes
 
 
 def judging(model: ModelRef, target: str) -> ModelRef:
@@ -152,10 +208,17 @@ def judging(model: ModelRef, target: str) -> ModelRef:
     return dataclasses.replace(model, task="reward" if target == "reward" else "causal")
 
 
-def _learnt(
-    pairs: Sequence[Preference], config: R3MConfig, context: Context, folder: Path
-) -> tuple[Any, Opened, list[Result]]:
-    """A model trained on pairs; checkpoints lie in the folder."""
+class Trained(NamedTuple):
+    """A model, what it was opened as, what its training measured, and of each pair the mean margin over epochs."""
+
+    model: Any
+    opened: Opened
+    results: list[Result]
+    margins: dict[str, float]
+
+
+def _learnt(pairs: Sequence[Preference], config: R3MConfig, context: Context, folder: Path) -> Trained:
+    """Train on pairs; checkpoints lie in the folder."""
     from datasets import Dataset, disable_progress_bars
 
     from tenfold.align.trainers import R3MDPOTrainer, R3MRewardTrainer
@@ -168,12 +231,7 @@ def _learnt(
         model: Any = lora.attach(opened.model, LoraConfig(rank=config.rank, targets=config.targets), task=task)
     else:
         model = full.attach(opened.model, FullConfig(), task=task)
-    lengths = [[len(ids) for ids in pair_tokens(row, opened.tokenizer)] for row in pairs]
-    if config.target == "reward":  # TRL leaves over-long pairs out here, and cuts their end off in DPO
-        fitting = [sum(both) for both in lengths if max(both) <= config.max_length]
-    else:
-        fitting = [sum(min(length, config.max_length) for length in both) for both in lengths]
-    over_long = sum(max(both) > config.max_length for both in lengths)
+    fitting, settings = _fitting(pairs, config, opened.tokenizer)
     steps = total_steps(config, len(fitting), sum(fitting))
     arguments = trainer_arguments(config, model, steps=steps, folder=folder, seed=context.seed)
     arguments |= {"max_length": config.max_length, "gradient_checkpointing": config.gradient_checkpointing}
@@ -211,9 +269,25 @@ def _learnt(
                better="higher", kind="timing"),
         Metric(name="peak memory growth", value=growth.growth, unit="bytes", better="lower", kind="memory"),
     )  # fmt: skip
-    what = "left out" if config.target == "reward" else "cut"
-    settings = {"pairs": len(fitting), f"pairs {what} as too long": over_long}
-    return model, opened, [Result(task="preference training", subject="after", metrics=figures, settings=settings)]
+    result = Result(task="preference training", subject="after", metrics=figures, settings=settings)
+    return Trained(model, opened, [result], trainer.epoch_margins())
+
+
+def _fitting(pairs: Sequence[Preference], config: R3MConfig, tokenizer: Any) -> tuple[list[int], dict[str, Any]]:
+    """Tokens of each pair that TRL trains on, and what is to be said of the others."""
+    longest = config.max_length
+    fitting, cut = [], 0
+    for row in pairs:
+        prompt, *both = pair_lengths(row, tokenizer)
+        if config.target == "reward" and max(both) <= longest:
+            fitting.append(sum(both))
+        elif config.target == "dpo" and prompt < longest:  # TRL cuts the end of the answers off here
+            fitting.append(sum(min(length, longest) for length in both))
+            cut += max(both) > longest
+    if not fitting:
+        what = "pair" if config.target == "reward" else "prompt"
+        raise DataError(f"max_length: no {what} is within {longest} tokens", remedy="raise max_length")
+    return fitting, {"pairs": len(fitting), "pairs left out as too long": len(pairs) - len(fitting), "pairs cut": cut}
 
 
 def _last_loss(trainer: Any) -> float:
@@ -256,11 +330,11 @@ def _quality(model: Any, opened: Opened, held: Rows, config: R3MConfig, context:
     return Result(task="held-out preferences", subject="after", metrics=metrics, settings={"pairs": len(margins)})
 
 
-def _judged(model: Any, opened: Opened, pairs: Sequence[Preference], config: R3MConfig, context: Context) -> Scored:
+def _judged(trained: Trained, pairs: Sequence[Preference], config: R3MConfig, context: Context) -> Scored:
     """The margins by which training labels are doubted."""
-    tell = partial(context.progress, "audit")
     if not config.folds:
-        return _scorer(config, opened, cache=context.folder / "margins.jsonl", progress=tell)(model, list(pairs))
+        keys = {"cache": _cache(context), "progress": partial(context.progress, "audit")}
+        return _scorer(config, trained.opened, **keys)(trained.model, list(pairs))
 
     def score(fitted: tuple[list[Preference], int], held: list[Preference]) -> Scored:
         return _unseen(fitted[0], held, config, context, f"fold-{fitted[1]}")
@@ -275,8 +349,9 @@ def _unseen(
     kept, folder = context.folder / f"{name}.json", context.folder / name
     if not kept.exists():
         folder.mkdir(exist_ok=True)
-        model, opened, _ = _learnt(rows, config, context, folder)
-        found = _scorer(config, opened, progress=partial(context.progress, f"scoring, {name}"))(model, list(judged))
+        trained = _learnt(rows, config, context, folder)
+        tell = partial(context.progress, f"scoring, {name}")
+        found = _scorer(config, trained.opened, progress=tell)(trained.model, list(judged))
         values = {"ids": found.ids, "margins": found.margins.tolist(), "over_long": found.over_long}
         write_text(kept, json.dumps(values))
     shutil.rmtree(folder, ignore_errors=True)
@@ -329,12 +404,18 @@ def _tried(one: Candidate, pairs: int, labels: str) -> Result:
 
 
 def _audited(
-    scored: Scored, pairs: Sequence[Preference], flips: dict[str, bool], lam: float, worst: int, folder: Path
+    scored: Scored,
+    pairs: Sequence[Preference],
+    flips: dict[str, bool],
+    lam: float,
+    worst: int,
+    folder: Path,
+    epochs: Mapping[str, float] | None = None,
 ) -> tuple[Audit, StageOutput]:
     """Judge labels by margins; the table is ``audit.csv`` in the folder."""
     if not scored.ids:
         raise DataError("no pair is within max_length", remedy="raise max_length")
-    found = audit(scored.margins, scored.ids, lam)
+    found = audit(scored.margins, scored.ids, lam, epochs)
     write_csv(folder / "audit.csv", found)
     metrics = [
         Metric(name="flagged", value=found.flags / len(found.verdicts), count=len(found.verdicts)),
@@ -384,7 +465,8 @@ def _histogram(found: Audit) -> Figure:
     width = (high - low) / 24 or 1.0
     bins = ((margins - low) / width).long().clamp(max=23)
     flagged = torch.tensor([verdict.flagged for verdict in found.verdicts])
-    names = tuple(f"{low + (index + 0.5) * width:.2f}" for index in range(24))
+    digits = max(2, 1 - math.floor(math.log10(width)))  # so many that no two bars have one name
+    names = tuple(f"{low + (index + 0.5) * width:.{digits}f}" for index in range(24))
 
     def counts(which: torch.Tensor) -> tuple[float, ...]:
         return tuple(torch.bincount(bins[which], minlength=24).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tenfold.config.autopasta import AutoPastaConfig
@@ -48,6 +49,7 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
         _check_training(config, rows, where)
     if isinstance(config, AuditConfig):
         _check_kind(rows, ("preference",), f"{where}: auditing labels")
+        _check_outputs(config, where)
     if isinstance(config, SteeringFields):
         config.profile_file()
     if isinstance(config, PastaConfig) and not config.prompts and not config.tasks and rows is None:
@@ -96,6 +98,24 @@ def _check_training(config: TrainingFields, rows: Rows | None, where: str) -> No
         package = {"tensorboard": "tensorboard"}.get(name, name)
         if find_spec(package) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
             raise MissingDependencyError(f"{where}: report_to: {name} is not installed", f"pip install {package}")
+
+
+def _check_outputs(config: AuditConfig, where: str) -> None:
+    for key, path, suffix in (("csv", config.csv, ".csv"), ("clean", config.clean, ".jsonl")):
+        if path is None:
+            continue
+        if path.suffix != suffix or path.is_dir():
+            raise ConfigError(
+                f"{where}: {key}: {path} is no {suffix} file", remedy=f"give a name that ends in {suffix}"
+            )
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(
+                f"{where}: {key}: there is no folder {path.parent}", remedy="make it, or give another one"
+            )
+    if config.clean is not None and config.clean.resolve() == Path(str(config.data)).resolve():
+        raise ConfigError(
+            f"{where}: clean: {config.clean} is the data itself, which would be lost", remedy="give another file"
+        )
 
 
 def trusted_rows(config: R3MConfig) -> Rows:

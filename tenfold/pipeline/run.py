@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from tenfold.data.read import Rows
 
 
-NO_FIGURE = {"save_every", "log_every", "report_to"}
-"""Keys that change what is written on the way and no figure: another value does not make a finished stage anew."""
+NO_FIGURE = {"save_every", "log_every", "report_to", "csv", "clean"}
+"""Keys that change what is written on the way or where, and no figure: another value makes no finished stage anew."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
                 summary = _execute(plan, out, job, start, model, machine, console)
             else:
                 console.print(f"[bold]{job.step.folder}[/bold]: finished already", highlight=False)
+            _deliver(job.step.config, out / job.step.folder)
             summaries.append(summary)
             metrics = {done.folder: load_metrics(out / done.folder / "metrics.jsonl") for done in summaries}
             write_report(out, plan.to_yaml(), summaries, metrics, environment=machine)
@@ -172,7 +173,7 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
         inputs: dict[str, Any] = {"model": identity}
         if rows is not None:
             inputs["data"] = {"source": rows.source, "sha256": rows.sha256, "rows": len(rows)}
-        inputs |= _named(step.config)
+        inputs |= _named(step.config, rows)
         basis = {
             "previous": previous,
             "stage": step.name,
@@ -186,13 +187,24 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
         previous = fingerprint
 
 
-def _named(config: Config) -> dict[str, Any]:
+def _deliver(config: Config, folder: Path) -> None:
+    """Leave what a stage was asked for outside of the run folder, also where the stage was finished already."""
+    if isinstance(config, AuditConfig):
+        for name, target in (("audit.csv", config.csv), ("cleaned.jsonl", config.clean)):
+            if target is not None:
+                write_text(target, (folder / name).read_text(encoding="utf-8"))
+
+
+def _named(config: Config, rows: Rows | None) -> dict[str, Any]:
     """Hashes of what a configuration names beside its data; an earlier stage has a fingerprint of its own."""
     context = getattr(config, "context", None)
     paths = {"context": context, "profile": config.profile_file() if isinstance(config, SteeringFields) else None}
     found: dict[str, Any] = {
         key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if isinstance(path, Path)
     }
+    if isinstance(config, R3MConfig | AuditConfig) and rows is not None:
+        # True rewards, known flips, and what cleaned rows keep.
+        found["other columns"] = hashlib.sha256(repr(rows.others).encode()).hexdigest()
     if isinstance(config, R3MConfig) and config.trusted is not None:
         found["trusted"] = trusted_rows(config).sha256
     if isinstance(config, AuditConfig) and config.reference is not None:

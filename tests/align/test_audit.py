@@ -164,6 +164,14 @@ class TestRows:
         expected = [1 - v.p_wrong for v in found.verdicts] + [1.0, 1.0]
         assert [row["weight"] for row in rows] == pytest.approx(expected)
 
+    def test_other_columns_stay_and_those_of_answers_change_places_with_them(self):
+        further = {"split": "dev", "chosen_rewards": [1], "rejected_rewards": [0], "chosen_by": "me", "flipped": True}
+        others = {row.id: further for row in self.ROWS}
+        rows = {row["id"]: row for row in cleaned_rows(self.ROWS, self.audit(), "flip", others)}
+        assert {key: rows["row 0"][key] for key in further} == further
+        turned = {**further, "chosen_rewards": [0], "rejected_rewards": [1], "flipped": False}
+        assert {key: rows["row 161"][key] for key in further} == turned
+
     def test_unknown_action(self):
         with pytest.raises(ConfigError, match="clean: 'burn' is unknown"):
             cleaned_rows(self.ROWS, self.audit(), "burn")

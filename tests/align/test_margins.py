@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from tenfold.align import margins as scoring
+from tenfold.align.known import tokenizer_hash
 from tenfold.align.margins import Scored, cross_fit, folds_of, score_pairs, score_policy_pairs
 from tenfold.data.read import hash_share, read_rows
 from tenfold.data.rows import Preference
@@ -231,13 +231,39 @@ def test_the_cache_is_by_row_and_by_what_scores(reward, policy, tmp_path):
     score_policy_pairs(policy.model, policy.tokenizer, ROWS, beta=0.1, **kwargs)
     assert len(policy.calls) == 2, "another adapter is active"
 
+    def again(**more):
+        policy.calls.clear()
+        score_policy_pairs(policy.model, policy.tokenizer, ROWS, beta=0.1, **kwargs, **more)
+        return len(policy.calls)
 
-def test_another_kind_of_file_is_no_cache(reward, tmp_path):
+    assert again() == 0
+    layer = next(module for module in policy.model.modules() if hasattr(module, "lora_A"))
+    layer.scaling["second"] *= 4
+    assert again() == 2, "the same adapter, scaled"
+    reference = tiny_model("llama").model
+    with policy.model.disable_adapter():
+        assert again(reference=reference) == 1
+    assert again(reference=reference) == 1, "switched on again"
+    assert again(reference=reference) == 0
+    policy.model.to(torch.bfloat16)
+    assert again(reference=reference) == 1, "in another type"
+    policy.model.float()
+    assert again(reference=reference) == 1, "rounded"
+    with torch.no_grad():
+        layer.get_base_layer().weight[1, 1] += 1e-3
+    assert again(reference=reference) == 1, "one number of one matrix"
+    before = tokenizer_hash(policy.tokenizer)
+    policy.tokenizer.add_tokens(["Start"])
+    assert tokenizer_hash(policy.tokenizer) != before
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "p"}', '{"margins": 3}', '{"margins": [[1]]}', "id,prompt"], ids=repr)
+def test_another_kind_of_file_is_no_cache(reward, tmp_path, text):
     path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({"prompt": "p"}) + "\n")
+    path.write_text(text + "\n")
     with pytest.raises(DataError, match="line 1: holds no margins"):
         score_pairs(reward.model, reward.tokenizer, ROWS, cache=path)
-    assert path.read_text() == json.dumps({"prompt": "p"}) + "\n"
+    assert path.read_text() == text + "\n"
 
 
 def test_over_long_pairs_are_named_and_not_scored(reward, tmp_path):

@@ -24,7 +24,7 @@ from tenfold.errors import ConfigError, DataError
 
 ROWS = read_rows("step-audit:1280:5")
 IDS = [row.id for row in ROWS]
-REWARDS = list(true_rewards("step-audit:1280:5").values())
+REWARDS = list(true_rewards(read_rows("step-audit:1280:5")).values())
 GAPS = [pair.gap for pair in REWARDS]
 
 
@@ -125,32 +125,44 @@ def test_the_mask_is_stored_with_the_data(tmp_path):
     mask = uniform(IDS, 0.25, seed=0)
     write_corrupted(tmp_path / "noisy.jsonl", ROWS, mask)
     assert list(read_rows(str(tmp_path / "noisy.jsonl"))) == corrupt(ROWS, mask)
-    assert flip_mask(str(tmp_path / "noisy.jsonl")) == dict(zip(IDS, mask, strict=True))
+    assert flip_mask(read_rows(str(tmp_path / "noisy.jsonl"))) == dict(zip(IDS, mask, strict=True))
 
 
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"id": "a"}, ["line 1, column 'chosen_rewards'", "None, expected a list of numbers"]),
+        ({"id": "a"}, ["d.jsonl, row 'a', column 'chosen_rewards'", "None, expected a list of numbers"]),
         ({"id": "a", "chosen_rewards": [1, "x"]}, ["column 'chosen_rewards'", "'x'"]),
         ({"id": "a", "chosen_rewards": [1], "rejected_rewards": []}, ["column 'rejected_rewards'", "uniform"]),
         ({"id": "a", "chosen_rewards": [True]}, ["column 'chosen_rewards'"]),
-        ({"chosen_rewards": [1], "rejected_rewards": [0]}, ["column 'id': missing"]),
     ],
 )
 def test_rewards_that_are_not_there(tmp_path, values, parts):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"prompt": "p", "chosen": "x", "rejected": "y", **values}) + "\n")
     with pytest.raises(DataError) as caught:
-        true_rewards(str(path))
+        true_rewards(read_rows(str(path)))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_a_mask_that_is_not_there(tmp_path):
     path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"id": "a", "flipped": 1}) + "\n")
-    with pytest.raises(DataError, match="column 'flipped': 1, expected true or false"):
-        flip_mask(str(path))
+    path.write_text(json.dumps({"id": "a", "prompt": "p", "chosen": "x", "rejected": "y", "flipped": 3}) + "\n")
+    with pytest.raises(DataError, match="row 'a', column 'flipped': 3, expected true or false"):
+        flip_mask(read_rows(str(path)))
+
+
+def test_what_is_known_of_pairs_is_read_under_the_columns_of_the_user(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("uid,question,chosen,rejected,flipped\na,p,x,y,True\nb,q,x,y,0\n")
+    rows = read_rows(str(path), columns={"id": "uid", "prompt": "question"}, limit=2)
+    assert flip_mask(rows) == {"a": True, "b": False}
+    assert flip_mask(rows[1:]) == {"b": False}
+    unnamed = tmp_path / "e.jsonl"
+    row = {"prompt": "p", "chosen": "x", "rejected": "y", "chosen_rewards": [1], "rejected_rewards": [0]}
+    unnamed.write_text(json.dumps(row) + "\n")
+    found = read_rows(str(unnamed))
+    assert true_rewards(found) == {found[0].id: StepRewards((1.0,), (0.0,))}
 
 
 def test_bad_numbers():

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from tenfold.align.r3m import RunningKink, kink, lipschitz_envelope, pair_loss, perturbation, r3m_loss
 from tenfold.config.r3m import RobustFields
-from tenfold.errors import ConfigError, MissingDependencyError, RunError
+from tenfold.errors import ConfigError, DataError, MissingDependencyError, RunError
 from tenfold.models.tiny import tiny_model
 
 trl = pytest.importorskip("trl")
@@ -44,11 +44,11 @@ def arguments(make, folder, **more):
     return config(**{**common, **quiet, **given, **more})
 
 
-def trainer(make, folder, rows, robust=None, model=None, peft_config=None, streamed=False, **more):
+def trainer(make, folder, rows, robust=None, model=None, peft_config=None, streamed=False, reference=None, **more):
     """A trainer of a tiny model; its keyword arguments are those of the configuration."""
     reward = make is R3MRewardTrainer
     opened = tiny_model("llama", task="reward" if reward else "causal")
-    reference = {} if reward or peft_config else {"ref_model": tiny_model("llama").model}
+    reference = {} if reward or peft_config else {"ref_model": reference or tiny_model("llama").model}
     data = Dataset.from_list(rows)
     return make(
         model or opened.model,
@@ -108,18 +108,81 @@ def test_ids_stay_with_their_pairs(tmp_path_factory, make, lengths, named, seed)
 
 @BOTH
 def test_margins_are_those_of_their_ids(tmp_path, make):
-    found = trainer(make, tmp_path, pairs(), learning_rate=0.0, max_steps=4)
+    torch.manual_seed(3)
+    other = tiny_model("llama").model
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    keys = {"learning_rate": 0.0} if make is R3MRewardTrainer else {"learning_rate": 0.0, "reference": other}
+    found = trainer(make, tmp_path, pairs(), max_steps=4, **keys)
     found.train()
     margins = found.margins()
     assert sorted(margins) == sorted(row["id"] for row in pairs())
-    found.model.eval()
-    alone = trainer(make, tmp_path, [pairs()[5]] * 4, learning_rate=0.0, max_steps=1)
-    alone.train()
-    assert alone.margins() == {"pair-5": pytest.approx(margins["pair-5"], abs=1e-5)}
-    if make is R3MRewardTrainer:
-        assert len({round(margin, 6) for margin in margins.values()}) == 16
-    else:
-        assert set(margins.values()) == {0.0}, "the policy is the reference still"
+    assert len({round(margin, 6) for margin in margins.values()}) == 16
+    for row in pairs()[5:9]:
+        alone = trainer(make, tmp_path, [row], max_steps=1, **keys)
+        alone.train()
+        assert alone.margins() == {row["id"]: pytest.approx(margins[row["id"]], abs=1e-5)}
+
+
+@BOTH
+@pytest.mark.parametrize(("ids", "said"), [(["a", "b", "a"], "row 2: the id 'a' comes twice"), ([None] * 3, "row 0"),
+                                           ([[1], [2], [3]], "is no name")])  # fmt: skip
+def test_ids_that_tell_no_pairs_apart_are_refused(tmp_path, make, ids, said):
+    with pytest.raises(DataError, match=said):
+        trainer(make, tmp_path, [{**row, "id": id} for row, id in zip(pairs(3), ids, strict=True)])
+
+
+def test_by_default_it_is_r3m(tmp_path):
+    opened = tiny_model("llama", task="reward")
+    args = arguments(R3MRewardTrainer, tmp_path)
+    found = R3MRewardTrainer(opened.model, args, train_dataset=Dataset.from_list(pairs()),
+                             processing_class=opened.tokenizer)  # fmt: skip
+    assert found.robust == RobustFields()
+
+
+@BOTH
+def test_no_batch_moves_the_kink_that_it_is_judged_by(tmp_path, make):
+    found = trainer(make, tmp_path, pairs(40), RobustFields(budget="40%"), max_steps=12)
+    seen, original = [], found._pair_losses
+
+    def spy(margin, ids):
+        losses = original(margin, ids)
+        seen.append((margin.detach().float(), losses.detach()))
+        return losses
+
+    found._pair_losses = spy
+    found.train()
+    kinks = RunningKink(0.4)
+    for (margin, losses), line in zip(seen, steps(found), strict=True):
+        assert line["r3m/lam"] == pytest.approx(kinks.lam)
+        torch.testing.assert_close(losses, r3m_loss(margin, kinks.lam))
+        kinks.observe(margin.tolist())
+    assert kinks.lam < 1
+
+
+@BOTH
+def test_the_mean_over_epochs(tmp_path, make):
+    found = trainer(make, tmp_path, pairs(8), num_train_epochs=3, max_steps=-1)
+    seen, original = {}, found._pair_losses
+
+    def spy(margin, ids):
+        for id, value in zip(ids, margin.tolist(), strict=True):
+            seen.setdefault(id, []).append(value)
+        return original(margin, ids)
+
+    found._pair_losses = spy
+    found.train()
+    assert all(len(values) == 3 for values in seen.values())
+    assert found.margins() == {id: pytest.approx(values[-1]) for id, values in seen.items()}
+    assert found.epoch_margins() == {id: pytest.approx(sum(values) / 3) for id, values in seen.items()}
+
+
+@BOTH
+def test_a_budget_that_too_few_pairs_could_show_is_refused(tmp_path, make):
+    found = trainer(make, tmp_path, pairs(), RobustFields(budget="1%"))
+    with pytest.raises(ConfigError, match=r"budget: 0.01 of 24 pairs are too few"):
+        found.train()
 
 
 @BOTH

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import yaml
 from rich.console import Console
 
 from tenfold import cli
+from tenfold.align import margins
+from tenfold.align.margins import score_pairs, score_policy_pairs
 from tenfold.config.r3m import RobustFields
 from tenfold.config.training import TrainingFields
+from tenfold.data.read import read_rows
 from tenfold.data.sources import open_source
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.export import save_model
@@ -78,7 +82,7 @@ def test_it_trains_measures_and_audits_its_own_labels(keys, tmp_path):
     )
 
 
-@pytest.mark.parametrize("keys", [TARGETS["reward"], TARGETS["dpo"], {**TARGETS["reward"], "budget": "10%"}], ids=str)
+@pytest.mark.parametrize("keys", [TARGETS["reward"], TARGETS["dpo"], {**TARGETS["reward"], "budget": "50%"}], ids=str)
 def test_interrupted_halfway_it_ends_as_if_it_never_was(keys, tmp_path, monkeypatch):
     whole = execute(recipe(**keys), tmp_path / "whole")
     from tenfold.adapt.training import _Watch
@@ -242,6 +246,148 @@ def test_audit_from_the_command_line(target, tmp_path, capsys):
     assert summary["samples"]
 
 
+def table_of(path):
+    with path.open() as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("target", ["reward", "dpo"])
+def test_its_figures_are_those_of_the_saved_adapter(target, tmp_path):
+    (summary,) = execute(recipe(**TARGETS[target]), tmp_path)
+    folder = tmp_path / "01-r3m"
+    opened = open_model(folder / "adapter", task="reward" if target == "reward" else "causal")
+    score = score_pairs if target == "reward" else partial(score_policy_pairs, beta=0.5)
+    training = list(read_rows(str(folder / "training.jsonl")))
+    _, held = read_rows("step-audit:30").split(0.2)
+    margins = score(opened.model, opened.tokenizer, held).margins.double()
+    values = {metric.name: metric.value for result in summary.results for metric in result.metrics}
+    assert values["accuracy"] == pytest.approx(float((margins > 0).double().mean()))
+    assert values["nll"] == pytest.approx(float(-torch.nn.functional.logsigmoid(margins).mean()), abs=1e-4)
+    found = score(opened.model, opened.tokenizer, training)
+    written = table_of(folder / "audit.csv")
+    assert [float(written[id]["margin"]) for id in found.ids] == pytest.approx(found.margins.tolist(), abs=1e-4)
+    assert all(float(row["epoch_margin"]) != float(row["margin"]) for row in written.values() if row["epoch_margin"])
+
+
+@pytest.mark.parametrize("target", ["reward", "dpo"])
+def test_the_verb_audit_finds_what_the_stage_found(target, tmp_path):
+    """Without being told the beta of the training."""
+    execute(recipe(**TARGETS[target]), tmp_path / "run")
+    folder = tmp_path / "run/01-r3m"
+    data, out = str(folder / "training.jsonl"), tmp_path / "again.csv"
+    assert cli.main(["audit", str(folder / "adapter"), "--data", data, "--lam", "0.75", "--out", str(out)]) == 0
+    ours, theirs = table_of(folder / "audit.csv"), table_of(out)
+    assert {id: float(row["margin"]) for id, row in theirs.items()} == {
+        id: pytest.approx(float(row["margin"]), abs=1e-5) for id, row in ours.items()
+    }
+
+
+def turned_over(summary):
+    (table,) = (table for table in summary.tables if "turned over" in table.columns)
+    where = table.columns.index("turned over")
+    return {row[1]: row[where] for row in table.rows}
+
+
+def test_whether_a_label_was_turned_over_is_said_only_where_it_is_known(tmp_path):
+    keys = {**TARGETS["reward"], "steps": 2}
+    (unknown,) = execute(recipe(**keys, noise=None), tmp_path / "unknown")
+    assert set(turned_over(unknown).values()) == {"unknown"}
+    (noisy,) = execute(recipe(**keys), tmp_path / "noisy")
+    path = tmp_path / "noisy/01-r3m/training.jsonl"
+    known = {row["id"]: row["flipped"] for row in map(json.loads, path.read_text().splitlines())}
+    assert turned_over(noisy) == {id: "yes" if known[id] else "no" for id in turned_over(noisy)}
+    # The column of an earlier corruption, and a second one on top of it.
+    (column,) = execute(recipe(**{**keys, "data": str(path), "noise": None, "holdout": 0.5}), tmp_path / "column")
+    assert turned_over(column) == {id: "yes" if known[id] else "no" for id in turned_over(column)}
+    (both,) = execute(recipe(**{**keys, "data": str(path), "noise": "uniform:99%", "holdout": 0.5}), tmp_path / "both")
+    opposite = {id: "no" if known[id] else "yes" for id in turned_over(both)}
+    assert sum(turned_over(both)[id] != opposite[id] for id in opposite) <= 1
+
+
+def test_cleaned_rows_keep_the_columns_of_the_user(tmp_path):
+    rows = [dict(record.values) for record in open_source("step-audit:30").records]
+    data, clean = tmp_path / "mine.jsonl", tmp_path / "clean.jsonl"
+    mine = [{**row, "split": "train" if n % 3 else "test", "author": n} for n, row in enumerate(rows)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in mine))
+    before = data.read_text()
+    execute(recipe(**TARGETS["reward"]), tmp_path / "run")
+    command = ["audit", str(tmp_path / "run/01-r3m/adapter"), "--data", str(data), "--out", str(tmp_path / "audit")]
+    assert cli.main([*command, "--clean", str(data)]) == 2
+    assert data.read_text() == before
+    assert cli.main([*command, "--clean", str(clean), "--action", "weights"]) == 0
+    for row, original in zip(map(json.loads, clean.read_text().splitlines()), mine, strict=True):
+        assert 0 <= row.pop("weight") <= 1
+        assert row == original
+
+
+def test_another_level_scores_nothing_again_and_files_outside_come_back(tmp_path, monkeypatch, capsys):
+    execute(recipe(**TARGETS["reward"]), tmp_path / "run")
+    data = str(tmp_path / "run/01-r3m/training.jsonl")
+    out = tmp_path / "audit.csv"
+    command = ["audit", str(tmp_path / "run/01-r3m/adapter"), "--data", data, "--out", str(out)]
+    assert cli.main(command) == 0
+    first = out.read_text()
+
+    def never(*_):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(margins, "_reward_margins", never)
+    out.unlink()
+    assert cli.main(command) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert out.read_text() == first
+    assert cli.main([*command, "--lam", "0.4"]) == 0
+    assert out.read_text() != first
+    assert cli.main([*command, "--clean", str(tmp_path / "clean.jsonl")]) == 0
+    assert (tmp_path / "clean.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--csv", "nowhere/a.csv"], "no folder nowhere"),
+        (["--csv", "a.txt"], "is no .csv file"),
+        (["--clean", "nowhere/a.jsonl"], "no folder nowhere"),
+        (["--clean", "a.csv"], "is no .jsonl file"),
+        (["--out", "a.csv", "--csv", "b.csv"], "both name the table"),
+        (["--task", "reward"], "has no reward head"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_audited_or_written_is_said_first(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(aligning, "score_pairs", None)
+    assert cli.main(["audit", "tiny:llama", "--data", "step-audit:20", *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "a.csv").exists()
+
+
+@pytest.mark.parametrize("target", ["reward", "dpo"])
+def test_a_limit_that_no_pair_keeps_is_named(target, tmp_path):
+    with pytest.raises(DataError, match=r"max_length: no (pair|prompt) is within 8 tokens"):
+        execute(recipe(**TARGETS[target], max_length=8), tmp_path)
+
+
+def test_a_reward_may_be_learnt_on_top_of_an_adapter(tmp_path):
+    first = {"use": "lora", "data": "python-reference", "limit": 20, "rank": 2, **FAST, "max_length": 64}
+    second = {"use": "r3m", "data": "step-audit:30", "holdout": 0.2, **FAST, **TARGETS["reward"]}
+    execute({"model": "tiny:llama", "stages": [first, second]}, tmp_path)
+    ids = torch.arange(5, 29).reshape(2, 12)
+    stacked = open_model("tiny:llama", task="reward", adapters=[tmp_path / "01-lora/adapter"])
+    alone = open_model("tiny:llama", task="reward")
+    plain = open_model("tiny:llama", adapters=[tmp_path / "01-lora/adapter"])
+    with torch.no_grad():
+        hidden = stacked.model.get_base_model().model(ids).last_hidden_state
+        torch.testing.assert_close(hidden, plain.model.get_base_model().model(ids).last_hidden_state)
+        assert not torch.allclose(hidden, alone.model.model(ids).last_hidden_state, atol=1e-4)
+
+
+def test_accuracy_is_logged(tmp_path):
+    execute(recipe(**TARGETS["reward"]), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "01-r3m/metrics.jsonl").read_text().splitlines()]
+    assert all({"loss", "accuracy", "margin", "r3m/flagged_frac"} <= set(line) for line in lines)
+
+
 def test_the_base_is_untouched_and_the_adapter_needs_no_tenfold(tmp_path):
     from peft import PeftModel
 
@@ -259,6 +405,7 @@ def test_the_base_is_untouched_and_the_adapter_needs_no_tenfold(tmp_path):
     "values",
     [{"noise": "loud"}, {"noise": "uniform:0"}, {"folds": 1}, {"lam": 0}, {"lam": 0.5, "budget": "10%"},
      {"budget": "60%"}, {"beta": 0.2}, {"rank": 0, "target": "dpo"}, {"loss": "bt", "lam": 0.5}, {"smoothing": 0.2},
+     {"noise": "uniform:150%"}, {"noise": "irrational:5"}, {"noise": "myopic:2"}, {"noise": "irrational:1/0"},
      {"loss": "new"}, {"lams": [0.5]}, {"lams": [0.5, 0.5]}, {"lams": [1, 0]}, {"trusted": "right.jsonl"},
      {"lams": [1, 0.5], "lam": 0.5}, {"lams": [1, 0.5], "budget": "10%"}, {"lams": [1, 0.5], "loss": "bt"}],
     ids=str,

@@ -20,7 +20,7 @@ from tenfold.models.tiny import tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def adapted(kind="llama", seed=0, model=None):
+def adapted(kind="llama", seed=0, model=None, task_type="CAUSAL_LM"):
     """A tiny model with a LoRA adapter that does something."""
     opened = tiny_model(kind)
     model = model or opened.model
@@ -28,7 +28,7 @@ def adapted(kind="llama", seed=0, model=None):
         r=4,
         target_modules=[slot.name for slot in layer_map(model).select(["all-linear"])],
         fan_in_fan_out=kind == "gpt2",
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
     wrapped = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
@@ -128,8 +128,10 @@ def test_the_demo_base_is_named_and_not_its_cache(demo, tmp_path):
 def test_errors_of_adapters(tmp_path):
     model, tokenizer = adapted()
     folder = save_adapter(model, tokenizer, tmp_path / "adapter", base="tiny:llama")
-    with pytest.raises(ModelError, match="task='causal'"):
-        open_model(folder, "reward", device="cpu")
+    scoring, _ = adapted(model=tiny_model("llama", task="reward").model, task_type="SEQ_CLS")
+    scored = save_adapter(scoring, tokenizer, tmp_path / "scored", base="tiny:llama")
+    with pytest.raises(ModelError, match="task='classification'"):
+        open_model(scored, device="cpu")
     with pytest.raises(ModelError, match="does not fit a gpt2 model"):
         open_model("tiny:gpt2", device="cpu", adapters=[folder])
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):

@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from tenfold.align.preferences import StepRewards, irrational, myopic, stochastic, true_rewards
 from tenfold.align.r3m import expected_flags, kink, pair_loss, perturbation, r3m_loss
+from tenfold.data.read import read_rows
 from tenfold.models.tiny import tiny_model
 
 LAMS = [0.1, 0.25, 0.3, 0.5, 0.65, 0.75, 0.85, 0.95]
@@ -369,7 +370,7 @@ def test_15_flags_beyond_what_right_labels_give():
 
 
 def test_14_noise_generators():
-    known = true_rewards("step-audit:1280:5")
+    known = true_rewards(read_rows("step-audit:1280:5"))
     ids_, rewards_ = list(known), list(known.values())
     gaps = [float(n) for n in random.Random(0).sample(range(1000), 64)]
     rewards = [StepRewards((gap, 0.0), (0.0, 0.0)) for gap in gaps]
