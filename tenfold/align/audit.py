@@ -186,6 +186,60 @@ def _check(margins: Tensor, ids: Sequence[str], lam: float) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Group:
+    """What is known of one annotator, or of one source of labels.
+
+    Args:
+        name: of the group.
+        pairs: its pairs.
+        flags: flagged ones.
+        expected: flags that right labels would give at these margins.
+        excess: ``flags - expected``.
+        stderr: standard deviation of the number of flags of right labels.
+        doubt: ``excess / stderr``; above 3 it is hardly chance. 0 where right labels could give no flag, nor did.
+    """
+
+    name: str
+    pairs: int
+    flags: int
+    expected: float
+    excess: float
+    stderr: float
+    doubt: float
+
+
+def audit_groups(found: Audit, group_of: Mapping[str, str]) -> tuple[Group, ...]:
+    """Whose labels to doubt: flags and their excess, by annotator or source.
+
+    Args:
+        found: the audit of all pairs.
+        group_of: row id -> group; pairs without one are left out.
+
+    Returns:
+        The groups, the most doubtful first.
+
+    Section 8.5, whose group penalty is for training; this one looks at margins as they are.
+
+    >>> found = audit([3.0, -5.0, 0.5, 2.0], ["a", "b", "c", "d"], lam=0.85)
+    >>> [group.name for group in audit_groups(found, {"a": "Ada", "b": "Bob", "c": "Ada", "d": "Bob"})]
+    ['Bob', 'Ada']
+    """
+    members: dict[str, list[Verdict]] = {}
+    for verdict in found.verdicts:
+        if verdict.id in group_of:
+            members.setdefault(group_of[verdict.id], []).append(verdict)
+    groups = []
+    for name, verdicts in members.items():
+        margins = torch.tensor([verdict.margin for verdict in verdicts], dtype=torch.float64)
+        expected, stderr = expected_flags(margins, found.lam)
+        flags = sum(verdict.flagged for verdict in verdicts)
+        # Of few and sure pairs nothing may be expected; a flag is at least one flag's worth of doubt then.
+        doubt = (flags - expected) / max(stderr, 0.1) if flags or expected else 0.0
+        groups.append(Group(name, len(verdicts), flags, expected, flags - expected, stderr, doubt))
+    return tuple(sorted(groups, key=lambda group: (-group.doubt, group.name)))
+
+
 def write_csv(path: Path, found: Audit) -> None:
     """Write the verdicts as a table, most doubtful first; the columns are the fields of `Verdict`.
 

@@ -201,6 +201,8 @@ class AuditConfig(DataFields):
     says so, else 1024."""
     worst: Annotated[int, Field(ge=1)] = 12
     """Most doubtful pairs that the report shows."""
+    by: str | None = None
+    """Column that says who gave the label, or where the row comes from: these are ranked, too."""
     csv: Path | None = None
     """Also write the ranked table to this file; on the command line ``--out NAME.csv`` says the same."""
     action: Literal["drop", "flip", "weights"] = "drop"

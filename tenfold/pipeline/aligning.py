@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from tenfold.adapt import full, lora
 from tenfold.adapt.training import carry_out, total_steps, trainer_arguments
-from tenfold.align.audit import Audit, Verdict, audit, cleaned_rows, worst_pairs, write_csv
+from tenfold.align.audit import Audit, Verdict, audit, audit_groups, cleaned_rows, worst_pairs, write_csv
 from tenfold.align.choose import LEAST, Candidate, choose_lam
 from tenfold.align.margins import Scored, cross_fit, folds_of, pair_lengths, score_pairs, score_policy_pairs
 from tenfold.align.preferences import (
@@ -128,7 +128,19 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     notes.append(
         f"{found.count('drop')} rows to drop, {found.count('flip')} to flip, {found.count('review')} to review."
     )
-    return dataclasses.replace(output, notes=[*output.notes, *notes])
+    tables = output.tables if config.by is None else [*output.tables, _groups(found, context.rows, config.by)]
+    return dataclasses.replace(output, tables=tables, notes=[*output.notes, *notes])
+
+
+def _groups(found: Audit, rows: Rows, column: str) -> Table:
+    """Whose labels to doubt."""
+    group_of = {row.id: str(other[column]) for row, other in zip(rows, rows.others, strict=True) if column in other}
+    groups = audit_groups(found, group_of)
+    return Table(
+        title=f"The most doubtful by {column}",
+        columns=(column, "pairs", "flagged", "expected of right labels", "excess", "excess / its deviation"),
+        rows=tuple((one.name, one.pairs, one.flags, one.expected, one.excess, one.doubt) for one in groups[:50]),
+    )
 
 
 def _check_head(model: Any, name: str) -> None:

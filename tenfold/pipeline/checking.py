@@ -50,6 +50,11 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
     if isinstance(config, AuditConfig):
         _check_kind(rows, ("preference",), f"{where}: auditing labels")
         _check_outputs(config, where)
+        if rows is not None and config.by is not None and not any(config.by in other for other in rows.others):
+            there = ", ".join(dict.fromkeys(name for other in rows.others for name in other)) or "none"
+            raise ConfigError(
+                f"{where}: by: {rows.source} has no column {config.by!r}", remedy=f"further columns are: {there}"
+            )
     if isinstance(config, SteeringFields):
         config.profile_file()
     if isinstance(config, PastaConfig) and not config.prompts and not config.tasks and rows is None:

@@ -342,9 +342,22 @@ def test_another_level_scores_nothing_again_and_files_outside_come_back(tmp_path
     assert (tmp_path / "clean.jsonl").exists()
 
 
+def test_labels_are_doubted_by_who_gave_them(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    rows = [
+        {**record.values, "author": f"author {n % 3}"} for n, record in enumerate(open_source("step-audit:30").records)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    audits = {"use": "audit", "data": str(data), "by": "author"}
+    summary = execute(recipe(audits, **TARGETS["reward"]), tmp_path / "run")[1]
+    (table,) = (table for table in summary.tables if table.title == "The most doubtful by author")
+    assert sorted(row[:2] for row in table.rows) == [(f"author {n}", 10) for n in range(3)]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--by", "author"], "has no column 'author'"),
         (["--csv", "nowhere/a.csv"], "no folder nowhere"),
         (["--csv", "a.txt"], "is no .csv file"),
         (["--clean", "nowhere/a.jsonl"], "no folder nowhere"),
