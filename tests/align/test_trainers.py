@@ -466,3 +466,31 @@ def test_a_running_kink_goes_on_where_it_was_saved():
         again.load_state_dict(stored)
         assert again.value == whole.value
     assert whole.value > -math.inf
+
+
+@BOTH
+def test_an_adapter_under_a_budget_trains_under_a_robust_loss(tmp_path, make):
+    from tenfold.adapt import adalora
+
+    reward = make is R3MRewardTrainer
+    opened = tiny_model("llama", task="reward" if reward else "causal")
+    adapter = adalora.attach(
+        opened.model,
+        adalora.AdaLoraConfig(rank=2, initial_rank=4, tinit=0.1, tfinal=0.2),
+        task="reward" if reward else "causal",
+    )
+    keys = {} if reward else {"ref_model": tiny_model("llama").model}
+    found = make(
+        adapter.model,
+        args=arguments(make, tmp_path, max_steps=20),
+        train_dataset=Dataset.from_list(pairs()),
+        processing_class=opened.tokenizer,
+        robust=RobustFields(lam=0.4),
+        **keys,
+    )
+    found.train()
+    ranks = adapter.ranks()
+    assert sum(ranks.values()) <= 2 * len(ranks)
+    assert len(set(ranks.values())) > 1, "capacity went where it matters"
+    assert len(found.margins()) == 16
+    assert any(line["r3m/flagged_frac"] > 0 for line in steps(found))
