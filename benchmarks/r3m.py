@@ -555,6 +555,8 @@ def _found(margins: Tensor, mask: list[bool], method: str, knob: float) -> dict[
 # ---- dpo ------------------------------------------------------------------------------------------------------------
 
 TUNED = (("bt", RobustFields(loss="bt")), ("r3m .75", RobustFields(lam=0.75)), ("r3m .5", RobustFields(lam=0.5)),
+         ("r3m .25", RobustFields(lam=0.25)),
+         ("trimmed .9", RobustFields(loss="trimmed", lam=0.9, lam_warmup=0.5)),
          ("cdpo .2", RobustFields(loss="cdpo", smoothing=0.2)),
          ("rdpo .2", RobustFields(loss="rdpo", smoothing=0.2)))  # fmt: skip
 STEPS, SHARE, BETA = 3, 0.2, 0.5
