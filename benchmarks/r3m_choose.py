@@ -123,6 +123,21 @@ def table() -> None:
         print(f"| {setting} | {noise} | {100 * statistics.mean(plain):.1f} | {cells} | {lams} | {wrong:.2f} |")
 
 
+def lost() -> None:
+    """Markdown: points of accuracy lost to the best cap, mean over noise models and seeds; what the docs page shows."""
+    ways: dict[str, Callable[[dict[str, Any]], float]] = {f"always {lam}": (lambda row, lam=lam: row["accuracy"][lam])
+                                                          for lam in ("1", "0.75", "0.25")}  # fmt: skip
+    for key, said in (("accuracy", "chosen"), ("by count", "by counting")):
+        for judge in ("doubtful", "trusted"):
+            ways[f"{said}, {judge}"] = lambda row, key=key, judge=judge: row[judge][key]
+    print(f"\n| setting | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}")
+    measured = [row for row in rows() if row["part"] == "choose"]
+    for setting in dict.fromkeys(row["setting"] for row in measured):
+        found = [row for row in measured if row["setting"] == setting]
+        means = (statistics.mean(max(row["accuracy"].values()) - way(row) for row in found) for way in ways.values())
+        print(f"| {setting} | {' | '.join(f'{100 * mean:.1f}' for mean in means)} |")
+
+
 def main() -> None:
     """Everything that is not there yet, then the table."""
     quiet_upstream()
@@ -141,6 +156,7 @@ def main() -> None:
                     if not done(part="choose", **keys, seed=seed):
                         real(**keys, pairs=embedded, by_heart=by_heart, seed=seed)
     table()
+    lost()
 
 
 if __name__ == "__main__":
