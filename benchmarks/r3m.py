@@ -535,6 +535,9 @@ def _found(margins: Tensor, mask: list[bool], method: str, knob: float) -> dict[
     ids = [str(index) for index in range(len(mask))]
     found = judge(margins, ids, AUDIT_LAM)
     result = {"flags": found.flags, "excess": found.excess, "low": found.interval[0], "high": found.interval[1]}
+    suspects = [verdict.suggestion in ("drop", "flip") for verdict in found.verdicts]
+    hits = sum(flip and suspect for flip, suspect in zip(mask, suspects, strict=True))
+    result |= {"share": found.share_wrong, "suspects": sum(suspects), "hits": hits}
     wrong = sum(mask)
     if not wrong:
         return result
@@ -753,7 +756,7 @@ def _heads_table() -> None:
             print("|---|---|" + "---|" * len(METHODS))
             for part, noise in (*(("heads", noise) for noise in NOISES), ("memorise", "uniform 20%")):
                 found = {method: _of(part, truth=truth, noise=noise, loss=method) for method in METHODS}
-                if found["bt"] and (name == "accuracy" or noise != "none"):
+                if found["bt"] and (name == "accuracy" or path[-1] in COUNTS or noise != "none"):
                     wrong = statistics.mean([row["wrong"] for row in found["bt"]])
                     cells = " | ".join(_cell(found[method], found["bt"], path) for method in METHODS)
                     print(f"| {noise}{', by heart' if part == 'memorise' else ''} | {wrong:.0f} | {cells} |")
@@ -761,7 +764,11 @@ def _heads_table() -> None:
 
 FIGURES = {"accuracy": ("accuracy",), "nll": ("nll",), "AUC, cross-fitted": ("crossed", "margin auc"),
            "AUC, in-sample": ("seen", "margin auc"), "precision, cross-fitted": ("crossed", "margin precision"),
-           "excess, cross-fitted": ("crossed", "excess")}  # fmt: skip
+           "excess, cross-fitted": ("crossed", "excess"), "share, cross-fitted": ("crossed", "share"),
+           "rows to drop or flip, cross-fitted": ("crossed", "suspects"), "of these wrong": ("crossed", "hits")}  # fmt: skip
+
+
+COUNTS = ("excess", "share", "suspects", "hits")
 
 
 def _cell(found: list[dict[str, Any]], plain: list[dict[str, Any]], path: tuple[str, ...]) -> str:
@@ -771,8 +778,8 @@ def _cell(found: list[dict[str, Any]], plain: list[dict[str, Any]], path: tuple[
         return [row[path[0]] if len(path) == 1 else row[path[0]][path[1]] for row in rows]
 
     mean = statistics.mean(values(found))
-    if path[-1] == "excess":
-        return f"{mean:.0f}"
+    if path[-1] in COUNTS:
+        return f"{mean:.0f}" if path[-1] != "share" else f"{mean:.3f}"
     against = "" if found is plain or found[0]["loss"] == "bt" else f" {paired(values(found), values(plain))}"
     return f"{mean:.3f}{against}"
 

@@ -3,27 +3,26 @@ r"""Which preference labels to doubt, and how many of the doubts are more than c
 A pair is flagged where the model gives its label less than ``1 - lam`` (its margin lies below the kink of the R3M
 loss). Clean labels are flagged, too, now and then; what goes beyond their expected number estimates the wrong ones.
 
-What to do with a flagged pair is read from the probability that its label is wrong. Let p be the probability that the
-model gives to the label, and e the share of labels that were turned over. By Bayes' rule
+What to do with a pair is read from the probability that its label is wrong. With the margin's temperature T and the
+share e of labels that were turned over, the most likely ones (`tenfold.align.recalibrate`), let p be sigma(m / T), what
+the model thinks of the label by itself. By Bayes' rule
 
 .. math:: P(\text{wrong}) = \frac{e (1 - p)}{e (1 - p) + (1 - e) p}
 
-and e is known from the flags: turning over labels at rate e adds, over the pairs of which the model is sure
-(``|m| >= |kink|``), ``e * sum tanh(|m| / 2)`` flags in expectation. Where the excess is not clearly above 0, e is 0.
+Where the 95 % interval of e begins at 0, e is 0.
 
-=========== ======================================================= =================================================
-suggestion  when                                                    why
-=========== ======================================================= =================================================
-``keep``    not flagged, or p is 1/2 or more                        the model does not contradict the label
-``review``  flagged, P(wrong) below 0.5                             more likely right than wrong: only a look can tell
-``drop``    flagged, P(wrong) from 0.5 to below 0.9                 kept or flipped, it would be wrong too often
-``flip``    flagged, P(wrong) 0.9 or more                           nine of ten flips mend a label
-=========== ======================================================= =================================================
+=========== ============================= ===================================================================
+suggestion  when                          why
+=========== ============================= ===================================================================
+``keep``    none of the others            the model does not contradict the label
+``review``  flagged, sigma(m) below 0.5   more likely right than wrong: only a look can tell
+``drop``    P(wrong) from 0.5             kept or flipped, it would be wrong too often
+``flip``    P(wrong) from 0.9             nine of ten flips mend a label
+=========== ============================= ===================================================================
 
-With e = 0.06, for example, ``drop`` begins at p = 0.06 (m = -2.75) and ``flip`` at p = 0.007 (m = -4.95).
-
-All of this takes the margins at their word: a model that knows its training labels by heart is too sure of them, and so
-is one trained with a small ``lam``. Margins of `tenfold.align.margins.cross_fit` are free of the first.
+Flags and their excess take the margins at their word, as the specification has it: a model that is too sure has too
+many. The probabilities do not; but a model that knows wrong labels by heart hides them from both. Margins of
+`tenfold.align.margins.cross_fit` are free of that.
 
 Source: R3M specification, sections 2.7 and 8.4; the probability that a label is wrong, and the suggestions, are ours.
 """
@@ -41,7 +40,8 @@ import torch
 from torch import Tensor
 
 from tenfold.align.preferences import flipped
-from tenfold.align.r3m import expected_flags, kink, perturbation
+from tenfold.align.r3m import expected_flags, perturbation
+from tenfold.align.recalibrate import recalibrate, wrong_interval
 from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError
 from tenfold.files import write_text
@@ -50,7 +50,7 @@ Suggestion = Literal["keep", "review", "drop", "flip"]
 Action = Literal["drop", "flip", "weights"]
 
 DROP, FLIP = 0.5, 0.9
-"""Probabilities of a wrong label from which a flagged pair should go, and from which it should be turned over."""
+"""Probabilities of a wrong label from which a pair should go, and from which it should be turned over."""
 
 _NORMAL_95 = 1.959964
 
@@ -95,7 +95,9 @@ class Audit:
         expected_stderr: standard deviation of that number of flags.
         excess: ``flags - expected``, the estimate of wrong labels among the flagged; chance can bring it below 0.
         interval: its 95 % interval, for a calibrated model; with 0 inside, the flags may all be chance.
-        share_wrong: estimated share of wrong labels among the pairs of which the model is sure, 0 to 0.5.
+        share_wrong: most likely share of labels that were turned over, 0 to 0.5.
+        share_interval: its 95 % interval.
+        temperature: by which the margins are divided; above 1 they were too large.
     """
 
     lam: float
@@ -106,6 +108,8 @@ class Audit:
     excess: float
     interval: tuple[float, float]
     share_wrong: float
+    share_interval: tuple[float, float]
+    temperature: float
 
     def count(self, suggestion: Suggestion) -> int:
         """How many pairs have this suggestion."""
@@ -140,32 +144,26 @@ def audit(
     expected, stderr = (float(value) for value in expected_flags(m, lam))
     excess = flags - expected
     interval = (excess - _NORMAL_95 * stderr, excess + _NORMAL_95 * stderr)
-    share = _share_wrong(m, lam, excess) if interval[0] > 0 else 0.0
-    p_label = torch.sigmoid(m)
-    p_wrong = share * (1 - p_label) / (share * (1 - p_label) + (1 - share) * p_label).clamp(min=1e-300)
+    best = recalibrate(m, flips=True)
+    share_interval = wrong_interval(m, best)
+    _, temperature, share = best if share_interval[0] > 0 else recalibrate(m, flips=False)
+    p_label, p = torch.sigmoid(m), torch.sigmoid(m / temperature)
+    p_wrong = share * (1 - p) / (share * (1 - p) + (1 - share) * p).clamp(min=1e-300)
     values = m.tolist()
     order = sorted(range(len(ids)), key=lambda index: (values[index], ids[index]))
     ranks = {index: rank for rank, index in enumerate(order, start=1)}
     columns = zip(ids, values, p_label.tolist(), delta.tolist(), flagged.tolist(), p_wrong.tolist(), strict=True)
     verdicts = tuple(
-        Verdict(id, margin, p, d, ranks[index], flag, w, _suggestion(flag, p, w), (epochs or {}).get(id))
+        Verdict(id, margin, p, d, ranks[index], flag, w, _suggestion(flag and p < 0.5, w), (epochs or {}).get(id))
         for index, (id, margin, p, d, flag, w) in enumerate(columns)
     )
-    return Audit(lam, verdicts, flags, expected, stderr, excess, interval, share)
+    return Audit(lam, verdicts, flags, expected, stderr, excess, interval, share, share_interval, temperature)
 
 
-def _share_wrong(margins: Tensor, lam: float, excess: float) -> float:
-    size = margins.abs()
-    sure = size >= abs(kink(lam))
-    return min(0.5, excess / max(float(torch.tanh(size[sure] / 2).sum()), 1e-9))
-
-
-def _suggestion(flagged: bool, p_label: float, p_wrong: float) -> Suggestion:
-    if not flagged or p_label >= 0.5:
-        return "keep"
-    if p_wrong < DROP:
-        return "review"
-    return "flip" if p_wrong >= FLIP else "drop"
+def _suggestion(contradicted: bool, p_wrong: float) -> Suggestion:
+    if p_wrong >= DROP:
+        return "flip" if p_wrong >= FLIP else "drop"
+    return "review" if contradicted else "keep"
 
 
 def _check(margins: Tensor, ids: Sequence[str], lam: float) -> None:

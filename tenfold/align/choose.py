@@ -1,13 +1,8 @@
-r"""Which cap to train with, by the margins that trainings with several caps give to pairs they have not seen.
+"""Which cap to train with, by the margins that trainings with several caps give to pairs they have not seen.
 
 Margins cannot be compared as they are: a small ``lam`` inflates them. So each training's margins are first recalibrated
-by a temperature T, and where the judging labels may be wrong themselves, by a share e of flipped ones:
-
-.. math:: P(\text{label}) = e + (1 - 2e)\,\sigma(m / T)
-
-T and e are the most likely ones; what remains, in nats a pair, says how well the training ranks. It has an upper bound
-per pair where e is above 0, so that a few wrong labels do not decide. The count of agreements is the coarser judge:
-it forgets by how much.
+(`tenfold.align.recalibrate`), with a share of flipped judges where these may be wrong themselves. What remains, in nats
+a pair, says how well the training ranks. The count of agreements is the coarser judge: it forgets by how much.
 
 R3M specification, section 2.3 (why to recalibrate); the paper takes the best final score, which asks for a judge; this
 way to do without trusted labels is ours.
@@ -19,17 +14,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from tenfold.align.r3m import kink
+from tenfold.align.recalibrate import recalibrate
 from tenfold.errors import ConfigError, DataError
 
 LEAST = 10
 """Pairs below which nothing is chosen; a choice that is worth something needs a hundred."""
-_STEEPEST = 8.0
-"""Largest absolute logarithm of the temperature, relative to the size of the margins."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +82,12 @@ def choose_lam(margins: Mapping[float, Tensor], *, trusted: bool) -> Choice:
         raise ConfigError("lams: nothing was tried", remedy="give caps such as 1, 0.75, 0.5, 0.25")
     lams = sorted(margins, reverse=True)
     _check({lam: margins[lam] for lam in lams})
-    fits = {lam: _recalibrated(margins[lam].detach().double().cpu(), free=not trusted) for lam in lams}
-    best = min(lams, key=lambda lam: round(float(fits[lam][0].mean()), 9))
+    fits = {lam: recalibrate(margins[lam], flips=not trusted) for lam in lams}
+    best = min(lams, key=lambda lam: round(float(fits[lam].nats.mean()), 9))
     candidates = []
     for lam in lams:
         nats, temperature, wrong = fits[lam]
-        more = nats - fits[best][0]
+        more = nats - fits[best].nats
         candidates.append(
             Candidate(
                 lam=lam,
@@ -108,44 +100,6 @@ def choose_lam(margins: Mapping[float, Tensor], *, trusted: bool) -> Choice:
             )
         )
     return Choice(best, tuple(candidates))
-
-
-def _recalibrated(margins: Tensor, *, free: bool) -> tuple[Tensor, float, float]:
-    """Nats of each pair at the most likely temperature and share of flipped labels, and these two."""
-    size = float(margins.square().mean().sqrt()) or 1.0
-    # Two starts: the likelihood of a mixture may have two peaks, one with hardly a flipped label and one with many.
-    starts = (0.02, 0.3) if free else (0.0,)
-    fits = [_descended(margins / size, start) for start in starts]
-    nats, steepness, wrong = min(fits, key=lambda fit: float(fit[0].mean()))
-    return nats, size / steepness, wrong
-
-
-def _descended(margins: Tensor, wrong: float) -> tuple[Tensor, float, float]:
-    """A local minimum: nats of each pair, 1 / T, e."""
-    steepness = torch.zeros((), dtype=torch.float64, requires_grad=True)  # its logarithm
-    parameters = [steepness]
-    if wrong:
-        mixed = torch.tensor(math.log(2 * wrong / (1 - 2 * wrong)), dtype=torch.float64, requires_grad=True)
-        parameters.append(mixed)  # the logit of 2e
-
-    def nats() -> Tensor:
-        likely = logsigmoid(margins * steepness.clamp(-_STEEPEST, _STEEPEST).exp())
-        if wrong:
-            likely = torch.logaddexp(logsigmoid(mixed) - math.log(2), logsigmoid(-mixed) + likely)
-        return -likely
-
-    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nats().mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    found = nats().detach()
-    e = float(torch.sigmoid(mixed.detach())) / 2 if wrong else 0.0
-    return found, math.exp(min(max(steepness.item(), -_STEEPEST), _STEEPEST)), e
 
 
 def _check(margins: Mapping[float, Tensor]) -> None:

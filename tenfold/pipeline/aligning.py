@@ -125,9 +125,6 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     cleaned = cleaned_rows(pairs, found, config.action, others)
     lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in cleaned)
     write_text(context.folder / "cleaned.jsonl", "".join(lines))
-    notes.append(
-        f"{found.count('drop')} rows to drop, {found.count('flip')} to flip, {found.count('review')} to review."
-    )
     tables = output.tables if config.by is None else [*output.tables, _groups(found, context.rows, config.by)]
     return dataclasses.replace(output, tables=tables, notes=[*output.notes, *notes])
 
@@ -433,6 +430,7 @@ def _audited(
         Metric(name="flagged", value=found.flags / len(found.verdicts), count=len(found.verdicts)),
         Metric(name="expected of right labels", value=found.expected, stderr=found.expected_stderr, unit="pairs"),
         Metric(name="excess", value=found.excess, interval=found.interval, unit="pairs"),
+        Metric(name="wrong labels, estimated", value=found.share_wrong, interval=found.share_interval),
     ]
     mask = [flips.get(id, False) for id in scored.ids]
     if any(mask) and not all(mask):
@@ -443,10 +441,19 @@ def _audited(
             Metric(name="auc", value=roc_auc(doubts, mask), count=len(mask), better="higher"),
             Metric(name="wrong labels", value=wrong, unit="pairs"),
         ]
+        suspects = [verdict.suggestion in ("drop", "flip") for verdict in found.verdicts]
+        if any(suspects):
+            hits = [flip for flip, suspect in zip(mask, suspects, strict=True) if suspect]
+            metrics += [share("wrong among those to drop or flip", hits),
+                        Metric(name="found of the wrong labels", value=sum(hits) / wrong, better="higher")]  # fmt: skip
     shown = worst_pairs(pairs, found, worst)
     notes = [
         f"audit.csv ranks all {len(found.verdicts)} pairs; {found.flags} are flagged (the model gives their label less "
-        f"than {1 - lam:.0%}), of which right labels would give {found.expected:.1f} ± {found.expected_stderr:.1f}."
+        f"than {1 - lam:.0%}), of which right labels would give {found.expected:.1f} ± {found.expected_stderr:.1f}.",
+        f"Once margins are divided by {found.temperature:.2g}, {found.share_wrong:.1%} of the labels seem wrong (95 % "
+        f"interval {found.share_interval[0]:.1%} to {found.share_interval[1]:.1%}). "
+        f"{found.count('drop')} rows to drop, "
+        f"{found.count('flip')} to flip, {found.count('review')} to review.",
     ]
     if scored.over_long:
         notes.append(f"{len(scored.over_long)} pairs were longer than max_length and not judged.")

@@ -74,7 +74,7 @@ def test_it_trains_measures_and_audits_its_own_labels(keys, tmp_path):
     worst = table[: sum(turned.values())]
     expected = sum(turned[row["id"]] for row in worst) / len(worst)
     assert values[f"precision at {len(worst)}"] == pytest.approx(expected)
-    assert {"accuracy", "nll", "loss", "auc", "excess"} <= set(values)
+    assert {"accuracy", "nll", "loss", "auc", "excess", "wrong labels, estimated"} <= set(values)
     kind = "model" if keys["rank"] == 0 else "adapter"
     opened = open_model(folder / kind, task="reward" if keys["target"] == "reward" else "causal")
     assert hasattr(opened.model.get_base_model() if keys["rank"] else opened.model, "score") == (
