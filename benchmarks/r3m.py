@@ -37,8 +37,8 @@ from torch.nn.functional import logsigmoid
 from benchmarks import done_in, keep_in, rows_in
 from benchmarks.pasta import DATA, read
 from tenfold.adapt import lora
+from tenfold.align.audit import Action, cleaned_rows, write_csv
 from tenfold.align.audit import audit as judge
-from tenfold.align.audit import write_csv
 from tenfold.align.margins import Scored, cross_fit, pair_tokens, score_pairs, score_policy_pairs
 from tenfold.align.preferences import StepRewards, corrupt, irrational, stochastic, uniform
 from tenfold.align.r3m import PairLoss, pair_loss, perturbation, r3m_loss
@@ -587,6 +587,13 @@ def dpo(seeds: int = 3) -> None:
                 mask = uniform([row.id for row in learnt], noise, seed=seed)
                 keep({"part": "dpo", "noise": noise, "loss": name, "seed": seed, "read": start[1],
                       **_preferring(start[0], corrupt(learnt, mask), mask, held, robust, seed)})  # fmt: skip
+            for action in ("drop", "flip"):
+                if done(part="cleaning", noise=noise, action=action, seed=seed):
+                    continue
+                start = start or _read(right)
+                mask = uniform([row.id for row in learnt], noise, seed=seed)
+                keep({"part": "cleaning", "noise": noise, "action": action, "seed": seed,
+                      **_cleaning(start[0], corrupt(learnt, mask), mask, held, action, seed)})  # fmt: skip
 
 
 def _read(solved: Sequence[Preference], steps: int = 2500, batch: int = 16) -> tuple[Any, dict[str, float]]:
@@ -612,13 +619,43 @@ def _read(solved: Sequence[Preference], steps: int = 2500, batch: int = 16) -> t
 def _preferring(
     start: Any, pairs: list[Preference], mask: list[bool], held: list[Preference], robust: RobustFields, seed: int
 ) -> dict[str, Any]:
+    began = time.process_time()
+    policy, trainer = _policy(start, pairs, robust, seed)
+    trained = time.process_time() - began
+    clean = _judged(start, policy, held)
+    row = {"steps": trainer.state.global_step, "trained": trained, **_clean(clean)}
+    if any(mask):
+        online = trainer.margins()
+        for name, margins in (("seen", _judged(start, policy, pairs).tolist()),
+                              ("online", [online[row.id] for row in pairs])):  # fmt: skip
+            row[f"auc {name}"] = roc_auc([-margin for margin in margins], mask)
+            row[f"precision {name}"] = precision_at([-margin for margin in margins], mask, sum(mask))
+    return {**row, "cpu": time.process_time() - began}
+
+
+def _cleaning(
+    start: Any, pairs: list[Preference], mask: list[bool], held: list[Preference], action: Action, seed: int
+) -> dict[str, Any]:
+    """Plain DPO, its audit, and plain DPO once more on what the audit leaves: twice the cost."""
+    began = time.process_time()
+    first, _ = _policy(start, pairs, RobustFields(loss="bt"), seed)
+    found = judge(_judged(start, first, pairs), [row.id for row in pairs], AUDIT_LAM)
+    kept = [Preference(**row) for row in cleaned_rows(pairs, found, action)]
+    suspects = [verdict.suggestion in ("drop", "flip") for verdict in found.verdicts]
+    hits = sum(flip and suspect for flip, suspect in zip(mask, suspects, strict=True))
+    second, trainer = _policy(start, kept, RobustFields(loss="bt"), seed)
+    return {"steps": trainer.state.global_step, "kept": len(kept), "suspects": sum(suspects), "hits": hits,
+            "share": found.share_wrong, **_clean(_judged(start, second, held)),
+            "cpu": time.process_time() - began}  # fmt: skip
+
+
+def _policy(start: Any, pairs: list[Preference], robust: RobustFields, seed: int) -> tuple[Any, Any]:
     from datasets import Dataset, disable_progress_bars
 
     from tenfold.align.trainers import R3MDPOTrainer
 
     disable_progress_bars()
     policy = copy.deepcopy(start.model)
-    began = time.process_time()
     data = [{"id": row.id, "prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in pairs]
     args = _arguments("dpo", per_device_train_batch_size=16, num_train_epochs=1, learning_rate=2e-4, beta=BETA,
                       max_length=512, seed=seed)  # fmt: skip
@@ -626,17 +663,12 @@ def _preferring(
                             train_dataset=Dataset.from_list(data), processing_class=start.tokenizer,
                             robust=robust)  # fmt: skip
     trainer.train()
-    trained = time.process_time() - began
+    return policy, trainer
+
+
+def _judged(start: Any, policy: Any, pairs: list[Preference]) -> Tensor:
     keys = {"beta": BETA, "reference": start.model, "batch_size": 50, "chat": False}
-    clean = score_policy_pairs(policy, start.tokenizer, held, **keys).margins.double()
-    row = {"steps": trainer.state.global_step, "trained": trained, **_clean(clean)}
-    if any(mask):
-        seen = score_policy_pairs(policy, start.tokenizer, pairs, **keys).margins.double()
-        online = trainer.margins()
-        for name, margins in (("seen", seen.tolist()), ("online", [online[row.id] for row in pairs])):
-            row[f"auc {name}"] = roc_auc([-margin for margin in margins], mask)
-            row[f"precision {name}"] = precision_at([-margin for margin in margins], mask, sum(mask))
-    return {**row, "cpu": time.process_time() - began}
+    return score_policy_pairs(policy, start.tokenizer, pairs, **keys).margins.double()
 
 
 # ---- adapter --------------------------------------------------------------------------------------------------------
@@ -765,7 +797,7 @@ def _heads_table() -> None:
 FIGURES = {"accuracy": ("accuracy",), "nll": ("nll",), "AUC, cross-fitted": ("crossed", "margin auc"),
            "AUC, in-sample": ("seen", "margin auc"), "precision, cross-fitted": ("crossed", "margin precision"),
            "excess, cross-fitted": ("crossed", "excess"), "share, cross-fitted": ("crossed", "share"),
-           "rows to drop or flip, cross-fitted": ("crossed", "suspects"), "of these wrong": ("crossed", "hits")}  # fmt: skip
+           "to drop or flip, cross-fitted": ("crossed", "suspects"), "of these wrong": ("crossed", "hits")}  # fmt: skip
 
 
 COUNTS = ("excess", "share", "suspects", "hits")
@@ -799,6 +831,18 @@ def _rest_tables() -> None:
             cells = [f"{statistics.mean([row[key] for row in found]):.3f}" if key in found[0] else "" for key in names]
             print(f"| {100 * noise:.0f} % | {name} | {100 * statistics.mean(right):.1f} | {against} | "
                   f"{' | '.join(cells)} |")  # fmt: skip
+    print("\n| wrong | cleaned by | accuracy | minus plain DPO | nll | wrong, estimated | suspects | of these wrong |")
+    print("|---|---|---|---|---|---|---|---|")
+    for noise in (0.0, SHARE):
+        plain = {row["seed"]: row["accuracy"] for row in _of("dpo", noise=noise, loss="bt")}
+        for action in ("drop", "flip"):
+            found = _of("cleaning", noise=noise, action=action)
+            if found:
+                right = [row["accuracy"] for row in found]
+                means = [statistics.mean([row[key] for row in found]) for key in ("nll", "share", "suspects", "hits")]
+                print(f"| {100 * noise:.0f} % | {action} | {100 * statistics.mean(right):.1f} | "
+                      f"{paired(right, [plain[row['seed']] for row in found])} | {means[0]:.3f} | {means[1]:.3f} | "
+                      f"{means[2]:.0f} | {means[3]:.0f} |")  # fmt: skip
     print("\n| loss | pairs | minutes of CPU | accuracy on held-out pairs | nll | AUC | precision |")
     print("|---|---|---|---|---|---|---|")
     for row in _of("adapter"):
