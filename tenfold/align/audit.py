@@ -267,8 +267,8 @@ def cleaned_rows(
         action: ``drop`` leaves out the rows whose suggestion is ``drop`` or ``flip``; ``flip`` turns over those of
             ``flip`` and leaves out those of ``drop``; ``weights`` keeps all and adds the column ``weight``, the
             probability that the label is right.
-        others: further columns by id, which stay with their rows. What is named ``chosen_...`` and ``rejected_...``
-            changes places with the answers.
+        others: further columns by id, which stay with their rows. What has ``chosen`` or ``rejected`` as a word of its
+            name, and a counterpart, changes places with the answers; ``flipped`` turns over.
 
     Raises:
         ConfigError: unknown action.
@@ -303,15 +303,20 @@ def _cleaned(
 
 
 def _exchanged(further: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a pair whose answers change places."""
     exchanged = dict(further)
     for name, value in further.items():
-        head, _, tail = name.partition("_")
-        other = f"{'rejected' if head == 'chosen' else 'chosen'}_{tail}"
-        if head in ("chosen", "rejected") and other in further:
+        words = name.split("_")
+        other = "_".join(_OTHER.get(word, word) for word in words)
+        if other != name and other in further:
             exchanged[other] = value
-    if isinstance(further.get("flipped"), bool):
-        exchanged["flipped"] = not further["flipped"]
+    if "flipped" in further:
+        exchanged["flipped"] = _NOT.get(str(further["flipped"]).strip().lower(), further["flipped"])
     return exchanged
+
+
+_OTHER = {"chosen": "rejected", "rejected": "chosen"}
+_NOT = {"true": False, "1": False, "false": True, "0": True}
 
 
 def worst_pairs(rows: Iterable[Preference], found: Audit, count: int) -> list[tuple[Verdict, Preference]]:

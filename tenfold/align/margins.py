@@ -210,13 +210,11 @@ def cross_fit(
     """
     if folds < 2:
         raise ConfigError(f"folds: {folds} leaves nothing to train on", remedy="give 2 or more, such as 5")
-    fold_of = folds_of(rows, folds)
+    fold_of = complete_folds(rows, folds)
     found: dict[str, float] = {}
     over_long: set[str] = set()
     for fold in range(folds):
         held = [row for row in rows if fold_of[row.id] == fold]
-        if not held:
-            raise DataError(f"fold {fold} of {folds} has none of the {len(rows)} rows", remedy="give fewer folds")
         part = score(fit([row for row in rows if fold_of[row.id] != fold], fold), held)
         found.update(zip(part.ids, part.margins.tolist(), strict=True))
         over_long.update(part.over_long)
@@ -228,11 +226,29 @@ def cross_fit(
     )
 
 
+_PROMPTS = 10
+"""Prompts that each fold needs for whole prompts to be kept together."""
+
+
+def complete_folds(rows: Sequence[Preference], folds: int) -> dict[str, int]:
+    """The fold of each row, as `folds_of` gives it, where every fold has some.
+
+    Raises:
+        DataError: a fold has no rows, or an id comes twice.
+    """
+    fold_of = folds_of(rows, folds)
+    empty = set(range(folds)) - set(fold_of.values())
+    if empty:
+        raise DataError(f"fold {min(empty)} of {folds} has none of the {len(rows)} rows", remedy="give fewer folds")
+    return fold_of
+
+
 def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     """The fold of each row, by a hash that stays when rows come and go.
 
-    Rows of one prompt share a fold, since what is learnt of one pair tells of the others. Where a prompt has more than
-    a fold's share of the rows, only those with the same two answers do, in either order.
+    Rows of one prompt share a fold, since what is learnt of one pair tells of the others. Where there are fewer than
+    ten prompts for each fold, which could not fill them evenly, or a prompt has more than a fold's share of the rows,
+    only rows with the same two answers do, in either order.
 
     Args:
         rows: all pairs.
@@ -244,18 +260,19 @@ def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     Raises:
         DataError: an id comes twice.
 
-    >>> rows = [Preference(str(n), f"{n // 2}+1=", "1", "2") for n in range(20)]
+    >>> rows = [Preference(str(n), f"{n // 2}+1=", "1", "2") for n in range(40)]
     >>> found = folds_of(rows, 2)
-    >>> all(found[str(n)] == found[str(n + 1)] for n in range(0, 20, 2))
+    >>> all(found[str(n)] == found[str(n + 1)] for n in range(0, 40, 2))
     True
     """
     sizes = Counter(row.prompt for row in rows)
+    most = len(rows) / folds if len(sizes) >= _PROMPTS * folds else 0
     first: dict[tuple[str, ...], str] = {}
     fold_of: dict[str, int] = {}
     for row in rows:
         if row.id in fold_of:
             raise DataError(f"id {row.id!r} comes twice", remedy="give each row an id of its own")
-        group = (row.prompt,) if sizes[row.prompt] * folds <= len(rows) else without_label(row)
+        group = (row.prompt,) if sizes[row.prompt] <= most else without_label(row)
         # Not the hash that holds rows out: of what is trained on, it has only the upper part.
         fold_of[row.id] = int(hash_share(f"fold|{first.setdefault(group, row.id)}") * folds)
     return fold_of

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-_STEEPEST = 8.0
-"""Largest absolute logarithm of the temperature, relative to the size of the margins."""
-_STARTS = (0.02, 0.3)
-"""Shares to begin with: the likelihood may have two peaks, one with hardly a flipped label and one with many."""
+_TEMPERATURES = torch.logspace(-3, 3, 61, dtype=torch.float64)
+"""Where the temperature is looked for first, in units of the middle margin: the likelihood may have several peaks."""
+_SHARES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.49)
+"""Where the share of flipped labels is looked for first."""
 _LIKELY = 3.841459 / 2
 """Nats by which the best likelihood may exceed that of a share inside the 95 % interval (Wilks)."""
-_FINE = 1e-3
+_FINE = 5e-4
 """How exactly the ends of the interval are found."""
 
 
@@ -58,11 +58,12 @@ def recalibrate(margins: Tensor, *, flips: bool) -> Recalibrated:
     0.09
     """
     scaled, size = _scaled(margins)
-    fits = (
-        [_descended(scaled, start, free=True) for start in _STARTS] if flips else [_descended(scaled, 0.0, free=False)]
-    )
-    nats, steepness, wrong = min(fits, key=lambda fit: float(fit[0].mean()))
-    return Recalibrated(nats, size / steepness, wrong)
+    at = _at(scaled, 0.0)
+    if flips:
+        at = min((_at(scaled, share) for share in _SHARES), key=lambda found: found.nats)
+        at = min(at, _descended(scaled, at), key=lambda found: found.nats)
+    exact = (torch.tensor(value, dtype=torch.float64) for value in at[1:])
+    return Recalibrated(_nats(scaled, *exact), size * at.temperature, at.wrong)
 
 
 def wrong_interval(margins: Tensor, best: Recalibrated) -> tuple[float, float]:
@@ -80,48 +81,70 @@ def wrong_interval(margins: Tensor, best: Recalibrated) -> tuple[float, float]:
     enough = float(best.nats.sum()) + _LIKELY
 
     def inside(share: float) -> bool:
-        return float(_descended(scaled, share, free=False)[0].sum()) <= enough
+        return len(scaled) * _at(scaled, share).nats <= enough
 
     return _end(best.wrong, 0.0, inside), _end(best.wrong, 0.5 - _FINE, inside)
 
 
 def _end(inner: float, outer: float, inside: Callable[[float], bool]) -> float:
-    """The end of the interval between a share inside and the last one possible."""
-    if abs(outer - inner) < _FINE or inside(outer):
+    """The last share inside, between one that is and the last one possible."""
+    if inside(outer):
         return outer
     while abs(outer - inner) > _FINE:
         middle = (inner + outer) / 2
         inner, outer = (middle, outer) if inside(middle) else (inner, middle)
-    return outer
+    return inner
+
+
+class _Point(NamedTuple):
+    nats: float
+    """Of a pair, mean."""
+    temperature: float
+    wrong: float
 
 
 def _scaled(margins: Tensor) -> tuple[Tensor, float]:
+    """Margins in units of the middle one: a few large ones must not hide the others."""
     exact = margins.detach().double().cpu()
-    size = float(exact.square().mean().sqrt()) or 1.0
+    size = float(exact.abs().median()) or float(exact.abs().mean()) or 1.0
     return exact / size, size
 
 
-def _descended(margins: Tensor, wrong: float, *, free: bool) -> tuple[Tensor, float, float]:
-    """A local minimum: nats of each pair, 1 / T, e; the latter stays where it is unless it is free."""
-    steepness = torch.zeros((), dtype=torch.float64, requires_grad=True)  # its logarithm
-    # The logit of 2e.
-    mixed = torch.tensor(math.log(2 * wrong / (1 - 2 * wrong)) if wrong else -math.inf, dtype=torch.float64)
-    parameters = [steepness, mixed.requires_grad_()] if free else [steepness]
+def _nats(margins: Tensor, temperature: Tensor, wrong: Tensor) -> Tensor:
+    """Of each pair; temperature and share are broadcast."""
+    # Adding logarithms keeps what a sure model makes tiny; at a share of 0 the first is minus infinity.
+    return -torch.logaddexp(wrong.log(), (1 - 2 * wrong).log() + logsigmoid(margins / temperature))
 
-    def nats() -> Tensor:
-        likely = logsigmoid(margins * steepness.clamp(-_STEEPEST, _STEEPEST).exp())
-        if wrong:
-            likely = torch.logaddexp(logsigmoid(mixed) - math.log(2), logsigmoid(-mixed) + likely)
-        return -likely
 
-    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+def _at(margins: Tensor, share: float) -> _Point:
+    """The best temperature for a share of flipped labels: among many, then among ever nearer ones."""
+    wrong, temperatures = torch.tensor(share, dtype=torch.float64), _TEMPERATURES
+    for _ in range(4):
+        means = _nats(margins, temperatures[:, None], wrong).mean(1)
+        index = int(means.argmin())
+        best = _Point(float(means[index]), float(temperatures[index]), share)
+        low, high = temperatures[max(index - 1, 0)], temperatures[min(index + 1, len(temperatures) - 1)]
+        temperatures = torch.logspace(float(low.log10()), float(high.log10()), 11, dtype=torch.float64)
+    return best
+
+
+def _descended(margins: Tensor, start: _Point) -> _Point:
+    """Downhill from a point in both."""
+    first = min(max(start.wrong, 0.002), 0.498)
+    cooling = torch.tensor(math.log(start.temperature), dtype=torch.float64, requires_grad=True)
+    logit = torch.tensor(math.log(2 * first / (1 - 2 * first)), dtype=torch.float64, requires_grad=True)  # of 2e
+    optimizer = torch.optim.LBFGS([cooling, logit], max_iter=100, line_search_fn="strong_wolfe")
+
+    def there() -> tuple[Tensor, Tensor]:
+        return cooling.clamp(-7, 7).exp(), torch.sigmoid(logit) / 2
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nats().mean()
-        loss.backward()
-        return loss
+        value = _nats(margins, *there()).mean()
+        value.backward()
+        return value
 
     optimizer.step(closure)
-    found = math.exp(min(max(steepness.item(), -_STEEPEST), _STEEPEST))
-    return nats().detach(), found, float(torch.sigmoid(mixed.detach())) / 2
+    with torch.no_grad():
+        temperature, wrong = there()
+        return _Point(float(_nats(margins, temperature, wrong).mean()), float(temperature), float(wrong))

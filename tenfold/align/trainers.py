@@ -72,7 +72,8 @@ class R3MMemory(TrainerCallback, ExportableState):
         # A checkpoint of another trainer has none; transformers needs the key when it saves the next one.
         found = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]["saved"]
         self.margins = dict(zip(found["ids"], found["margins"], strict=True))
-        self.sums = dict(zip(found["ids"], map(tuple, found["sums"]), strict=True))
+        sums = found.get("sums") or [(margin, 1) for margin in found["margins"]]  # older checkpoints have none
+        self.sums = dict(zip(found["ids"], map(tuple, sums), strict=True))
         seen = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * state.max_steps
         if self.kink is not None and seen < self.kink.enough:
             raise ConfigError(

@@ -143,9 +143,10 @@ def attach_adapter(model: Any, folder: Path, task: str) -> Any:
     made_for = str(read_json(folder / "adapter_config.json").get("task_type"))
     fitting = [known for known, name in PEFT_TASKS.items() if name == made_for]
     keys = {}
-    if made_for == PEFT_TASKS["causal"] and PEFT_TASKS[task] == PEFT_TASKS["reward"]:
+    config = PeftConfig.from_pretrained(str(folder))
+    moves = made_for == PEFT_TASKS["causal"] and PEFT_TASKS.get(task) == PEFT_TASKS["reward"]
+    if moves and not config.is_prompt_learning:
         # What was learnt under one head serves under another; only PEFT's wrapper for it would want to generate.
-        config = PeftConfig.from_pretrained(str(folder))
         config.task_type = None
         keys["config"] = config
     elif fitting and task not in fitting:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,15 @@ from tenfold.adapt import full, lora
 from tenfold.adapt.training import carry_out, total_steps, trainer_arguments
 from tenfold.align.audit import Audit, Verdict, audit, audit_groups, cleaned_rows, worst_pairs, write_csv
 from tenfold.align.choose import LEAST, Candidate, choose_lam
-from tenfold.align.margins import Scored, cross_fit, folds_of, pair_lengths, score_pairs, score_policy_pairs
+from tenfold.align.margins import (
+    Scored,
+    complete_folds,
+    cross_fit,
+    folds_of,
+    pair_lengths,
+    score_pairs,
+    score_policy_pairs,
+)
 from tenfold.align.preferences import (
     corrupt,
     flip_mask,
@@ -61,6 +70,8 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
     flips, notes = _known_flips(kept, mask if config.noise is not None else None)
     pairs = corrupt(_preferences(kept), mask)
     write_corrupted(context.folder / "training.jsonl", _preferences(kept), mask)
+    if config.folds:
+        _check_folds(pairs, config)
     config, tried, chosen = _chosen(pairs, config, context)
     trained = _learnt(pairs, config, context, context.folder)
     results = trained.results + context.remember(
@@ -88,6 +99,19 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
         artefact=kind,
         continues_with=kind,
     )
+
+
+def _check_folds(pairs: Sequence[Preference], config: R3MConfig) -> None:
+    """Refuse before any training what would fail in a fold."""
+    sizes = Counter(complete_folds(pairs, config.folds).values())
+    if config.share is not None and config.steps is None and config.tokens is None:
+        seen, enough = (len(pairs) - max(sizes.values())) * (config.epochs or 1), RunningKink(config.share).enough
+        if seen < enough:
+            raise ConfigError(
+                f"budget: {config.budget} of {seen:.0f} pairs, which are seen without a fold, are too few to see which "
+                "margins are low",
+                remedy=f"train on {enough} pairs or more, epochs counted, give lam, or leave folds out",
+            )
 
 
 TRAINED = "r3m.json"
@@ -162,7 +186,7 @@ def _level(scored: Scored, share: float | None) -> float:
     assert share is not None
     running = RunningKink(share)
     running.value = min(0.0, float(torch.quantile(scored.margins.double(), share)) if len(scored.ids) else 0.0)
-    return running.lam
+    return min(running.lam, 1 - 1e-12)
 
 
 def _reference(source: str, context: Context) -> Any:
@@ -382,6 +406,10 @@ def _chosen(
         judges = _preferences(trusted_rows(config))
         known = {without_label(row) for row in judges}
         rows = [row for row in pairs if without_label(row) not in known]
+        if not rows:
+            raise DataError(
+                f"trusted: {config.trusted} holds all the training pairs", remedy="keep trusted pairs out of the data"
+            )
     else:
         fold_of = folds_of(pairs, JUDGES)
         judges = [row for row in pairs if not fold_of[row.id]]
@@ -392,10 +420,17 @@ def _chosen(
             remedy=f"give {LEAST} or more under trusted, or {JUDGES * LEAST} or more to train on; best ten times that",
         )
     fixed = {lam: config.model_copy(update={"lam": lam, "lams": (), "trusted": None}) for lam in config.lams}
-    margins = {lam: _unseen(rows, judges, one, context, f"lam-{lam:g}").margins for lam, one in fixed.items()}
+    margins = {}
+    for lam, one in fixed.items():
+        margins[lam] = _unseen(rows, judges, one, context, f"lam-{lam!r}".removesuffix(".0")).margins
+        if len(margins[lam]) < LEAST:
+            raise DataError(
+                f"max_length: {len(margins[lam])} of {len(judges)} judging pairs are within {config.max_length} tokens",
+                remedy="raise max_length, or give more pairs",
+            )
     choice = choose_lam(margins, trusted=config.trusted is not None)
     labels = "trusted" if config.trusted is not None else "doubtful"
-    close = [f"{one.lam:g}" for one in choice.candidates if one.lam != choice.lam and one.behind < 2 * one.stderr]
+    close = [f"{one.lam:g}" for one in choice.candidates if one.lam != choice.lam and one.behind <= 2 * one.stderr]
     note = f"lam {choice.lam:g} explains {len(margins[choice.lam])} unseen pairs with {labels} labels best"
     note += f"; there is no evidence that {', '.join(close)} would be worse." if close else "."
     return fixed[choice.lam], [_tried(one, len(margins[one.lam]), labels) for one in choice.candidates], [note]
@@ -450,10 +485,8 @@ def _audited(
     notes = [
         f"audit.csv ranks all {len(found.verdicts)} pairs; {found.flags} are flagged (the model gives their label less "
         f"than {1 - lam:.0%}), of which right labels would give {found.expected:.1f} ± {found.expected_stderr:.1f}.",
-        f"Once margins are divided by {found.temperature:.2g}, {found.share_wrong:.1%} of the labels seem wrong (95 % "
-        f"interval {found.share_interval[0]:.1%} to {found.share_interval[1]:.1%}). "
-        f"{found.count('drop')} rows to drop, "
-        f"{found.count('flip')} to flip, {found.count('review')} to review.",
+        f"{_said(found)} {found.count('drop')} rows to drop, {found.count('flip')} to flip, {found.count('review')} to "
+        "review.",
     ]
     if scored.over_long:
         notes.append(f"{len(scored.over_long)} pairs were longer than max_length and not judged.")
@@ -465,6 +498,19 @@ def _audited(
                                                     "rejected": row.rejected}) for verdict, row in shown],
         notes=notes,
     )  # fmt: skip
+
+
+def _said(found: Audit) -> str:
+    low, high = found.share_interval
+    agreed = sum(verdict.margin > 0 for verdict in found.verdicts) / len(found.verdicts)
+    if agreed < 0.5 - 1 / math.sqrt(len(found.verdicts)):
+        return f"The model contradicts {1 - agreed:.0%} of the labels: are chosen and rejected exchanged?"
+    if not low:
+        return f"No share of wrong labels can be told from none (up to {high:.1%} are possible)."
+    return (
+        f"Once margins are divided by {found.temperature:.2g}, {found.share_wrong:.1%} of the labels seem wrong (95 % "
+        f"interval {low:.1%} to {high:.1%})."
+    )
 
 
 def _table(shown: Sequence[tuple[Verdict, Preference]], flips: dict[str, bool]) -> Table:

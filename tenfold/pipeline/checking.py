@@ -106,6 +106,7 @@ def _check_training(config: TrainingFields, rows: Rows | None, where: str) -> No
 
 
 def _check_outputs(config: AuditConfig, where: str) -> None:
+    data = Path(str(config.data)).resolve()
     for key, path, suffix in (("csv", config.csv, ".csv"), ("clean", config.clean, ".jsonl")):
         if path is None:
             continue
@@ -117,10 +118,10 @@ def _check_outputs(config: AuditConfig, where: str) -> None:
             raise ConfigError(
                 f"{where}: {key}: there is no folder {path.parent}", remedy="make it, or give another one"
             )
-    if config.clean is not None and config.clean.resolve() == Path(str(config.data)).resolve():
-        raise ConfigError(
-            f"{where}: clean: {config.clean} is the data itself, which would be lost", remedy="give another file"
-        )
+        if path.resolve() == data or data in path.resolve().parents:
+            raise ConfigError(
+                f"{where}: {key}: {path} belongs to the data, which would be lost", remedy="give another file"
+            )
 
 
 def trusted_rows(config: R3MConfig) -> Rows:

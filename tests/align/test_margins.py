@@ -398,6 +398,9 @@ class TestCrossFit:
         fold_of = folds_of(rows, 5)
         assert set(fold_of.values()) == set(range(5))
         assert all(len({fold_of[str(n)] for n in range(first, first + 4)}) == 1 for first in range(0, 200, 4))
+        few = [Preference(str(n), f"prompt {n % 6}", str(n), "-") for n in range(120)]
+        for folds in (2, 5):
+            assert set(folds_of(few, folds).values()) == set(range(folds)), "six prompts cannot fill folds"
         alone = [Preference(str(n), "the only prompt", str(n // 2), "-") for n in range(200)]
         fold_of = folds_of(alone, 5)
         assert set(fold_of.values()) == set(range(5))
@@ -422,6 +425,6 @@ class TestCrossFit:
         with pytest.raises(ConfigError, match="folds: 1 leaves nothing"):
             self.run(self.ROWS, 1)
         with pytest.raises(DataError, match="has none of the 3 rows"):
-            self.run(self.ROWS[:3], 50)
+            cross_fit(self.ROWS[:3], 50, None, None)  # before anything is trained
         with pytest.raises(DataError, match="comes twice"):
             self.run([*self.ROWS, self.ROWS[0]])

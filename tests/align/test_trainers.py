@@ -229,6 +229,19 @@ def test_resumed_it_ends_as_if_it_never_stopped(tmp_path, make):
         assert torch.equal(again.model.state_dict()[name], weight), name
 
 
+def test_a_checkpoint_of_before_there_were_means_is_resumed(tmp_path):
+    keys = {"robust": RobustFields(budget="40%"), "max_steps": 8, "save_strategy": "steps", "save_steps": 5}
+    whole = trainer(R3MRewardTrainer, tmp_path, pairs(40), **keys)
+    whole.train()
+    path = tmp_path / "checkpoint-5/trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["R3MMemory"]["attributes"]["saved"]["sums"]
+    path.write_text(json.dumps(state))
+    again = trainer(R3MRewardTrainer, tmp_path, pairs(40), **keys)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert again.margins() == whole.margins()
+
+
 def test_transformers_may_restore_the_callback_itself(tmp_path):
     keys = {"robust": RobustFields(budget="40%"), "max_steps": 8, "save_strategy": "steps", "save_steps": 5}
     whole = trainer(R3MRewardTrainer, tmp_path, pairs(40), **keys)

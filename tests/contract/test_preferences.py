@@ -159,6 +159,23 @@ def test_a_cap_is_chosen_by_pairs_that_its_training_has_not_seen(trusted, right,
     assert sorted(path.name for path in folder.glob("lam-*")) == ["lam-0.4.json", "lam-1.json"]
 
 
+def test_caps_that_train_alike_are_said_to(tmp_path):
+    (summary,) = execute(recipe(**{**CHOOSING, "lams": [1, 0.95], "steps": 2}), tmp_path)
+    assert any("no evidence that 0.95 would be worse" in note for note in summary.notes)
+
+
+def test_what_a_fold_or_a_judge_would_miss_is_said_before_any_training(right, tmp_path, monkeypatch):
+    monkeypatch.setattr(aligning, "_learnt", None)
+    base = {**TARGETS["reward"], "data": "step-audit:60", "noise": None, "steps": None, "epochs": 1}
+    with pytest.raises(ConfigError, match=r"budget: 10% of 2\d pairs"):
+        execute(recipe(**base, budget="10%", folds=2), tmp_path / "a")
+    with pytest.raises(DataError, match="has none of the"):
+        execute(recipe(**{**base, "data": "step-audit:20"}, folds=15), tmp_path / "b")
+    same = {**base, "data": str(right), "lams": [1, 0.5], "trusted": str(right)}
+    with pytest.raises(DataError, match="holds all the training pairs"):
+        execute(recipe(**same), tmp_path / "c")
+
+
 def test_too_few_judges_are_refused_before_any_training(tmp_path, monkeypatch):
     monkeypatch.setattr(aligning, "_learnt", None)
     with pytest.raises(DataError, match=r"lams: \d pairs cannot choose"):
@@ -313,7 +330,11 @@ def test_cleaned_rows_keep_the_columns_of_the_user(tmp_path):
     execute(recipe(**TARGETS["reward"]), tmp_path / "run")
     command = ["audit", str(tmp_path / "run/01-r3m/adapter"), "--data", str(data), "--out", str(tmp_path / "audit")]
     assert cli.main([*command, "--clean", str(data)]) == 2
-    assert data.read_text() == before
+    table = tmp_path / "mine.csv"
+    table.write_text("prompt,chosen,rejected\np,x,y\nq,x,y\n")
+    assert cli.main([*command[:3], str(table), "--out", str(table)]) == 2
+    assert cli.main([*command[:3], str(tmp_path), "--csv", str(tmp_path / "new.csv")]) == 2
+    assert (data.read_text(), table.read_text().count("\n")) == (before, 3)
     assert cli.main([*command, "--clean", str(clean), "--action", "weights"]) == 0
     for row, original in zip(map(json.loads, clean.read_text().splitlines()), mine, strict=True):
         assert 0 <= row.pop("weight") <= 1
