@@ -273,10 +273,10 @@ def cleaned_rows(
     Raises:
         ConfigError: unknown action.
 
-    >>> found = audit([3.0, -5.0], ["a", "b"], lam=0.85)
-    >>> rows = [Preference("a", "p", "x", "y"), Preference("b", "p", "x", "y")]
-    >>> [row["id"] for row in cleaned_rows(rows, found, "drop")]
-    ['a']
+    >>> rows = [Preference(str(n), "p", "x", "y") for n in range(168)]
+    >>> found = audit([3.0, 6.0, 4.0, 5.0] * 40 + [-6.0] * 8, [row.id for row in rows], lam=0.85)
+    >>> len(list(cleaned_rows(rows, found, "drop")))
+    160
     """
     if action not in get_args(Action):
         raise ConfigError(f"clean: {action!r} is unknown", remedy=f"give one of {', '.join(get_args(Action))}")

@@ -74,6 +74,7 @@ def choose_lam(margins: Mapping[float, Tensor], *, trusted: bool) -> Choice:
         ConfigError: nothing was tried, or a cap is out of its range.
         DataError: fewer than 10 pairs, different numbers of them, or a margin that is not finite.
 
+    >>> import torch
     >>> better = torch.tensor([2.0, 1.0, 3.0, -0.5, 1.5, 2.5, 0.8, 1.2, 0.1, 2.0])
     >>> choose_lam({1.0: better.roll(3) - 1, 0.5: 4 * better}, trusted=True).lam
     0.5

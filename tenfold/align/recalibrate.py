@@ -52,7 +52,7 @@ def recalibrate(margins: Tensor, *, flips: bool) -> Recalibrated:
         margins: [pairs], finite, in units of reward.
         flips: whether labels may be wrong; if not, the share is 0.
 
-    >>> sure = torch.tensor([8.0, 9.0, 7.5, 8.5] * 10 + [-8.0] * 4)
+    >>> sure = torch.tensor([3.0, 6.0, 4.0, 5.0] * 40 + [-6.0, -5.0] * 8)
     >>> found = recalibrate(sure, flips=True)
     >>> round(found.wrong, 2)
     0.09
