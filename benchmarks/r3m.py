@@ -10,7 +10,7 @@
     python -m benchmarks.r3m table     # what docs/methods/r3m.md shows
 
 `python -m benchmarks.r3m_choose` is a part of its own: the choice of the cap, on the same heads. All of it is resumable
- row by row. Times are of the CPU (one thread, ``process_time``), since the machine was shared.
+row by row. Times are of the CPU (one thread, ``process_time``), since the machine was shared.
 """
 
 from __future__ import annotations
@@ -535,7 +535,7 @@ def _found(margins: Tensor, mask: list[bool], method: str, knob: float) -> dict[
     ids = [str(index) for index in range(len(mask))]
     found = judge(margins, ids, AUDIT_LAM)
     result = {"flags": found.flags, "excess": found.excess, "low": found.interval[0], "high": found.interval[1]}
-    suspects = [verdict.suggestion in ("drop", "flip") for verdict in found.verdicts]
+    suspects = [verdict.suspect for verdict in found.verdicts]
     hits = sum(flip and suspect for flip, suspect in zip(mask, suspects, strict=True))
     result |= {"share": found.share_wrong, "suspects": sum(suspects), "hits": hits}
     wrong = sum(mask)
@@ -641,7 +641,7 @@ def _cleaning(
     first, _ = _policy(start, pairs, RobustFields(loss="bt"), seed)
     found = judge(_judged(start, first, pairs), [row.id for row in pairs], AUDIT_LAM)
     kept = [Preference(**row) for row in cleaned_rows(pairs, found, action)]
-    suspects = [verdict.suggestion in ("drop", "flip") for verdict in found.verdicts]
+    suspects = [verdict.suspect for verdict in found.verdicts]
     hits = sum(flip and suspect for flip, suspect in zip(mask, suspects, strict=True))
     second, trainer = _policy(start, kept, RobustFields(loss="bt"), seed)
     return {"steps": trainer.state.global_step, "kept": len(kept), "suspects": sum(suspects), "hits": hits,

@@ -39,7 +39,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tenfold.align.preferences import flipped
+from tenfold.align.preferences import as_flag, flipped
 from tenfold.align.r3m import expected_flags, perturbation
 from tenfold.align.recalibrate import recalibrate, wrong_interval
 from tenfold.data.rows import Preference
@@ -81,6 +81,11 @@ class Verdict:
     p_wrong: float
     suggestion: Suggestion
     epoch_margin: float | None = None
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the label is more likely wrong than right."""
+        return self.suggestion in ("drop", "flip")
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ class Group:
         expected: flags that right labels would give at these margins.
         excess: ``flags - expected``.
         stderr: standard deviation of the number of flags of right labels.
-        doubt: ``excess / stderr``; above 3 it is hardly chance. 0 where right labels could give no flag, nor did.
+        doubt: ``excess / stderr``, the latter taken as 0.1 at least; above 3 it is hardly chance.
     """
 
     name: str
@@ -232,8 +237,7 @@ def audit_groups(found: Audit, group_of: Mapping[str, str]) -> tuple[Group, ...]
         margins = torch.tensor([verdict.margin for verdict in verdicts], dtype=torch.float64)
         expected, stderr = expected_flags(margins, found.lam)
         flags = sum(verdict.flagged for verdict in verdicts)
-        # Of few and sure pairs nothing may be expected; a flag is at least one flag's worth of doubt then.
-        doubt = (flags - expected) / max(stderr, 0.1) if flags or expected else 0.0
+        doubt = (flags - expected) / max(stderr, 0.1)  # of a few sure pairs nothing may be expected
         groups.append(Group(name, len(verdicts), flags, expected, flags - expected, stderr, doubt))
     return tuple(sorted(groups, key=lambda group: (-group.doubt, group.name)))
 
@@ -291,18 +295,16 @@ def _cleaned(
     others: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     for row in rows:
-        verdict, further = verdicts.get(row.id), dict(others.get(row.id, {}))
+        verdict, further = verdicts.get(row.id), others.get(row.id, {})
         if action == "weights":
             yield {**further, **asdict(row), "weight": 1.0 if verdict is None else 1.0 - verdict.p_wrong}
-            continue
-        suggestion = "keep" if verdict is None else verdict.suggestion
-        if suggestion == "flip" and action == "flip":
-            yield {**_exchanged(further), **asdict(flipped(row))}
-        elif suggestion not in ("drop", "flip"):
+        elif verdict is None or not verdict.suspect:
             yield {**further, **asdict(row)}
+        elif verdict.suggestion == action == "flip":
+            yield {**_exchanged(further), **asdict(flipped(row))}
 
 
-def _exchanged(further: dict[str, Any]) -> dict[str, Any]:
+def _exchanged(further: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a pair whose answers change places."""
     exchanged = dict(further)
     for name, value in further.items():
@@ -310,13 +312,13 @@ def _exchanged(further: dict[str, Any]) -> dict[str, Any]:
         other = "_".join(_OTHER.get(word, word) for word in words)
         if other != name and other in further:
             exchanged[other] = value
-    if "flipped" in further:
-        exchanged["flipped"] = _NOT.get(str(further["flipped"]).strip().lower(), further["flipped"])
+    was = as_flag(further.get("flipped"))
+    if was is not None:
+        exchanged["flipped"] = not was
     return exchanged
 
 
 _OTHER = {"chosen": "rejected", "rejected": "chosen"}
-_NOT = {"true": False, "1": False, "false": True, "0": True}
 
 
 def worst_pairs(rows: Iterable[Preference], found: Audit, count: int) -> list[tuple[Verdict, Preference]]:

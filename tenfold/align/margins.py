@@ -316,7 +316,8 @@ def _fill(pairs: list[_Pair], measure: Measure, known: KnownMargins, sizes: tupl
     """Make the margins of a window known; gives after each batch how many of its pairs are done."""
     batch_size, max_length = sizes
     over_long = [pair for pair in pairs if pair.length > max_length]
-    _remember(known, [pair for pair in over_long if pair.key not in known.margins], None)
+    new = [pair for pair in over_long if pair.key not in known.margins]
+    _remember(known, new, [None] * len(new))
     fitting = sorted((pair for pair in pairs if pair.length <= max_length), key=lambda pair: -pair.length)
     for first in range(0, len(fitting), batch_size):
         # Batches are those of a run without a cache: after a kill, padding and margins come out the same.
@@ -326,9 +327,8 @@ def _fill(pairs: list[_Pair], measure: Measure, known: KnownMargins, sizes: tupl
         yield len(over_long) + min(first + batch_size, len(fitting))
 
 
-def _remember(known: KnownMargins, pairs: Sequence[_Pair], margins: Sequence[float] | None) -> None:
-    values = [None] * len(pairs) if margins is None else margins
-    known.add([pair.row.id for pair in pairs], [pair.key for pair in pairs], values)
+def _remember(known: KnownMargins, pairs: Sequence[_Pair], margins: Sequence[float | None]) -> None:
+    known.add([pair.row.id for pair in pairs], [pair.key for pair in pairs], margins)
 
 
 def _finite(pairs: Sequence[_Pair], margins: Tensor) -> list[float]:

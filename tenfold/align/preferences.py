@@ -214,6 +214,15 @@ def flip_mask(rows: Rows) -> dict[str, bool]:
     return {row.id: _flag(rows, index) for index, row in enumerate(rows)}
 
 
+def as_flag(value: object) -> bool | None:
+    """A value of the column ``flipped``, as any format writes it; None where it is neither.
+
+    >>> as_flag(True), as_flag("False"), as_flag(1), as_flag("maybe")
+    (True, False, True, None)
+    """
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+
+
 def true_rewards(rows: Rows) -> dict[str, StepRewards]:
     """True rewards per step, where the data has them: the columns ``chosen_rewards`` and ``rejected_rewards``.
 
@@ -237,9 +246,7 @@ def true_rewards(rows: Rows) -> dict[str, StepRewards]:
 
 
 def _flag(rows: Rows, index: int) -> bool:
-    value = rows.others[index].get("flipped")
-    flags = {"true": True, "false": False, "1": True, "0": False}
-    found = value if isinstance(value, bool) else flags.get(str(value).strip().lower())
+    found = as_flag(rows.others[index].get("flipped"))
     if found is None:
         raise _unusable(rows, index, "flipped", "true or false", "mend the column, or leave it out of all rows")
     return found

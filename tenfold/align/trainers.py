@@ -168,10 +168,10 @@ class _Robust(Trainer):
             )
         loss, lam = self._now
         losses = pair_loss(margin, loss, lam=lam, smoothing=self.robust.smoothing)
-        self._note(margin.detach().float(), ids, lam, judged=not self._warming)
+        self._note(margin.detach().float(), ids, lam)
         return losses
 
-    def _note(self, margin: Tensor, ids: list[Any], lam: float, *, judged: bool) -> None:
+    def _note(self, margin: Tensor, ids: list[Any], lam: float) -> None:
         mode = "train" if self.model.training else "eval"
         margins = self.accelerator.gather(margin)
         delta = perturbation(margins, lam)
@@ -180,7 +180,7 @@ class _Robust(Trainer):
         for name, number in (numbers | {"lam": lam}).items():
             self._metrics[mode][f"r3m/{name}"].append(number)
         if mode == "train":
-            self._memory.observe(gather_object(ids), margins.tolist(), judged=judged)
+            self._memory.observe(gather_object(ids), margins.tolist(), judged=not self._warming)
 
 
 class R3MRewardTrainer(_Robust, RewardTrainer):

@@ -85,7 +85,7 @@ BUILT_IN: Mapping[str, Stage] = {
         verb="audit",
         summary="which preference labels to doubt, by a reward model or a DPO policy",
         config="tenfold.config.r3m:AuditConfig",
-        run="tenfold.pipeline.aligning:run_audit",
+        run="tenfold.pipeline.auditing:run_audit",
         tasks=("causal", "reward"),
     ),
     "profile": Stage(
