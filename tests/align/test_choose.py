@@ -32,8 +32,9 @@ def by_grid(margins, shares):
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_recalibration_is_the_most_likely_one(trusted):
-    margins = drawn(0, 400, 0.15) * 2.5
+    margins = drawn(0, 2000, 0.15) * 2.5
     found = choose_lam({0.5: margins}, trusted=trusted).candidates[0]
+    assert (found.wrong == 0) == trusted
     shares = torch.zeros(1) if trusted else torch.linspace(0, 0.49, 99)
     nats, share = by_grid(margins, shares)
     assert found.nats <= nats + 1e-9

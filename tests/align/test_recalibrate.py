@@ -59,9 +59,12 @@ def test_what_margins_cannot_tell():
         assert 0 <= low <= high <= 0.5
 
 
-def test_without_flips_it_is_a_temperature():
-    margins = labelled(3 * np.random.default_rng(1).normal(size=4000), 0.0, 7)
+@pytest.mark.parametrize("seed", range(4))
+def test_without_flips_it_is_a_temperature(seed):
+    margins = labelled(3 * np.random.default_rng(seed).normal(size=4000), 0.0, seed + 7)
     found = recalibrate(7 * margins, flips=False)
     assert found.wrong == 0
     assert found.temperature == pytest.approx(7, rel=0.1)
+    nats = [float(-logsigmoid(7 * margins / (factor * found.temperature)).sum()) for factor in (0.995, 1, 1.005)]
+    assert nats[1] == min(nats)
     torch.testing.assert_close(found.nats, -logsigmoid(7 * margins / found.temperature), atol=1e-9, rtol=1e-9)

@@ -12,15 +12,17 @@ from rich.console import Console
 
 from tenfold import cli
 from tenfold.align import margins
-from tenfold.align.margins import score_pairs, score_policy_pairs
+from tenfold.align.margins import Scored, score_pairs, score_policy_pairs
+from tenfold.align.r3m import kink
 from tenfold.config.r3m import RobustFields
 from tenfold.config.training import TrainingFields
 from tenfold.data.read import read_rows
+from tenfold.data.rows import Preference
 from tenfold.data.sources import open_source
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.export import save_model
 from tenfold.models.open import open_model
-from tenfold.pipeline import aligning
+from tenfold.pipeline import aligning, auditing
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.recipe import resolve
 from tenfold.pipeline.stages import stage
@@ -283,7 +285,82 @@ def test_its_figures_are_those_of_the_saved_adapter(target, tmp_path):
     found = score(opened.model, opened.tokenizer, training)
     written = table_of(folder / "audit.csv")
     assert [float(written[id]["margin"]) for id in found.ids] == pytest.approx(found.margins.tolist(), abs=1e-4)
-    assert all(float(row["epoch_margin"]) != float(row["margin"]) for row in written.values() if row["epoch_margin"])
+
+
+@pytest.mark.parametrize("target", ["reward", "dpo"])
+def test_the_mean_over_epochs_stands_beside_the_margin(target, tmp_path):
+    keys = {**TARGETS[target], "steps": None, "epochs": 2, "batch_size": 1, "learning_rate": 1e-12}
+    execute(recipe(**keys), tmp_path / "still")
+    rows = table_of(tmp_path / "still/01-r3m/audit.csv").values()
+    assert [float(row["epoch_margin"]) for row in rows] == pytest.approx([float(r["margin"]) for r in rows], abs=1e-4)
+    execute(recipe(**{**keys, "learning_rate": 0.01}), tmp_path / "moving")
+    rows = table_of(tmp_path / "moving/01-r3m/audit.csv").values()
+    assert all(abs(float(row["epoch_margin"]) - float(row["margin"])) > 1e-6 for row in rows)
+
+
+def test_with_a_budget_that_share_is_flagged_and_nothing_that_the_model_agrees_with(tmp_path):
+    keys = {**TARGETS["dpo"], "data": "step-audit:60", "steps": 12, "budget": "30%"}
+    execute(recipe(**keys), tmp_path)
+    rows = table_of(tmp_path / "01-r3m/audit.csv").values()
+    low = sorted(float(row["margin"]) for row in rows)
+    flagged = [float(row["margin"]) for row in rows if row["flagged"] == "True"]
+    disagreed = sum(margin < 0 for margin in low)
+    assert len(flagged) == pytest.approx(min(0.3 * len(low), disagreed), abs=1)
+    assert all(margin < 0 for margin in flagged)
+
+
+def test_the_level_of_a_budget():
+    def level(margins, share):
+        return aligning._level(Scored(tuple(map(str, range(len(margins)))), torch.tensor(margins)), share)
+
+    ten = [float(n) for n in range(-3, 7)]
+    assert kink(level(ten, 0.2)) == pytest.approx(-1.2), "two of ten lie below"
+    assert kink(level(ten, 0.5)) == pytest.approx(0), "a label with which the model agrees is no suspect"
+    assert 0.999 < level([-50.0] * 30 + [60.0] * 70, 0.1) < 1
+
+
+@pytest.mark.parametrize(
+    ("margins", "said"),
+    [
+        ([3.0, 6.0, 4.0, 5.0] * 40 + [-6.0] * 8, "% of the labels seem wrong (95 % interval 2.2% to 8.6%)"),
+        ([2.0, -1.0, 3.0, 0.5] * 20, "No share of wrong labels can be told from none"),
+        ([-2.0, -1.0, -3.0, 0.5] * 20, "contradicts 75% of the labels: are chosen and rejected exchanged?"),
+    ],
+    ids=["some", "none", "exchanged"],
+)
+def test_what_is_said_of_the_labels_as_a_whole(margins, said, tmp_path):
+    rows = [Preference(str(n), "p", "x", "y") for n in range(len(margins))]
+    scored = Scored(tuple(row.id for row in rows), torch.tensor(margins))
+    _, output = auditing.audited(scored, rows, {}, 0.85, 3, tmp_path)
+    assert any(said in note for note in output.notes), output.notes
+
+
+def test_what_an_audit_names_decides_whether_it_is_finished(tmp_path):
+    execute(recipe(**TARGETS["dpo"]), tmp_path / "run")
+    folder = tmp_path / "run/01-r3m"
+    opened = open_model(folder / "adapter")
+    merged = opened.model.merge_and_unload()
+    save_model(merged, opened.tokenizer, tmp_path / "merged")
+    data = tmp_path / "data.jsonl"
+    data.write_text((folder / "training.jsonl").read_text())
+
+    def found(reference):
+        audits = {"use": "audit", "data": str(data), "reference": str(reference)}
+        execute({"model": str(tmp_path / "merged"), "stages": [audits]}, tmp_path / "audit")
+        margins = [float(row["margin"]) for row in table_of(tmp_path / "audit/01-audit/audit.csv").values()]
+        summary = json.loads((tmp_path / "audit/01-audit/summary.json").read_text())
+        metrics = summary["results"][0]["metrics"]
+        return margins, [m["value"] for m in metrics if m["name"] == "wrong labels"]
+
+    base, reference = open_model("tiny:llama"), tmp_path / "reference"
+    save_model(base.model, base.tokenizer, reference)
+    margins, wrong = found(reference)
+    assert any(margins)
+    assert wrong[0] > 0
+    save_model(merged, opened.tokenizer, reference)
+    assert not any(found(reference)[0]), "the same name, another model: now a policy is its own reference"
+    data.write_text(data.read_text().replace('"flipped": true', '"flipped": false', 1))
+    assert found(reference)[1] == [wrong[0] - 1], "a column beside the pair"
 
 
 @pytest.mark.parametrize("target", ["reward", "dpo"])
@@ -390,7 +467,7 @@ def test_labels_are_doubted_by_who_gave_them(tmp_path):
 )
 def test_what_cannot_be_audited_or_written_is_said_first(flags, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(aligning, "score_pairs", None)
+    monkeypatch.setattr(auditing, "score_pairs", None)
     assert cli.main(["audit", "tiny:llama", "--data", "step-audit:20", *flags]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "a.csv").exists()

@@ -319,6 +319,10 @@ class Corrupted:
     def accuracy(self, theta):
         return float(((self.fresh @ theta > 0) == self.better).double().mean())
 
+    def at_once(self):
+        """From R3M to the last cap without the one between, as the trainers do it (`lam_warmup` of `trimmed`)."""
+        return self.fit("trimmed", 0.95, start=self.fit("r3m", 0.1))
+
     def continued(self, last=0.95):
         theta = self.fit("r3m", 0.1)
         for lam in (0.85, 0.95):
@@ -330,7 +334,7 @@ class Corrupted:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]}-{row[1]}")
 def test_15_robustness(row):
     noise, wrong, bt, cdpo, rdpo, (robust, lam), filtered, continued = row
-    found = {name: [] for name in ("bt", "cdpo", "rdpo", "r3m", "filtered", "continued", "stopped")}
+    found = {name: [] for name in ("bt", "cdpo", "rdpo", "r3m", "filtered", "continued", "stopped", "at once")}
     for seed in SEEDS:
         data = Corrupted(seed, noise, wrong)
         plain = data.fit("bt")
@@ -342,6 +346,7 @@ def test_15_robustness(row):
         found["filtered"].append(data.accuracy(data.fit("bt", keep=kept)))
         found["continued"].append(data.accuracy(data.continued()))
         found["stopped"].append(data.accuracy(data.continued(0.85)))
+        found["at once"].append(data.accuracy(data.at_once()))
     mean = {name: float(np.mean(values)) for name, values in found.items()}
     wanted = {"bt": bt, "cdpo": cdpo, "rdpo": rdpo, "r3m": robust, "filtered": filtered, "continued": continued}
     if (noise, wrong) == ("uniform", 400):
@@ -351,6 +356,7 @@ def test_15_robustness(row):
             assert mean[name] == pytest.approx(value, abs=0.01), (name, mean)
     if noise == "irrational" and wrong < 400:
         assert mean["bt"] < mean["r3m"] < mean["continued"], mean
+        assert mean["at once"] == pytest.approx(mean["continued"], abs=0.002), mean
 
 
 def test_15_flags_beyond_what_right_labels_give():
