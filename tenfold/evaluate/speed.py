@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tenfold.errors import ConfigError
+from tenfold.evaluate.compare import t_quantile
 from tenfold.evaluate.inference import evaluating, input_device, prompt_ids, synchronize, takes_logits_to_keep
 from tenfold.evaluate.memory import stored_bytes
 from tenfold.evaluate.results import Metric, Result
@@ -61,7 +62,8 @@ def speed(
     Returns:
         One result per subject: ``prefill`` (tokens/s, median), ``time_to_first_token`` (ms, median), ``decode`` and
         ``decode_p95`` (ms per step of the batch, over all steps), ``generation`` (new tokens/s with the prefill
-        included, median), ``cache`` (bytes at the end). Standard errors are those between repeats.
+        included, median), ``cache`` (bytes at the end). Standard errors are those between repeats, the intervals
+        Student's t.
 
     Example:
         >>> before, after = speed({"before": base, "after": tuned}, tokenizer)  # doctest: +SKIP
@@ -141,9 +143,21 @@ def _result(subject: str, model: Any, times: _Times, prompt_tokens: int, new_tok
 
 
 def _timing(name: str, value: float, repeats: list[float], unit: str, better: Any, count: int | None = None) -> Metric:
-    stderr = statistics.stdev(repeats) / len(repeats) ** 0.5 if len(repeats) > 1 else None
+    stderr = interval = None
+    if len(repeats) > 1:
+        stderr = statistics.stdev(repeats) / len(repeats) ** 0.5
+        # a handful of repeats: 1.96 standard errors would promise far too much
+        half = t_quantile(len(repeats) - 1) * stderr
+        interval = (value - half, value + half)
     return Metric(
-        name=name, value=value, unit=unit, count=count or len(repeats), stderr=stderr, better=better, kind="timing"
+        name=name,
+        value=value,
+        unit=unit,
+        count=count or len(repeats),
+        stderr=stderr,
+        interval=interval,
+        better=better,
+        kind="timing",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,12 +13,11 @@ import yaml
 
 from tenfold.evaluate.results import Metric
 from tenfold.files import write_text
-from tenfold.report import numbers, plots
+from tenfold.report import numbers, plots, thresholds
 from tenfold.report.record import Figure, StageSummary, Table
 from tenfold.report.verdict import (
     AFTER,
     BEFORE,
-    NOISE,
     Comparison,
     Outcome,
     by_task,
@@ -38,6 +37,7 @@ MARKS: Mapping[Outcome, str] = {
     "worse": "▼",
     "changed": "◆",
     "no clear change": "≈",
+    "too small to matter": "≈",
     "unchanged": "=",
     "not compared": "•",
 }
@@ -76,8 +76,8 @@ class Row:
 
     name: str
     unit: str
-    kind: str
-    better: str
+    hints: tuple[str, ...]
+    """What to know about the metric: its kind, which direction is better, which change matters."""
     cells: tuple[Cell, ...]
     difference: Cell | None
     relative: str
@@ -210,7 +210,7 @@ def _templates() -> Environment:
     templates.filters["named"] = numbers.named
     templates.filters["typeset"] = _typeset
     templates.globals["marks"] = MARKS
-    templates.globals["noise"] = NOISE
+    templates.globals["thresholds"] = thresholds
     return templates
 
 
@@ -294,12 +294,13 @@ def _table(task: str, items: Sequence[Comparison]) -> ResultTable:
 
 def _row(item: Comparison, subjects: Sequence[str]) -> Row:
     values = [metric.value for metric in item.subjects.values()]
-    scale = numbers.fit(values or [item.difference], item.unit, finest=item.difference if values else None)
+    ends = [end for metric in item.subjects.values() for end in metric.interval or ()]
+    finest = _finest(item) if values else None
+    scale = numbers.fit([*values, *ends] or [item.difference, *(item.interval or ())], item.unit, finest=finest)
     return Row(
         name=item.name.replace("_", " "),
         unit=scale.unit,
-        kind=item.kind,
-        better={"lower": "lower is better", "higher": "higher is better"}.get(item.better, ""),
+        hints=tuple(_hints(item)),
         cells=tuple(_cell(item.subjects.get(subject), scale) for subject in subjects),
         difference=_difference(item, scale),
         relative=numbers.percent(item.relative, sign=True) if item.relative is not None else "",
@@ -326,6 +327,23 @@ def _cell(metric: Metric | None, scale: numbers.Scale) -> Cell:
     return Cell(scale.text(metric.value), spread, exact)
 
 
+def _hints(item: Comparison) -> Iterator[str]:
+    if item.kind != "figure":
+        yield item.kind
+    if item.better != "neither":
+        yield f"{item.better} is better"
+        if item.matters is not None:
+            yield f"{item.matters.text(item.unit)} matters"
+
+
+def _finest(item: Comparison) -> float | None:
+    """The smallest step that must stay visible in a row: the difference, and the width of every interval."""
+    widths = [high - low for low, high in (metric.interval for metric in item.subjects.values() if metric.interval)]
+    # ten times the width: its first digit is enough to tell the two ends apart
+    steps = [abs(item.difference or 0), *(10 * width for width in widths)]
+    return min((step for step in steps if step > 0), default=None)
+
+
 def _difference(item: Comparison, scale: numbers.Scale) -> Cell | None:
     if item.difference is None:
         return None
@@ -333,14 +351,9 @@ def _difference(item: Comparison, scale: numbers.Scale) -> Cell | None:
     still = standstill(item.name) if not item.subjects else 0.0
     spread = ""
     if item.interval is not None:
-        # the paired difference of perplexities is known in nats: its interval then has another unit than the column
-        own = item.paired is None or item.paired.name == item.name
-        ends = scale if own or item.paired is None else numbers.fit(item.interval, item.paired.unit)
-        low, high = (ends.text(end, sign=still == 0) for end in item.interval)
-        spread = f"[{low},{NBSP}{high}]" if own else f"paired{NBSP}[{low},{NBSP}{high}] {ends.unit}"
+        low, high = (scale.text(end, sign=still == 0) for end in item.interval)
+        spread = f"[{low},{NBSP}{high}]"
         exact += f", 95 % interval {numbers.exact(item.interval[0])} to {numbers.exact(item.interval[1])}"
-        if item.paired is not None and not own:
-            exact += f" of {item.paired.name} in {item.paired.unit}"
     return Cell(scale.text(item.difference, sign=still == 0), spread, exact)
 
 

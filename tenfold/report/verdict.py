@@ -10,16 +10,17 @@ from typing import Any, Literal
 from tenfold.evaluate.results import Metric, Result
 from tenfold.report import numbers
 from tenfold.report.record import StageSummary
+from tenfold.report.thresholds import Threshold, is_bytes, is_counted, threshold
 
 BEFORE, AFTER, DIFFERENCE = "before", "after", "after - before"
 
-Outcome = Literal["better", "worse", "changed", "no clear change", "unchanged", "not compared"]
+Outcome = Literal["better", "worse", "changed", "no clear change", "too small to matter", "unchanged", "not compared"]
 
-NOISE = {"figure": 0.0, "timing": 0.03, "memory": 0.02}
-"""Relative change up to which a number is called "no clear change", whatever its spread: a busy machine drifts."""
-
-LIKELIHOOD = frozenset({"perplexity", "loss", "nll", "bits per byte", "nats per token", "bits per token"})
+LIKELIHOOD = frozenset({"perplexity", "loss", "nll", "bits per byte"})
 """Each is a monotone function of the same log-likelihood: a paired difference of one decides all."""
+
+VIEWS = (LIKELIHOOD | {"perplexity ratio", "nll difference"}, frozenset({"prefill", "time to first token"}))
+"""Names of one phenomenon each: the first of them that a task lists decides for the others."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Comparison:
     relative: float | None = None
     """The difference as a share of the value before."""
     interval: tuple[float, float] | None = None
-    """What decided: a 95 % interval of the paired difference (in its own unit), or of ``difference``."""
+    """A 95 % interval of ``difference``, in ``unit``: of the paired difference where one was measured."""
+    matters: Threshold | None = None
+    """The smallest change that is called better or worse."""
     outcome: Outcome = "not compared"
 
     @property
@@ -68,17 +71,19 @@ class Sentence:
 def compare(results: Iterable[Result], *, held_out: bool = False) -> list[Comparison]:
     """Put the subjects of each metric side by side and judge the change.
 
-    A change is clear when it exceeds `NOISE` and the 95 % interval of the paired difference leaves out zero; without a
-    paired difference, that of the difference of two independent values; without a spread, `NOISE` decides alone.
+    A change is better or worse when the 95 % interval of the paired difference (without one, of the difference of two
+    independent values) leaves out zero *and* the change is one that matters (`tenfold.report.thresholds`). Where no
+    spread is known it is only "changed", sizes that were counted excepted: they are exact.
 
     Args:
         results: of one stage.
         held_out: whether its rows are the held-out share of the data.
 
-    >>> before = Result(task="speed", subject="before", metrics=(Metric(name="prefill", value=100.0, kind="timing"),))
-    >>> after = Result(task="speed", subject="after", metrics=(Metric(name="prefill", value=101.0, kind="timing"),))
-    >>> compare([before, after])[0].outcome
-    'no clear change'
+    >>> def speed(subject, value):
+    ...     metric = Metric(name="prefill", value=value, stderr=0.1, better="higher", kind="timing")
+    ...     return Result(task="speed", subject=subject, metrics=(metric,))
+    >>> [compare([speed("before", 100.0), speed("after", after)])[0].outcome for after in (100.1, 102.0, 110.0)]
+    ['no clear change', 'too small to matter', 'better']
     """
     found: dict[tuple[str, str], dict[str, Metric]] = {}
     settings: dict[str, dict[str, Any]] = {}
@@ -97,30 +102,34 @@ def compare(results: Iterable[Result], *, held_out: bool = False) -> list[Compar
                 found.setdefault((task, name), {})
     judged = []
     for (task, name), subjects in found.items():
-        item = _judge(task, name, subjects, differences.get(task, {}))
+        item = _judge(task, name, subjects, differences.get(task, {}), found.get((task, "nll"), {}).get(BEFORE))
         own_rows = held_out and item.kind == "figure" and not task.startswith("lm_eval:")
         judged.append(replace(item, settings=settings[task], held_out=own_rows))
-    return judged
+    return _agreed(judged)
 
 
-def _judge(task: str, name: str, subjects: Mapping[str, Metric], paired: Mapping[str, Metric]) -> Comparison:
+def _judge(
+    task: str, name: str, subjects: Mapping[str, Metric], paired: Mapping[str, Metric], nll: Metric | None
+) -> Comparison:
     own = paired.get(name)
     decides = own or paired.get(f"{name}_difference") or _likelihood(name, paired)
     example = subjects.get(AFTER) or next(iter(subjects.values()), None) or paired[name]
     before, after = subjects.get(BEFORE), subjects.get(AFTER)
-    difference = relative = interval = None
+    difference = relative = interval = matters = None
     outcome: Outcome = "not compared"
     if before is not None and after is not None:
         difference = after.value - before.value
         # Of log-odds and the like, which may be negative, a share says nothing.
         relative = difference / before.value if before.value > 0 and after.value >= 0 else None
-        interval = _interval(decides) if decides is not None else _independent(before, after, difference)
-        outcome = _outcome(difference, relative, interval, example)
+        interval = _paired(decides, before, nll) if decides is not None else _independent(before, after, difference)
+        matters = threshold(before, after)
+        outcome = _outcome(difference, interval, matters.of(before.value), example)
     elif own is not None:
         difference, interval, still = own.value, _interval(own), standstill(own.name)
         if still is not None:
             moved = (interval[0] - still, interval[1] - still) if interval else None
-            outcome = _outcome(difference - still, None, moved, own)
+            matters = threshold(own, own)
+            outcome = _outcome(difference - still, moved, matters.of(still), own)
     return Comparison(
         task=task,
         name=name,
@@ -132,8 +141,22 @@ def _judge(task: str, name: str, subjects: Mapping[str, Metric], paired: Mapping
         difference=difference,
         relative=relative,
         interval=interval,
+        matters=matters,
         outcome=outcome,
     )
+
+
+def _agreed(items: Sequence[Comparison]) -> list[Comparison]:
+    """The same items, with one outcome for all views of one phenomenon: near a threshold they could differ."""
+    decided: dict[tuple[str, int], Outcome] = {}
+    agreed = []
+    for item in items:
+        view = next((index for index, names in enumerate(VIEWS) if _plain(item.name) in names), None)
+        if view is not None and item.outcome != "not compared":
+            agreed.append(replace(item, outcome=decided.setdefault((item.task, view), item.outcome)))
+        else:
+            agreed.append(item)
+    return agreed
 
 
 def standstill(name: str) -> float | None:
@@ -155,7 +178,25 @@ def _plain(name: str) -> str:
 def _likelihood(name: str, paired: Mapping[str, Metric]) -> Metric | None:
     if _plain(name) not in LIKELIHOOD:
         return None
-    return next((metric for other, metric in paired.items() if {_plain(other), _plain(metric.unit)} & LIKELIHOOD), None)
+    return next((metric for metric in paired.values() if metric.unit == "nats/token"), None)
+
+
+def _paired(decides: Metric, before: Metric, nll: Metric | None) -> tuple[float, float] | None:
+    """The interval of a paired difference in the unit of the metric that it decides.
+
+    Perplexity is exp(NLL), so a difference of d nats moves it by ``before * (exp(d) - 1)``; bits per byte are NLL times
+    a constant of the text.
+    """
+    interval = _interval(decides)
+    name = _plain(before.name)
+    if interval is None or name not in LIKELIHOOD or decides.unit in ("", before.unit):
+        return interval
+    if name == "perplexity":
+        return before.value * math.expm1(interval[0]), before.value * math.expm1(interval[1])
+    if nll is None or not nll.value:
+        return None
+    scale = before.value / nll.value
+    return interval[0] * scale, interval[1] * scale
 
 
 def _interval(metric: Metric) -> tuple[float, float] | None:
@@ -180,18 +221,16 @@ def _independent(before: Metric, after: Metric, difference: float) -> tuple[floa
     return difference - width, difference + width
 
 
-def _outcome(
-    difference: float, relative: float | None, interval: tuple[float, float] | None, metric: Metric
-) -> Outcome:
+def _outcome(difference: float, interval: tuple[float, float] | None, matters: float, metric: Metric) -> Outcome:
     if difference == 0:
         return "unchanged"
     if not math.isfinite(difference):
         return "changed"
     if interval is not None and interval[0] <= 0 <= interval[1]:
         return "no clear change"
-    if relative is not None and abs(relative) <= NOISE[metric.kind]:
-        return "no clear change"
-    if metric.better == "neither":
+    if abs(difference) < matters:
+        return "too small to matter"
+    if metric.better == "neither" or (interval is None and not is_counted(metric)):
         return "changed"
     return "better" if (difference < 0) == (metric.better == "lower") else "worse"
 
@@ -212,14 +251,16 @@ def headlines(summaries: Sequence[StageSummary]) -> list[Comparison]:
 
 
 def verdict(summaries: Sequence[StageSummary]) -> list[Sentence]:
-    """What the run bought and what it cost, most important first; metrics without a clear change share a sentence."""
+    """What the run bought and what it cost, most important first; what did not change for certain shares a sentence."""
     items = headlines(summaries)
     clear = [item for item in items if item.outcome in ("better", "worse", "changed")]
     sentences = [Sentence(describe(item), item.outcome) for item in clear]
-    steady = [item for item in items if item.outcome == "no clear change"]
-    if steady:
-        values = "; ".join(_values(item) for item in steady)
-        sentences.append(Sentence(f"No clear change: {values}.", "no clear change"))
+    quiet: tuple[Outcome, ...] = ("no clear change", "too small to matter")
+    for outcome in quiet:
+        steady = [item for item in items if item.outcome == outcome]
+        if steady:
+            values = "; ".join(_values(item) for item in steady)
+            sentences.append(Sentence(f"{outcome.capitalize()}: {values}.", outcome))
     same = [item for item in items if item.outcome == "unchanged" and item.after is not None]
     if same:
         values = "; ".join(
@@ -248,7 +289,7 @@ def _is_compared(item: Comparison) -> bool:
 
 
 def _is_cost(item: Comparison) -> bool:
-    return item.kind != "figure" or item.unit.partition("/")[0] == "bytes"
+    return item.kind != "figure" or is_bytes(item.unit)
 
 
 def label(item: Comparison) -> str:
@@ -269,16 +310,16 @@ def _values(item: Comparison) -> str:
 def describe(item: Comparison) -> str:
     """A sentence for one clear change.
 
-    >>> before, after = (Metric(name="accuracy", value=v, better="higher") for v in (0.5, 0.75))
+    >>> before, after = (Metric(name="accuracy", value=v, stderr=0.02, better="higher") for v in (0.5, 0.75))
     >>> describe(compare([Result(task="quiz", subject=s, metrics=(m,)) for s, m in (("before", before),
     ...                                                                             ("after", after))])[0])
-    'Accuracy (quiz) 0.500 → 0.750 (+50.0 %): better.'
+    'Accuracy (quiz) 0.500 → 0.750 (+50.0 %), difference +0.250 [+0.195, +0.305]: better.'
     """
     text = _values(item)
-    if item.paired is not None and item.interval is not None:
-        scale = numbers.fit([item.paired.value, *item.interval], item.paired.unit)
+    if item.difference is not None and item.interval is not None:
+        scale = numbers.fit([item.difference, *item.interval], item.unit)
         low, high = (scale.text(end, sign=True) for end in item.interval)
-        text += f", paired difference {scale.quantity(item.paired.value, sign=True)} [{low}, {high}]"
+        text += f", difference {scale.quantity(item.difference, sign=True)} [{low}, {high}]"
     ending = {"better": ": better.", "worse": ": worse."}.get(item.outcome, ".")
     return text[0].upper() + text[1:] + ending
 

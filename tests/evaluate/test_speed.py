@@ -82,3 +82,12 @@ def test_quantile_agrees_with_torch():
     for share in (0.0, 0.5, 0.95, 1.0):
         expected = torch.tensor(values, dtype=torch.float64).quantile(share).item()
         assert quantile(values, share) == pytest.approx(expected)
+
+
+def test_the_interval_of_a_few_repeats_is_students(model, tokenizer):
+    (found,) = speed({"model": model}, tokenizer, prompt_tokens=8, new_tokens=3, repeats=3)
+    metric = found.metric("prefill")
+    low, high = metric.interval
+    assert (high - low) / 2 == pytest.approx(4.302653 * metric.stderr, rel=1e-5)  # t(2) at 97.5 %
+    (once,) = speed({"model": model}, tokenizer, prompt_tokens=8, new_tokens=3, repeats=1)
+    assert once.metric("prefill").interval is None

@@ -53,8 +53,9 @@ def run(run_stages, steps):
 def test_the_page_shows_the_run(run):
     text = Page(render(run)).text
     for expected in (
-        "Held-out perplexity 31.2 → 24.8 (−20.5 %), paired difference −0.229 nats/token [−0.245, −0.213]: better.",
+        "Held-out perplexity 31.2 → 24.8 (−20.5 %), difference −6.39 [−6.78, −6.00]: better.",
         "No clear change: prefill 1,204 → 1,187 tokens/s (−1.4 %).",
+        "timing · higher is better · 3.0 % matters",
         "538,000",
         "2.05 MiB",
         "3 rows were cut.",
@@ -165,3 +166,12 @@ def test_write_report_names_the_page_after_its_folder(tmp_path, run_stages):
     assert "<h1>quickstart</h1>" in page
     assert str(tmp_path) not in page
     assert [entry.name for entry in folder.iterdir()] == ["report.html"]
+
+
+def test_both_ends_of_an_interval_show_where_the_value_has_few_digits(make_summary):
+    found = Metric(name="excess", value=0.0, interval=(0.0, 0.368))
+    narrow = Metric(name="tokens", value=1234.0, interval=(1233.94, 1234.06))
+    results = [Result(task="audit", subject="model", metrics=(found, narrow))]
+    text = Page(render(RunPage("r", "", [make_summary(results=results)]))).text
+    assert "[0.000, 0.368]" in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "[1,233.9, 1,234.1]" in text.replace("\N{NO-BREAK SPACE}", " ")

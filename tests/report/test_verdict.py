@@ -23,7 +23,7 @@ def outcome(results, name):
     ],
 )
 def test_direction(make_measured, better, before, after, expected):
-    metric = {"name": "score", "better": better}
+    metric = {"name": "score", "better": better, "stderr": 0.01}
     assert outcome(make_measured("quiz", {**metric, "value": before}, {**metric, "value": after}), "score") == expected
 
 
@@ -67,7 +67,63 @@ def test_a_paired_figure_without_a_known_standstill_is_not_judged():
     assert outcome(results, "tokens_improved") == "not compared"
 
 
-@pytest.mark.parametrize(("after", "expected"), [(102.0, "no clear change"), (110.0, "better"), (90.0, "worse")])
+def test_what_was_measured_once_is_changed_and_no_more(make_measured):
+    metric = {"name": "score", "better": "lower"}
+    assert outcome(make_measured("quiz", {**metric, "value": 2.0}, {**metric, "value": 1.0}), "score") == "changed"
+    size = {"name": "cache", "unit": "bytes", "better": "lower"}
+    assert outcome(make_measured("speed", {**size, "value": 2e6}, {**size, "value": 1e6}), "cache") == "better"
+    peak = {**size, "name": "peak", "kind": "memory"}
+    assert outcome(make_measured("memory", {**peak, "value": 2e6}, {**peak, "value": 1e6}), "peak") == "changed"
+
+
+@pytest.mark.parametrize(("after", "expected"), [(0.509, "too small to matter"), (0.511, "better"), (0.489, "worse")])
+def test_a_clear_change_of_less_than_a_point_does_not_matter(make_measured, after, expected):
+    metric = {"name": "accuracy", "better": "higher", "stderr": 1e-4}
+    assert outcome(make_measured("quiz", {**metric, "value": 0.5}, {**metric, "value": after}), "accuracy") == expected
+
+
+def test_an_interval_has_the_unit_of_its_figure():
+    """The paired difference is known in nats; perplexity and bits per byte show it in their own units."""
+    nats = (-0.3, -0.1)
+    results = [
+        Result(
+            task="perplexity",
+            subject=subject,
+            metrics=(
+                Metric(name="perplexity", value=math.exp(nll), better="lower"),
+                Metric(name="nll", value=nll, unit="nats/token", better="lower"),
+                Metric(name="bits_per_byte", value=0.35 * nll, unit="bits/byte", better="lower"),
+            ),
+        )
+        for subject, nll in (("before", 2.2), ("after", 2.0))
+    ]
+    change = Metric(name="nll_difference", value=-0.2, unit="nats/token", interval=nats, better="lower")
+    items = compare([*results, Result(task="perplexity", subject="after - before", metrics=(change,))])
+    intervals = {item.name: item.interval for item in items}
+    assert intervals["perplexity"] == pytest.approx([math.exp(2.2 + end) - math.exp(2.2) for end in nats])
+    assert intervals["nll"] == nats
+    assert intervals["bits_per_byte"] == pytest.approx([0.35 * end for end in nats])
+    assert {item.outcome for item in items} == {"better"}
+
+
+@pytest.mark.parametrize("difference", [-0.00499, -0.00501])
+def test_two_views_of_one_phenomenon_agree(difference):
+    """Half a per cent of perplexity and 0.005 nats are not quite the same; the first view decides for all."""
+    spread = {"interval": (difference - 1e-5, difference + 1e-5), "better": "lower"}
+    nll = [Metric(name="nll", value=value, unit="nats/token", better="lower") for value in (2.0, 2.0 + difference)]
+    text = [Metric(name="perplexity", value=math.exp(metric.value), better="lower") for metric in nll]
+    results = [
+        Result(task="perplexity", subject=subject, metrics=metrics)
+        for subject, metrics in zip(("before", "after"), zip(text, nll, strict=True), strict=True)
+    ]
+    change = Metric(name="nll_difference", value=difference, unit="nats/token", **spread)
+    outcomes = {item.outcome for item in compare([*results, Result(
+        task="perplexity", subject="after - before", metrics=(change,))])}  # fmt: skip
+    assert len(outcomes) == 1
+    assert outcomes <= {"better", "too small to matter"}
+
+
+@pytest.mark.parametrize(("after", "expected"), [(102.0, "too small to matter"), (110.0, "better"), (90.0, "worse")])
 def test_timings_drift(make_measured, after, expected):
     metric = {"name": "prefill", "unit": "tokens/s", "better": "higher", "kind": "timing", "stderr": 0.1}
     assert (
@@ -84,7 +140,7 @@ def test_one_subject_alone_is_not_compared():
 def test_sentences(run_stages):
     texts = [sentence.text for sentence in verdict(run_stages)]
     assert texts == [
-        "Held-out perplexity 31.2 → 24.8 (-20.5 %), paired difference -0.229 nats/token [-0.245, -0.213]: better.",
+        "Held-out perplexity 31.2 → 24.8 (-20.5 %), difference -6.39 [-6.78, -6.00]: better.",
         "No clear change: prefill 1,204 → 1,187 tokens/s (-1.4 %).",
         "The stage lora trained 538,000 parameters, 0.40 % of the model.",
     ]
