@@ -16,7 +16,12 @@ from typing import Any
 
 from tenfold.errors import MissingDependencyError, ModelError, RunError
 from tenfold.models.folders import is_complete, partial_prefix, read_record, write_folder
+from tenfold.models.gguf_metadata import carry_biases, carry_over, check_tensors, read_header
+from tenfold.models.gguf_tokenizer import carry_tokenizer
 from tenfold.models.heads import check_loaded
+
+READER = 2
+"""Counts the ways in which files were converted: what an older one left in the cache is not used again."""
 
 
 def cache_dir() -> Path:
@@ -79,7 +84,7 @@ def converted(file: str | Path, source: str | None = None) -> Path:
     check_header(file)
     sha256 = gguf_sha256(file)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem)
-    folder = cache_dir() / f"{stem}-{sha256[:12]}-float32"
+    folder = cache_dir() / f"{stem}-{sha256[:12]}-float32-v{READER}"
     if is_complete(folder):
         return folder
     try:
@@ -127,7 +132,7 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
         MissingDependencyError: the ``gguf`` package is absent.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
     if importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError("GGUF files need the package gguf", remedy='pip install "gguf>=0.17"')
@@ -135,14 +140,17 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     packing = GgufConfig(gguf_file=file.name, dequantize=True)
     options = {"dtype": torch.float32, "quantization_config": packing, "output_loading_info": True}
     try:
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(**place, **options)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            model, report = AutoModelForSeq2SeqLM.from_pretrained(**place, **options)
+        config = AutoConfig.from_pretrained(**place)
+        header = read_header(file)
+        carry_over(config, header, str(file))
+        carry_biases(config, header)
+        builder = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, report = builder.from_pretrained(**place, config=config, **options)
         check_loaded(model, report["missing_keys"], str(file))
-        return model, AutoTokenizer.from_pretrained(**place)
+        check_tensors(model, header, report["unexpected_keys"], str(file))
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        carry_tokenizer(model, tokenizer, header)
+        return model, tokenizer
     except ModelError:
         raise
     except Exception as error:  # the readers raise whatever their parsing stumbled over: struct, index, value errors
