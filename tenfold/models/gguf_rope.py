@@ -103,21 +103,20 @@ def _yarn(keys: Mapping[str, Any], factor: float, length: int, where: str) -> di
 
 
 def _longrope(config: Any, keys: Mapping[str, Any], factors: Mapping[str, np.ndarray], length: int) -> dict[str, Any]:
-    short, long = (factors.get(f"rope_factors_{which}.weight") for which in ("short", "long"))
-    one = short if short is not None else long
-    found = {
+    found = [factors[name] for name in ("rope_factors_short.weight", "rope_factors_long.weight") if name in factors]
+    rope = {
         "rope_type": "longrope",
-        "short_factor": _floats(short if short is not None else one),
-        "long_factor": _floats(long if long is not None else one),
+        "short_factor": _floats(found[0]),
+        "long_factor": _floats(found[-1]),
         "original_max_position_embeddings": length,
         "factor": config.max_position_embeddings / length,
     }
     given = keys.get(f"{SCALING}attn_factor")
     if given is not None:
-        found["attention_factor"] = float(given)
+        rope["attention_factor"] = float(given)
     if hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = length
-    return found
+    return rope
 
 
 def _divided(config: Any, divisors: np.ndarray, linear: float) -> dict[str, Any]:
