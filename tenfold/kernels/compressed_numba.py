@@ -286,8 +286,14 @@ def _slowly(what: str) -> bool:
 
 
 def _share_threads() -> None:
-    """As many threads as torch uses: numba would start its own number, and change torch's with it."""
-    numba.set_num_threads(min(torch.get_num_threads(), _MOST))
+    """As many threads as torch uses, and torch keeps its number.
+
+    numba would use its own. When its pool starts, at the first call, it also sets OpenMP's number, which is torch's.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, _MOST))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _bits(tensor: Tensor) -> Any:

@@ -62,7 +62,7 @@ class View:
         for key, value, rotated in _chunks(self, torch.promote_types(kind, torch.float32)):
             for side, part in zip(whole, (key, value), strict=True):
                 turned = part @ self.rotation.to(part).mT if rotated and self.rotation is not None else part
-                side[:, :, start : start + part.shape[2]] = turned.to(kind)
+                side[:, :, start : start + part.shape[2]] = narrowed(turned, kind)
             start += key.shape[2]
         return whole[0], whole[1]
 
@@ -72,7 +72,7 @@ class View:
             raise AttributeError(name)
         raise ModelError(
             f"this model asks its keys for .{name} between cache and attention: a packed cache has no tensors",
-            remedy="use a bare GearCache, outside of attach",
+            remedy="use a bare GearCache, outside of attach; and one that was made for this very model",
         )
 
     @classmethod
@@ -116,7 +116,7 @@ def attend(
     rows = query.shape[1] // view.buffer[0].shape[1] * queries
     plain = lift is None and softcap is None and sinks is None
     if rows > DIRECT_ROWS and plain:
-        return _by_chunks(query, view, mask, scale, bias).to(kind)
+        return narrowed(_by_chunks(query, view, mask, scale, bias), kind)
     step = max(1, SCORES // (query.shape[0] * query.shape[1] * view.tokens))
     outputs = []
     for start in range(0, queries, step):
@@ -135,7 +135,21 @@ def attend(
             weights = torch.cat([weights, sinks.to(weights)[None, :, None, None].expand(*weights.shape[:3], 1)], -1)
         weights = torch.softmax(weights, -1)
         outputs.append(_outputs(weights[..., : view.tokens] if sinks is not None else weights, view))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).to(kind)
+    return narrowed(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2), kind)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `Tensor.to`, but what rounding has put beyond the largest number of a dtype is that number.
+
+    Codes of rotated heads are off by a part of the *group's* range, so a head near the end of float16 overshoots.
+
+    >>> narrowed(torch.tensor([7e4, -1.0]), torch.float16).tolist()
+    [65504.0, -1.0]
+    """
+    if dtype != torch.float16:  # the others have the range of float32
+        return x.to(dtype)
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
 
 
 def _rows_of(

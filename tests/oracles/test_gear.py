@@ -351,8 +351,12 @@ def test_14_what_is_not_finite_is_refused_by_name(bad, side):
     with pytest.raises(ValueError, match=f"layer 1: {side} are not finite") as caught:
         cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 1)
     assert isinstance(caught.value, ModelError)
-    assert (layer.packed, layer.packed_tokens, layer.buffer[0].shape[2]) == ((), 0, 16)
-    assert torch.equal(layer.buffer[0][:, :, :15].nan_to_num(), states["keys"].nan_to_num())
+    assert (layer.packed, layer.packed_tokens, layer.buffer[0].shape[2]) == ((), 0, 15)  # the call is taken back
+    assert torch.equal(layer.buffer[0].nan_to_num(), states["keys"].nan_to_num())
+    cache.crop(-12)  # what is not finite lies in the fourth token
+    good = torch.randn(1, 2, 40, 16)
+    cache.update(good, good, 1)
+    assert (layer.packed_tokens, layer.get_seq_length()) == (32, 43)
 
 
 def test_15_metadata_rounding():

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-from transformers import Cache, DynamicCache
+from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tenfold.attend.attention import PREFIX, base_implementation, installed
+from tenfold.attend.attention import base_implementation, installed
 from tenfold.attend.spans import kv_heads
 from tenfold.cache.gear.layer import GearLayer
+from tenfold.cache.gear.reading import Reads
 from tenfold.cache.gear.settings import within_budget
+from tenfold.cache.whole import WholeCalls
 from tenfold.config.gear import CacheConfig, parse_kv
 from tenfold.errors import ConfigError, ModelError
 
 
-class GearCache(Cache):
+class GearCache(WholeCalls):
     """A cache of packed blocks for ``past_key_values=``.
 
     Layers of full attention are packed; sliding windows and recurrent states keep their own exact cache. Within
@@ -62,12 +64,32 @@ class GearCache(Cache):
             )
         for index, layer in gear_layers(decoder, settings, full).items():
             layers[index], self.settings = layer, layer.config
-        super().__init__(layers=layers)
+        super().__init__(layers)
 
     @property
     def packed_layers(self) -> list[GearLayer]:
         """The layers that are packed."""
         return [layer for layer in self.layers if isinstance(layer, GearLayer)]
+
+    def mask_padding(self, attention_mask: Tensor) -> None:
+        """Say what is padding, for a bare cache: padding then takes no part in what is packed.
+
+        transformers tells a cache no mask. Within `attach` the attention function does; a bare cache that is not told
+        packs padding like any token, and at 2 bits that costs the rows that have some.
+
+        Args:
+            attention_mask: of the prompts, ``[rows, tokens]``, 0 for padding, from the first token on. What follows is
+                no padding.
+
+        Raises:
+            ModelError: another shape.
+        """
+        if attention_mask.ndim != 2:
+            raise ModelError(
+                f"mask_padding: a mask of shape {tuple(attention_mask.shape)}", remedy="give one of [rows, tokens]"
+            )
+        for layer in self.packed_layers:
+            layer.visible = attention_mask.bool()
 
     def report(self) -> dict[str, Any]:
         """What is stored, measured on the tensors themselves, beside what the formula says.
@@ -119,12 +141,6 @@ def head_sizes(decoder: Any) -> tuple[int, int]:
     return kv_heads(decoder), head_dim
 
 
-def _reads_views(decoder: Any) -> bool:
-    """Whether our attention function stands before the model's own now."""
-    name = str(decoder._attn_implementation)
-    return name.startswith(PREFIX) and base_implementation(decoder) != "flex_attention"
-
-
 def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dict[int, GearLayer]:
     """Packed layers of a cache.
 
@@ -147,8 +163,7 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
     if settings.budget is not None:
         kv_heads, head_dim = head_sizes(decoder)
         settings = within_budget(settings, layers=len(full), channels=head_dim, kv_heads=kv_heads)
-    views = partial(_reads_views, decoder)
-
+    views = Reads(decoder)
     return {index: GearLayer(settings, index, views) for index in full}
 
 

@@ -6,8 +6,9 @@ Blocks are appended and never packed again. GEAR specification, sections 2.2 and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tenfold.cache.crop import tokens_left
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.cache.gear.settings import KEYS, VALUES, LayerFormats, layer_formats, rotates, sinks_of
 from tenfold.config.gear import CacheConfig
+from tenfold.core.formats import half_or_float
 from tenfold.errors import ModelError
 from tenfold.kernels.compressed import RAW, Functions, Side, choose
 from tenfold.kernels.view import View
@@ -44,6 +46,12 @@ class GearLayer(CacheLayerMixin):
         self.config, self.index, self.views = config, index, views
         self.formats: LayerFormats = layer_formats(config, index)
         self.record_past = False
+        self.uncropped = 0
+        """Tokens that came since `crop` last said what stays, while the past is recorded."""
+        self.visible: Tensor | None = None
+        """Which of the first tokens are no padding, ``[rows, tokens]``, bool, where it is known before packing."""
+        self.first: Any = ()
+        self.buffer: Any = ()
         self.opening = 0
         """Tokens of the first call: the prompt, or its first piece."""
         self.lead = False
@@ -51,6 +59,16 @@ class GearLayer(CacheLayerMixin):
         self.packed: tuple[tuple[Side, Side], ...] = ()
         self.packed_tokens = 0
         """Tokens that went through the quantiser so far."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the kernel: what runs here need not be there where a copy is loaded."""
+        return {name: value for name, value in vars(self).items() if name != "functions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.is_initialized:
+            self.device = self.buffer[0].device
+            self.functions = choose(self.config.kernel, self.device)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device and shapes from the first keys and values; they may have no tokens."""
@@ -83,25 +101,60 @@ class GearLayer(CacheLayerMixin):
 
         Raises:
             ModelError: another batch size, dtype or shape than before; numbers that are not finite, in a block that is
-                to be packed.
+                to be packed. The layer then is as it was before the call.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        before = self.mark()
+        with self._or_else(before):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self._check_like(key_states, value_states)
+            if self.get_seq_length() == 0:
+                self.opening = key_states.shape[2]
+            if self.record_past:
+                if self.uncropped >= self.config.buffer:  # nobody crops any more: what came before this call stays
+                    self._pack(None)
+                self.uncropped += key_states.shape[2]
+            self.buffer = (torch.cat([self.buffer[0], key_states], 2), torch.cat([self.buffer[1], value_states], 2))
+            finish = partial(self._finish_call, before)
+            view = View(self.first, self.packed, self.buffer, self.rotation, self.functions, finish)
+            if self.views():
+                return view, view
+            tensors = view.tensors()
+            self.finish()
+            return tensors
+
+    def _check_like(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, new, old in zip(("keys", "values"), (key_states, value_states), self.buffer, strict=True):
             if (new.shape[:2], new.shape[3], new.dtype) != (old.shape[:2], old.shape[3], old.dtype):
                 raise ModelError(
                     f"layer {self.index}: {name} {tuple(new.shape)} {new.dtype} after {tuple(old.shape)} {old.dtype}",
                     remedy="one cache is for one batch: call cache.reset(), or make another",
                 )
-        if self.get_seq_length() == 0:
-            self.opening = key_states.shape[2]
-        self.buffer = (torch.cat([self.buffer[0], key_states], 2), torch.cat([self.buffer[1], value_states], 2))
-        view = View(self.first, self.packed, self.buffer, self.rotation, self.functions, self.finish)
-        if self.views():
-            return view, view
-        tensors = view.tensors()
-        self.finish()
-        return tensors
+
+    def mark(self) -> Mapping[str, Any]:
+        """What `take_back` needs to undo the next call. Of packed blocks only the count: a call appends to them."""
+        return {name: getattr(self, name) for name in _OF_A_CALL} | {"packed": _tokens(self.packed)}
+
+    def take_back(self, before: Mapping[str, Any]) -> None:
+        """Be as at `mark`: exactly so, for blocks are appended and never changed."""
+        packed = (
+            _first_tokens(self.packed, before["packed"]) if _tokens(self.packed) > before["packed"] else self.packed
+        )
+        for name, value in {**before, "packed": packed}.items():
+            setattr(self, name, value)
+
+    @contextmanager
+    def _or_else(self, before: Mapping[str, Any]) -> Iterator[None]:
+        """Take the call back where it fails."""
+        try:
+            yield
+        except BaseException:
+            self.take_back(before)
+            raise
+
+    def _finish_call(self, before: Mapping[str, Any], seen: Callable[[], Tensor | None]) -> None:
+        with self._or_else(before):
+            self.finish(seen)
 
     def finish(self, seen: Callable[[], Tensor | None] = lambda: None) -> None:
         """Pack what the buffer has too much of, after the attention of this call.
@@ -110,15 +163,19 @@ class GearLayer(CacheLayerMixin):
             seen: gives the tokens of the whole cache that are no padding, ``[batch or 1, tokens]``, bool, or None for
                 all; it is called only when something is packed.
         """
-        if self.record_past:
-            return
+        if not self.record_past:
+            self._pack(seen)
+        elif (keep := seen()) is not None:  # whoever packs later does not know the mask
+            self.visible = keep
+
+    def _pack(self, seen: Callable[[], Tensor | None] | None) -> None:
+        """All that the buffer has too much of."""
         sinks = self._missing_sinks()
         plan = self._plan(self.buffer[0].shape[2] - sinks)
         if not plan:
             return
-        keep = seen()
-        length, stop = self.buffer[0].shape[2], sinks + sum(tokens for tokens, _, _ in plan)
-        kept = None if keep is None else keep[:, -length:].expand(self.buffer[0].shape[0], -1)
+        kept = self._kept(None if seen is None else seen())
+        stop = sinks + sum(tokens for tokens, _, _ in plan)
         self._check_finite(
             [side[:, :, sinks:stop] for side in self.buffer], None if kept is None else kept[:, sinks:stop]
         )
@@ -138,6 +195,15 @@ class GearLayer(CacheLayerMixin):
             self.first = (self._joined(0, sinks), self._joined(1, sinks))
         self.buffer = (self.buffer[0][:, :, stop:].clone(), self.buffer[1][:, :, stop:].clone())  # frees the rest
         self.packed_tokens += stop - sinks
+
+    def _kept(self, seen: Tensor | None) -> Tensor | None:
+        """Which tokens of the buffer are no padding: ``[batch, tokens]``, or None for all."""
+        seen = self.visible if seen is None else seen
+        if seen is None:
+            return None
+        batch, _, length, _ = self.buffer[0].shape
+        flags = _rows(seen, batch)[:, self.get_seq_length() - length : self.get_seq_length()]
+        return torch.nn.functional.pad(flags, (0, length - flags.shape[1]), value=True)
 
     def _missing_sinks(self) -> int:
         """First tokens that are to stay exact and lie in the buffer yet."""
@@ -178,7 +244,10 @@ class GearLayer(CacheLayerMixin):
             x = x @ self.rotation.to(x)
         side = compress(x, form, lines=lines, keep=keep)
         if self.config.mode == "simulate":
-            side = Side(RAW, x.shape[-1], form.axis, 1, lines, side.dense(x.dtype).unsqueeze(0).to(self.dtype))
+            dense = side.dense(torch.promote_types(x.dtype, torch.float32))
+            # Rotated numbers of a float16 model may lie beyond float16.
+            kind = half_or_float(dense) if self.dtype == torch.float16 else self.dtype
+            side = Side(RAW, x.shape[-1], form.axis, 1, lines, dense.unsqueeze(0).to(kind))
         return side.map(lambda tensor: tensor[0].unflatten(0, (blocks, batch)))
 
     def _check_finite(self, sides: list[Tensor], keep: Tensor | None) -> None:
@@ -206,8 +275,12 @@ class GearLayer(CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
-        """From now on nothing is packed before `crop` has said which tokens stay."""
-        self.record_past = True
+        """From now on nothing is packed before `crop` has said which tokens stay.
+
+        transformers never says when that ends: after assisted decoding the same cache may go to plain decoding, which
+        does not crop. So once ``buffer`` tokens came without a crop, each call packs what came before it.
+        """
+        self.record_past, self.uncropped = True, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: exactly those, nothing that stays is packed again.
@@ -225,18 +298,19 @@ class GearLayer(CacheLayerMixin):
         inside = left - first - _tokens(self.packed)
         if inside < 0:
             self.packed = _first_tokens(self.packed, max(0, left - first))
-        self.opening = min(self.opening, left)
+        self.opening, self.uncropped = min(self.opening, left), 0
+        self.visible = None if self.visible is None else self.visible[:, :left]
         self.first = (self.first[0][:, :, :left].clone(), self.first[1][:, :, :left].clone())
-        self.buffer = tuple(side[:, :, : max(0, inside)].clone() for side in self.buffer)  # type: ignore[assignment]
+        self.buffer = tuple(side[:, :, : max(0, inside)].clone() for side in self.buffer)
         if self.record_past:
-            self.record_past = False
-            self.finish()
-            self.record_past = True
+            self._pack(None)
 
     def _map(self, change: Callable[[Tensor], Tensor], change_packed: Callable[[Tensor], Tensor] | None = None) -> None:
         if not self.is_initialized:
             return
         inner = change_packed or change
+        if self.visible is not None:
+            self.visible = change(_rows(self.visible, self.buffer[0].shape[0]))
         self.first = (change(self.first[0]), change(self.first[1]))
         self.buffer = (change(self.buffer[0]), change(self.buffer[1]))
         self.packed = tuple((keys.map(inner), values.map(inner)) for keys, values in self.packed)
@@ -267,8 +341,8 @@ class GearLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.is_initialized, self.packed, self.packed_tokens = False, (), 0
-        self.record_past = False
-        self.first = self.buffer = ()  # type: ignore[assignment]
+        self.record_past, self.uncropped, self.visible = False, 0, None
+        self.first = self.buffer = ()
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes by part: ``codes``, ``scales``, ``low rank``, ``outliers``, and ``exact`` first tokens and buffer."""
@@ -282,6 +356,8 @@ class GearLayer(CacheLayerMixin):
         return parts
 
 
+_OF_A_CALL = ("is_initialized", "first", "buffer", "opening", "lead", "packed_tokens", "uncropped", "visible")
+"""What a call may change, but for the packed blocks."""
 _PARTS = {
     "codes": "codes",
     "scale": "scales",
@@ -299,6 +375,15 @@ def _appended(packed: tuple[tuple[Side, Side], ...], pair: tuple[Side, Side]) ->
         last = packed[-1]
         return (*packed[:-1], (last[0].append(pair[0]), last[1].append(pair[1])))
     return (*packed, pair)
+
+
+def _rows(flags: Tensor, batch: int) -> Tensor:
+    """Flags ``[rows, tokens]`` for each row of the batch: one row is for all, and beams stand side by side."""
+    if batch % len(flags):
+        raise ModelError(
+            f"a mask of {len(flags)} rows for a cache of {batch}", remedy="give the attention mask of this batch"
+        )
+    return flags.repeat_interleave(batch // len(flags), 0)
 
 
 def _tokens(packed: tuple[tuple[Side, Side], ...]) -> int:
