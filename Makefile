@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 RUN ?= runs/quickstart
 
-.PHONY: demo test test-slow test-gpu bench bench-slow docs lint clean
+.PHONY: demo test test-slow test-timing test-gpu bench bench-slow docs lint clean
 .DELETE_ON_ERROR:
 
 # torch first: what depends on it must not choose another one.
@@ -41,7 +41,11 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 3600
+	$(BIN)/python -m pytest -m 'slow and not gpu and not timing' --timeout 3600
+
+# On a machine that does nothing else: what is measured is seconds.
+test-timing: $(VENV)/.test
+	$(BIN)/python -m pytest -m 'timing and not gpu' --timeout 3600
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu --timeout 3600

@@ -24,7 +24,7 @@ class GenerateConfig(SteeringFields):
     """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
     kv: str | None = None
     """A packed KV cache (GEAR): ``gear:4``, ``gear:3.5bits``, ``gear:9KiB/token``, ``gear-full:2``, ``gear-l:2``. Each
-    prompt is continued on the exact cache and on this one."""
+    prompt is continued on the exact cache and on this one, also where parts are emphasised."""
     baseline: bool = True
     """Also let the model write that the recipe started from."""
     emphasise: tuple[str, ...] = ()

@@ -55,6 +55,15 @@ def takes_logits_to_keep(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
+def takes_cache(model: Any) -> bool:
+    """Whether the forward pass takes and returns ``past_key_values``.
+
+    Mamba, RWKV, xLSTM and XLNet keep their past in states of their own, under other names; GPT-1 keeps none.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "past_key_values" in inspect.signature(inner.forward).parameters
+
+
 def max_positions(model: Any) -> int | None:
     """How many tokens the model was built for, where its configuration says so."""
     value = getattr(model.config.get_text_config(), "max_position_embeddings", None)

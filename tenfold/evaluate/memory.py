@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from tenfold.evaluate.inference import evaluating, input_device, prompt_ids, synchronize, takes_logits_to_keep
+from tenfold.evaluate.inference import (
+    evaluating,
+    input_device,
+    prompt_ids,
+    synchronize,
+    takes_cache,
+    takes_logits_to_keep,
+)
 from tenfold.evaluate.results import Metric, Result
 
 _STATUS = Path("/proc/self/status")
@@ -189,7 +196,8 @@ def memory(
 
     Returns:
         ``weights`` (bytes), ``cache`` (bytes per token, the average over the prompt), ``prefill_growth`` (bytes above
-        the loaded model while the prompt is read, the cache included).
+        the loaded model while the prompt is read, the cache included). No ``cache`` for a model that returns none,
+        such as Mamba or RecurrentGemma: its state is of one size.
 
     Example:
         >>> memory(model, tokenizer, tokens=512).metric("cache").value  # doctest: +SKIP
@@ -198,22 +206,22 @@ def memory(
     device = input_device(model)
     ids = prompt_ids(tokenizer, tokens, batch_size, device)
     keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+    if takes_cache(model):
+        keep["use_cache"] = True
     with evaluating(model):
         # What libraries allocate once, at first use, is no cost of a prefill.
-        model(input_ids=ids[:, :8], use_cache=True, **keep)
+        model(input_ids=ids[:, :8], **keep)
         with measure_growth(device) as growth:
-            cache = model(input_ids=ids, past_key_values=make_cache(model), use_cache=True, **keep).past_key_values
-    metrics = (
+            given = {"past_key_values": make_cache(model)} if takes_cache(model) else {}
+            cache = getattr(model(input_ids=ids, **given, **keep), "past_key_values", None)
+    metrics = [
         Metric(name="weights", value=weight_bytes(model), unit="bytes", count=1, better="lower"),
-        Metric(
-            name="cache",
-            value=stored_bytes(cache) / (tokens * batch_size),
-            unit="bytes/token",
-            count=tokens * batch_size,
-            better="lower",
-        ),
         Metric(name="prefill_growth", value=growth.growth, unit="bytes", count=1, better="lower", kind="memory"),
-    )
+    ]
+    if cache is not None:
+        size = stored_bytes(cache) / (tokens * batch_size)
+        count = tokens * batch_size
+        metrics.insert(1, Metric(name="cache", value=size, unit="bytes/token", count=count, better="lower"))
     settings = {
         "prompt_tokens": tokens,
         "batch_size": batch_size,
@@ -221,4 +229,4 @@ def memory(
         "device": str(device),
         "measured_by": growth.method,
     }
-    return Result(task="memory", subject=subject, metrics=metrics, settings=settings)
+    return Result(task="memory", subject=subject, metrics=tuple(metrics), settings=settings)

@@ -13,7 +13,14 @@ import torch
 
 from tenfold.errors import ConfigError
 from tenfold.evaluate.compare import t_quantile
-from tenfold.evaluate.inference import evaluating, input_device, prompt_ids, synchronize, takes_logits_to_keep
+from tenfold.evaluate.inference import (
+    evaluating,
+    input_device,
+    prompt_ids,
+    synchronize,
+    takes_cache,
+    takes_logits_to_keep,
+)
 from tenfold.evaluate.memory import stored_bytes
 from tenfold.evaluate.results import Metric, Result
 
@@ -63,7 +70,7 @@ def speed(
         One result per subject: ``prefill`` (tokens/s, median), ``time_to_first_token`` (ms, median), ``decode`` and
         ``decode_p95`` (ms per step of the batch, over all steps), ``generation`` (new tokens/s with the prefill
         included, median), ``cache`` (bytes at the end). Standard errors are those between repeats, the intervals
-        Student's t.
+        Student's t. A model that returns no cache has the first two alone.
 
     Example:
         >>> before, after = speed({"before": base, "after": tuned}, tokenizer)  # doctest: +SKIP
@@ -95,13 +102,16 @@ def _run(model: Any, ids: torch.Tensor, new_tokens: int, times: _Times, cache: A
     keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
     device = ids.device
     synchronize(device)
+    cached = {"past_key_values": cache, "use_cache": True} if takes_cache(model) else {}
     start = time.perf_counter()
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+    output = model(input_ids=ids, **cached, **keep)
     synchronize(device)
     times.prefill.append(time.perf_counter() - start)
     token = output.logits[:, -1:].argmax(-1).to(device)
     synchronize(device)
     times.first.append(time.perf_counter() - start)
+    if getattr(output, "past_key_values", None) is None:
+        return
     steps = []
     for _ in range(new_tokens - 1):
         begin = time.perf_counter()
@@ -115,31 +125,37 @@ def _run(model: Any, ids: torch.Tensor, new_tokens: int, times: _Times, cache: A
 
 
 def _result(subject: str, model: Any, times: _Times, prompt_tokens: int, new_tokens: int, batch_size: int) -> Result:
-    steps = sorted(step for repeat in times.decode for step in repeat)
     prefill = [prompt_tokens * batch_size / seconds for seconds in times.prefill]
-    generation = [new_tokens * batch_size / seconds for seconds in times.whole]
     first = [1000 * seconds for seconds in times.first]
-    medians = [1000 * statistics.median(repeat) for repeat in times.decode]
-    tails = [1000 * quantile(sorted(repeat), 0.95) for repeat in times.decode]
     metrics = (
         _timing("prefill", statistics.median(prefill), prefill, "tokens/s", "higher"),
         _timing("time_to_first_token", statistics.median(first), first, "ms", "lower"),
-        _timing("decode", 1000 * statistics.median(steps), medians, "ms/token", "lower", count=len(steps)),
-        _timing("decode_p95", 1000 * quantile(steps, 0.95), tails, "ms/token", "lower", count=len(steps)),
-        _timing("generation", statistics.median(generation), generation, "tokens/s", "higher"),
-        Metric(name="cache", value=times.cache, unit="bytes", count=1, better="lower"),
+        *(_decoding(times, new_tokens * batch_size) if times.decode else ()),
     )
     device = input_device(model)
     settings = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "repeats": len(times.whole),
+        "repeats": len(times.prefill),
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
     return Result(task="speed", subject=subject, metrics=metrics, settings=settings)
+
+
+def _decoding(times: _Times, tokens: int) -> tuple[Metric, ...]:
+    steps = sorted(step for repeat in times.decode for step in repeat)
+    generation = [tokens / seconds for seconds in times.whole]
+    medians = [1000 * statistics.median(repeat) for repeat in times.decode]
+    tails = [1000 * quantile(sorted(repeat), 0.95) for repeat in times.decode]
+    return (
+        _timing("decode", 1000 * statistics.median(steps), medians, "ms/token", "lower", count=len(steps)),
+        _timing("decode_p95", 1000 * quantile(steps, 0.95), tails, "ms/token", "lower", count=len(steps)),
+        _timing("generation", statistics.median(generation), generation, "tokens/s", "higher"),
+        Metric(name="cache", value=times.cache, unit="bytes", count=1, better="lower"),
+    )
 
 
 def _timing(name: str, value: float, repeats: list[float], unit: str, better: Any, count: int | None = None) -> Metric:

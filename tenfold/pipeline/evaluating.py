@@ -79,7 +79,21 @@ def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
     results: list[Result] = []
     for task in config.tasks:
         results += context.remember(task, partial(_measure, task, config, context, subjects, rows))
-    return StageOutput(results=results)
+    return StageOutput(results=results, notes=_left_out(results))
+
+
+def _left_out(results: Sequence[Result]) -> list[str]:
+    """Which figures of a cache there are none of, and why."""
+    found = {
+        result.subject: result.task
+        for result in results
+        if result.task in ("speed", "memory") and all(metric.name != "cache" for metric in result.metrics)
+    }
+    return [
+        f"{subject}: keeps no past_key_values, so bytes of the cache and times of decoding are left out; what it knows "
+        "of a text is a state of its own."
+        for subject in found
+    ]
 
 
 def _measure(
@@ -113,16 +127,19 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
                 make_cache=partial(own_cache, model),
             )
             written[name] = write()
+            if config.emphasise:
+                from tenfold.pipeline.steering import emphasised
+
+                emphasise = partial(emphasised, model, subjects.tokenizer, config, context)
+                written[f"{name}, emphasised"] = emphasise()
             if config.kv is not None:
                 from tenfold.pipeline.caching import cache_note, packed_caches
 
                 with packed_caches(model, config.kv) as (make, made):
                     written[f"{name}, {config.kv}"] = write(make_cache=make)
+                    if config.emphasise:
+                        written[f"{name}, emphasised, {config.kv}"] = emphasise(make)
                 notes.append(f"{name}, {cache_note(config.kv, made)}")
-            if config.emphasise:
-                from tenfold.pipeline.steering import emphasised
-
-                written[f"{name}, emphasised"] = emphasised(model, subjects.tokenizer, config, context)
     samples = [
         Sample(prompt=prompt, outputs={name: texts[index] for name, texts in written.items()})
         for index, prompt in enumerate(config.prompts)

@@ -137,8 +137,22 @@ def chat_prompt(tokenizer: Any, prompt: Marked, chat: str) -> Marked:
     return in_chat(tokenizer, [{"role": "user", "content": prompt.text}], spans)
 
 
-def emphasised(model: Any, tokenizer: Any, config: GenerateConfig, context: Context) -> list[str]:
-    """``tenfold generate --emphasise ...``: the prompts continued while these parts of them are emphasised."""
+def emphasised(
+    model: Any,
+    tokenizer: Any,
+    config: GenerateConfig,
+    context: Context,
+    make_cache: Callable[[], Any] = lambda: None,
+) -> list[str]:
+    """``tenfold generate --emphasise ...``: the prompts continued while these parts of them are emphasised.
+
+    Args:
+        model: that writes.
+        tokenizer: its tokenizer.
+        config: of the stage.
+        context: of the run.
+        make_cache: the cache of a batch, asked for each; None is the model's own.
+    """
     texts = []
     profile = profile_of(config, context)
     for start in range(0, len(config.prompts), BATCH):
@@ -146,12 +160,12 @@ def emphasised(model: Any, tokenizer: Any, config: GenerateConfig, context: Cont
         for prompt in config.prompts[start : start + BATCH]:
             parts = [part for part in config.emphasise if part in prompt]
             prompts.append(chat_prompt(tokenizer, from_substrings(prompt, parts, "all"), config.chat))
-        marks = encode(tokenizer, prompts, device=input_device(model))
+        marks, cache = encode(tokenizer, prompts, device=input_device(model)), make_cache()
         with steer(model, marks, profile=profile, alpha=config.alpha):
             texts += continue_inputs(
                 model,
                 tokenizer,
-                marks.inputs,
+                {**marks.inputs, **({} if cache is None else {"past_key_values": cache})},
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 seed=context.seed,

@@ -266,6 +266,7 @@ def test_bad_input():
         audit([1.0, math.nan], ["a", "b"], 0.85)
 
 
+@pytest.mark.timing
 def test_twenty_thousand_rows_with_cached_margins_take_seconds(tmp_path, monkeypatch):
     opened = tiny_model("llama", task="reward")
     rows = read_rows("step-audit:20000")

@@ -211,10 +211,10 @@ def test_cleaning_is_idempotent_and_only_takes_away(text):
 )
 def test_cleaning_and_refusing_take_linear_time(unit):
     text = (unit * 50_000)[:50_000]
-    begin = time.perf_counter()
+    begin = time.process_time()  # of this process alone, whatever else the machine does
     clean_quote(text)
     is_refusal(text)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 10  # far less; a quadratic scan takes minutes
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,6 @@ def test_lines_are_split_by_themselves(one, two):
 )
 def test_time_is_linear(unit):
     text = ("A " + unit * 100_000)[:100_000]
-    begin = time.perf_counter()
+    begin = time.process_time()  # of this process alone, whatever else the machine does
     sentences(text)
-    assert time.perf_counter() - begin < 1.5  # a quadratic scan takes minutes
+    assert time.process_time() - begin < 10  # far less; a quadratic scan takes minutes

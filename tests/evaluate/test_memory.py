@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from tenfold.evaluate import memory as module
 from tenfold.evaluate.memory import measure_growth, memory, peak_growth, stored_bytes, weight_bytes
+from tenfold.evaluate.speed import speed
 
 MIB = 2**20
 
@@ -86,6 +87,39 @@ def test_stored_bytes_follow_views_cycles_and_nested_objects(model):
     assert stored_bytes(layer) == 12 + 4 + 4000
     assert stored_bytes([whole, whole.view(10, 100)]) == 4000
     assert stored_bytes(None) == 0
+
+
+def test_a_model_that_takes_no_cache_has_the_other_figures(tokenizer):
+    import transformers as hf
+
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    griffin = {"intermediate_size": 64, "num_attention_heads": 4, "lru_width": 32, "head_dim": 8}
+    gpt = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    models = [
+        hf.MambaForCausalLM(hf.MambaConfig(**size, state_size=4, time_step_rank=4)),
+        hf.RwkvForCausalLM(hf.RwkvConfig(**size, attention_hidden_size=32, context_length=64)),
+        hf.RecurrentGemmaForCausalLM(hf.RecurrentGemmaConfig(**{**size, "num_hidden_layers": 3}, **griffin)),
+        hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(**gpt)),
+    ]
+    for model in models:
+        found = memory(model, tokenizer, tokens=32)
+        assert [metric.name for metric in found.metrics] == ["weights", "prefill_growth"]
+        assert found.metric("weights").value == weight_bytes(model)
+        (found,) = speed({"model": model}, tokenizer, prompt_tokens=16, new_tokens=3, repeats=2)
+        assert [metric.name for metric in found.metrics] == ["prefill", "time_to_first_token"]
+        assert found.settings["repeats"] == 2
+
+
+def test_hybrids_keep_states_beside_keys_and_all_of_them_count(tokenizer):
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, conv_L_cache=3, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    found = memory(Lfm2ForCausalLM(config).eval(), tokenizer, tokens=64)
+    # Keys and values of 2 heads of 8 channels, and a state of 32 channels of 3 tokens, in float32.
+    assert found.metric("cache").value * 64 == 64 * 2 * 2 * 8 * 4 + 32 * 3 * 4
 
 
 def test_memory_reports_weights_cache_and_growth(model, tokenizer):

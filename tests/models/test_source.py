@@ -54,6 +54,7 @@ def test_every_tensor_of_a_large_file_counts(tmp_path):
     assert len(hashes) == 5
 
 
+@pytest.mark.timing
 def test_hash_of_the_demo_folder_is_cheap(demo):
     started = time.perf_counter()
     content_hash(Path(demo.identity["resolved"]))

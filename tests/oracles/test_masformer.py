@@ -291,6 +291,7 @@ def test_marks_beyond_a_span_are_refused_and_full_layers_are_steered():
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_15_time():
     q = torch.randn(1, 9, 8192, 64)
     k, v = torch.randn(2, 1, 3, 8192, 64)

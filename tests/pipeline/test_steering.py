@@ -7,11 +7,12 @@ import torch
 import yaml
 from rich.console import Console
 
-from tenfold import cli
+from tenfold import cli, gear, pasta
 from tenfold.attend.heads import batches_of, margins
 from tenfold.attend.tasks import items_of
 from tenfold.data.read import read_rows
 from tenfold.errors import ConfigError, DataError
+from tenfold.evaluate.generate import decoding
 from tenfold.models import tiny
 from tenfold.models.open import open_model
 from tenfold.pipeline import run as runner
@@ -137,6 +138,32 @@ def test_emphasised_generation_shows_both_texts(tmp_path):
     assert second.outputs["model"] == second.outputs["model, emphasised"]  # nothing of it is marked
 
 
+def test_emphasis_and_a_packed_cache_go_together(tmp_path, monkeypatch):
+    """What is emphasised is also continued on the packed cache, as it is from Python."""
+    from tenfold.pipeline import caching
+
+    made = []
+    note = caching.cache_note
+    monkeypatch.setattr(caching, "cache_note", lambda kv, caches: (made.extend(caches), note(kv, caches))[1])
+    prompt, kv = "It was red, she said, and nobody believed that the mill had ever been painted.", "gear:2,buffer=16"
+    keys = {"prompts": [prompt], "emphasise": ["red"], "max_new_tokens": 20, "alpha": 0.001, "chat": "no"}
+    (summary,) = execute({"use": "generate", "profile": "heads.json", "kv": kv, **keys})
+    (sample,) = summary.samples
+    names = ["model", "model, emphasised", f"model, {kv}", f"model, emphasised, {kv}"]
+    assert set(sample.outputs) == set(names)
+    assert [cache.report()["packed tokens"] > 60 for cache in made] == [True, True]
+
+    opened = open_model("tiny:llama")
+    marks = pasta.encode(opened.tokenizer, [pasta.from_substrings(prompt, ["red"], "all")])
+    config = decoding(opened.model, opened.tokenizer, 20)
+    steered = pasta.steer(opened.model, marks, heads={0: [1], 1: [0, 2]}, alpha=0.001)
+    with gear.attach(opened.model, kv) as cache, steered:
+        ids = opened.model.generate(**marks.inputs, past_key_values=cache, generation_config=config)
+    text = opened.tokenizer.decode(ids[0, marks.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert sample.outputs[names[3]] == text
+    assert text != sample.outputs[names[2]]  # the same cache without emphasis
+
+
 def test_a_profile_goes_to_the_stages_that_steer(tmp_path):
     """A resolved recipe can be read again, also where its defaults are spelled out for a stage that steers nothing."""
     emphasis = {"prompts": ["Be brief."], "emphasise": ["brief"]}
@@ -172,6 +199,8 @@ def test_the_answer_from_a_file_shows_its_evidence(tmp_path, monkeypatch):
         (["--prompts", "Hello", "--emphasise", "Bye"], "Bye"),
         (["--context", "empty.txt", "--question", "Who?"], "empty"),
         (["--context", "notes.txt", "--question", " "], "blank"),
+        (["--context", "notes.txt", "--question", "Who?", "--find-evidence", "--kv", "gear:4"], "kv is for continuing"),
+        (["--prompts", "Hello", "--kv", "gear:5"], "gear:5"),
         (["--prompts", "Hello", "--emphasise", "Hello", "--profile", "nowhere.json"], "nowhere.json"),
         (["--prompts", "Hello", "--alpha", "0.1"], "alpha: 0.1, but nothing is emphasised"),
         (["--prompts", "Hello", "--profile", "heads.json"], "profile: 'heads.json', but nothing is emphasised"),
