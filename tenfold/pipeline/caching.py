@@ -14,12 +14,13 @@ from transformers import DynamicCache, StaticCache
 
 from tenfold.attend.attention import installed
 from tenfold.cache.gear import CacheConfig, GearCache
+from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.gear.measure import Quality, measure_decoding, measure_quality
 from tenfold.cache.gear.settings import sinks_of
 from tenfold.cache.spans import SpanCache, own_cache
 from tenfold.config.gear import GearConfig, parse_kv
 from tenfold.data.rows import Text
-from tenfold.errors import ConfigError, DataError, ModelError
+from tenfold.errors import ConfigError, DataError
 from tenfold.evaluate.inference import max_positions
 from tenfold.evaluate.results import Metric, Result
 from tenfold.pipeline.context import Context, StageOutput
@@ -34,39 +35,45 @@ def run_gear(config: GearConfig, context: Context) -> StageOutput:
     """The stage ``gear``; it changes nothing of the model."""
     opened = context.model.open()
     model = opened.model
-    if own_cache(model) is not None:
-        raise ModelError(
-            "the model has local spans, and this stage compares caches of all tokens",
-            remedy="run it on the unconverted model; generate --kv packs the full layers of a converted one",
-        )
-    made: dict[str, Callable[[], Any]] = {
-        name: partial(GearCache, model.config, parse_kv(name)) for name in config.caches
-    }
+    made: dict[str, Callable[[], Any]] = {name: partial(_packed_cache, model, parse_kv(name)) for name in config.caches}
     first, *_ = [make() for make in made.values()]  # refuses what cannot be before anything is measured
-    _check_lengths(model, made, config)
+    spans = isinstance(first, SpanCache)
+    _check_lengths(model, config)
     texts = _pieces(opened.tokenizer, context, config)
     quality = context.remember(
         "quality", lambda: _quality(model, texts, made, config, partial(context.progress, "quality"))
     )
-    own: dict[str, Callable[[], Any]] = {"exact": lambda: DynamicCache(config=model.config)}
+    own: dict[str, Callable[[], Any]] = {"exact": lambda: own_cache(model) or DynamicCache(config=model.config)}
     times: list[Result] = []
     for number, length in enumerate(config.timed_contexts):
         context.progress("time of a token", number, len(config.timed_contexts), f"{length} tokens")
         room = length + config.repeats * (config.steps + 1)
         static = {"static": partial(StaticCache, config=model.config, max_cache_len=room)}
-        raw = {"16 bits, packed": partial(GearCache, model.config, CacheConfig(bits=16))}
-        timed = own | static | raw | made
+        raw = {"16 bits, packed": partial(_packed_cache, model, CacheConfig(bits=16))}
+        timed = own | ({} if spans else static) | raw | made
         times += context.remember(f"decode-{length}", partial(_decoding, model, timed, length, config))
     return StageOutput(
         results=[*quality, *times],
         tables=[_table(quality, times)],
         figures=[_quality_figure(quality), *([_time_figure(times)] if times else [])],
-        attached={"layers": len(first.packed_layers), "of": len(first.layers)},
+        attached={"layers": sum(isinstance(layer, GearLayer) for layer in first.layers), "of": len(first.layers)},
         notes=[
+            *([_SPANS_NOTE] if spans else []),
             "The exact cache is not touched: packed caches are made beside it. Bits are measured on the stored tensors "
             "of the packed blocks; the exact first tokens and the buffer come on top.",
         ],
     )
+
+
+_SPANS_NOTE = (
+    "The model has local spans: its layers of full attention are packed, and bits are theirs. The others keep what is "
+    "in reach, exactly; so does the exact cache where times are measured."
+)
+
+
+def _packed_cache(model: Any, settings: CacheConfig) -> GearCache | SpanCache:
+    """A packed cache, of the full layers where the model has local spans."""
+    return own_cache(model, settings) or GearCache(model.config, settings)
 
 
 @contextmanager
@@ -75,8 +82,7 @@ def packed_caches(model: Any, kv: str) -> Iterator[tuple[Callable[[], Any], list
     made: list[GearCache | SpanCache] = []
 
     def make() -> GearCache | SpanCache:
-        settings = parse_kv(kv)
-        made.append(own_cache(model, settings) or GearCache(model.config, settings))
+        made.append(_packed_cache(model, parse_kv(kv)))
         return made[-1]
 
     with installed(model):
@@ -104,7 +110,7 @@ def cache_note(kv: str, caches: Sequence[GearCache | SpanCache]) -> str:
     )
 
 
-def _check_lengths(model: Any, made: Mapping[str, Callable[[], Any]], config: GearConfig) -> None:
+def _check_lengths(model: Any, config: GearConfig) -> None:
     """What a model cannot read, and what no cache would pack."""
     limit = max_positions(model)
     asked = {"context": config.context + config.scored}
@@ -116,8 +122,8 @@ def _check_lengths(model: Any, made: Mapping[str, Callable[[], Any]], config: Ge
                 f"{key}: {tokens} tokens with what follows are more than the {limit} of the model",
                 remedy=f"give a smaller {key}",
             )
-    for name, make in made.items():
-        settings = make().settings
+    for name in config.caches:
+        settings = parse_kv(name)
         needed = settings.buffer + sinks_of(settings)
         if config.context < needed and settings.prefill != "compress":
             raise ConfigError(

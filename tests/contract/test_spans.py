@@ -126,6 +126,18 @@ def test_what_follows_is_measured_on_the_small_cache(row, recipe, tmp_path):
     assert any("layers of full attention" in note for note in written.notes)
 
 
+def test_caches_are_compared_on_the_full_layers(row, recipe, tmp_path):
+    keys = {"caches": ["gear:2,buffer=16", "gear:8,buffer=16"], "context": 64, "scored": 8, "texts": 2, "repeats": 1}
+    recipe["stages"].append({"use": "gear", "timed_contexts": [64], "steps": 1, **keys})
+    _, compared = execute(recipe, tmp_path)
+    found = {r.subject: {m.name: m.value for m in r.metrics} for r in compared.results if r.task == "cache"}
+    assert compared.attached == {"layers": 1, "of": 2}
+    assert 0 < found["gear:8,buffer=16"]["kl"] < 0.1 * found["gear:2,buffer=16"]["kl"]
+    assert found["gear:8,buffer=16"]["bits"] == pytest.approx(found["gear:8,buffer=16"]["formula_bits"])
+    assert {r.subject for r in compared.results if r.task.startswith("decode")} >= {"exact", "gear:8,buffer=16"}
+    assert any("layers of full attention are packed" in note for note in compared.notes)
+
+
 def test_too_little_text_is_said_before_anything_is_measured(row, recipe, tmp_path):
     recipe["stages"][0]["passages"] = 10**4
     with pytest.raises(DataError, match="smaller passages"):

@@ -101,38 +101,44 @@ class GearCache(WholeCalls):
             of the plain numbers, and ``bits`` is what the formula says. ``reads``: ``views`` where attention reads
             the packed form now, ``tensors`` where layers are expanded for the moment of their attention.
         """
-        layers = [layer for layer in self.packed_layers if layer.is_initialized]
-        parts = {name: sum(layer.stored_bytes()[name] for layer in layers) for name in _PART_NAMES}
-        packed_bytes = sum(parts.values()) - parts["exact"]
-        elements = formula = total = 0.0
-        for layer in layers:
-            batch, kv_heads = layer.buffer[0].shape[:2]
-            for number, (keys, values) in enumerate(layer.packed):
-                count = batch * kv_heads * keys.blocks * keys.length * (keys.channels + values.channels)
-                elements += count
-                later = number > 0 or not layer.lead
-                formula += count * layer.formats.element_bits(keys.length, keys.channels, kv_heads, later=later)
-            channels = sum(side.shape[3] for side in layer.buffer)
-            total += batch * kv_heads * layer.get_seq_length() * channels
-        bits = formula / elements if self.settings.mode == "simulate" and elements else None
-        measured = 8 * packed_bytes / elements if elements else 0.0
-        return {
-            "mode": self.settings.mode,
-            "tokens": layers[0].get_seq_length() if layers else 0,
-            "packed tokens": layers[0].packed_tokens if layers else 0,
-            "bytes": packed_bytes + parts["exact"],
-            "packed bytes": packed_bytes,
-            "exact bytes": parts["exact"],
-            "parts": parts,
-            "bits": measured if bits is None else bits,
-            "formula bits": formula / elements if elements else 0.0,
-            "bits with buffer": 8 * (packed_bytes + parts["exact"]) / total if total else 0.0,
-            "kernel": layers[0].functions.name if layers else None,
-            "reads": "views" if layers and layers[0].views() else "tensors",
-        }
+        return packed_report(self.packed_layers)
 
 
 _PART_NAMES = ("codes", "scales", "low rank", "outliers", "exact")
+
+
+def packed_report(layers: Sequence[GearLayer]) -> dict[str, Any]:
+    """What `GearCache.report` says, for packed layers of any cache."""
+    mode = layers[0].config.mode
+    layers = [layer for layer in layers if layer.is_initialized]
+    parts = {name: sum(layer.stored_bytes()[name] for layer in layers) for name in _PART_NAMES}
+    packed_bytes = sum(parts.values()) - parts["exact"]
+    elements = formula = total = 0.0
+    for layer in layers:
+        batch, kv_heads = layer.buffer[0].shape[:2]
+        for number, (keys, values) in enumerate(layer.packed):
+            count = batch * kv_heads * keys.blocks * keys.length * (keys.channels + values.channels)
+            elements += count
+            later = number > 0 or not layer.lead
+            formula += count * layer.formats.element_bits(keys.length, keys.channels, kv_heads, later=later)
+        channels = sum(side.shape[3] for side in layer.buffer)
+        total += batch * kv_heads * layer.get_seq_length() * channels
+    bits = formula / elements if mode == "simulate" and elements else None
+    measured = 8 * packed_bytes / elements if elements else 0.0
+    return {
+        "mode": mode,
+        "tokens": layers[0].get_seq_length() if layers else 0,
+        "packed tokens": layers[0].packed_tokens if layers else 0,
+        "bytes": packed_bytes + parts["exact"],
+        "packed bytes": packed_bytes,
+        "exact bytes": parts["exact"],
+        "parts": parts,
+        "bits": measured if bits is None else bits,
+        "formula bits": formula / elements if elements else 0.0,
+        "bits with buffer": 8 * (packed_bytes + parts["exact"]) / total if total else 0.0,
+        "kernel": layers[0].functions.name if layers else None,
+        "reads": "views" if layers and layers[0].views() else "tensors",
+    }
 
 
 def head_sizes(decoder: Any) -> tuple[int, int]:

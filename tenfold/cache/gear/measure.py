@@ -14,6 +14,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tenfold.attend.attention import installed
+from tenfold.cache.gear.cache import packed_report
+from tenfold.cache.gear.layer import GearLayer
+from tenfold.cache.spans import HeadSpanLayer, SpanLayer
 from tenfold.errors import DataError
 from tenfold.evaluate.inference import evaluating, input_device, synchronize, takes_logits_to_keep
 from tenfold.evaluate.memory import stored_bytes
@@ -88,7 +91,7 @@ def measure_quality(
             for name in found:
                 cache = caches[name]() if name != "exact" else DynamicCache(config=model.config)
                 hand_over(prompt, cache)
-                report = cache.report() if hasattr(cache, "report") else {"bytes": stored_bytes(cache.layers)}
+                report = _report(cache)
                 logs = _predictions(model, ids, cache, prefix, step)
                 exact = logs if exact is None else exact
                 _score(found[name], logs, exact, ids[0, prefix + 1 :], number)
@@ -101,10 +104,25 @@ def hand_over(prompt: DynamicCache, cache: Any) -> None:
     for index, layer in enumerate(prompt.layers):
         if type(layer) is DynamicLayer:
             cache.update(layer.keys, layer.values, index)
-            if hasattr(cache.layers[index], "finish"):  # after a forward pass the attention function would say this
-                cache.layers[index].finish()
+            _settle(cache.layers[index])
         else:
             cache.layers[index] = copy.deepcopy(layer)
+
+
+def _settle(layer: Any) -> None:
+    """What the attention function does after a call: what is not needed exactly is packed or dropped."""
+    if isinstance(layer, HeadSpanLayer):
+        for _, part in layer.parts:
+            part.finish(None)
+    elif isinstance(layer, SpanLayer):
+        layer.finish(None)
+    elif isinstance(layer, GearLayer):
+        layer.finish()
+
+
+def _report(cache: Any) -> dict[str, Any]:
+    packed = [layer for layer in cache.layers if isinstance(layer, GearLayer)]
+    return packed_report(packed) if packed else {"bytes": stored_bytes(cache.layers)}
 
 
 def _predictions(model: Any, ids: Tensor, cache: Any, context: int, step: int) -> Tensor:
@@ -171,5 +189,4 @@ def _fill(model: Any, cache: Any, tokens: int, batch: int, generator: torch.Gene
     for index in range(config.num_hidden_layers):
         keys, values = torch.randn(shape, generator=generator, device=generator.device).to(model.dtype)
         cache.update(keys, values, index)
-        if hasattr(cache.layers[index], "finish"):
-            cache.layers[index].finish()
+        _settle(cache.layers[index])
