@@ -40,6 +40,8 @@ class GearLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    is_initialized: bool
+    functions: Functions
 
     def __init__(self, config: CacheConfig, index: int, views: Callable[[], bool]) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class GearLayer(CacheLayerMixin):
         return {name: value for name, value in vars(self).items() if name != "functions"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.__dict__.update(state)
         if self.is_initialized:
             self.device = self.buffer[0].device
             self.functions = choose(self.config.kernel, self.device)
@@ -75,7 +77,7 @@ class GearLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         empty = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.first, self.buffer, self.packed = empty, empty, ()
-        self.functions: Functions = choose(self.config.kernel, self.device)
+        self.functions = choose(self.config.kernel, self.device)
         self.rotation = None
         if rotates(self.config) and any(form.bits != RAW for form in self.formats.prompt):
             if key_states.shape[-1] != value_states.shape[-1]:
