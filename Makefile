@@ -37,8 +37,9 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/python tests/sizes.py
 
+# A process for each core, with one thread each: the tests' tensors are too small to share.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m 'slow and not gpu and not timing' --timeout 3600

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tenfold.models.embedded import demo_file
 from tenfold.models.open import open_model
 from tenfold.models.opened import Opened
 from tenfold.models.tiny import tiny_model
 
-torch.set_num_threads(2)
 VOCABULARY = 263  # the tiny tokenizer's, and one merge, which the format's readers want
 
 
