@@ -10,15 +10,18 @@ from torch import nn
 
 from tenfold.config.budget import adapter_budget
 from tenfold.config.lora import LoraConfig
-from tenfold.errors import ConfigError
+from tenfold.errors import ConfigError, ModelError
 from tenfold.models.heads import PEFT_TASKS
 from tenfold.models.layer_map import Slot, layer_map
+from tenfold.models.tied import untie
 
 DEFAULT_RANK = 8
 
 
 def attach(model: nn.Module, config: LoraConfig, *, task: str = "causal") -> PeftModel:
     """Put a fresh LoRA adapter on the targeted layers; the base is frozen and stays as it is.
+
+    A head that shares its weight with the input embedding gets one of its own, so that the adapter can be merged.
 
     Args:
         model: a transformers model that `tenfold.models.layer_map` knows.
@@ -30,11 +33,14 @@ def attach(model: nn.Module, config: LoraConfig, *, task: str = "causal") -> Pef
 
     Raises:
         ConfigError: a target that matches nothing, or a budget below one rank.
+        ModelError: the model already has an adapter, which the new one would replace.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> attach(tiny_model("llama").model, LoraConfig(rank=2, targets=("q", "v"))).peft_config["default"].r
     2
     """
+    if hasattr(model, "peft_config"):
+        raise ModelError("the model already has an adapter", remedy="merge it first (tenfold.models.export.merge)")
     slots = layer_map(model).select(config.targets)
     rank = choose_rank(config, slots, parameters=sum(p.numel() for p in model.parameters()))
     peft_config = PeftLoraConfig(
@@ -45,6 +51,7 @@ def attach(model: nn.Module, config: LoraConfig, *, task: str = "causal") -> Pef
         target_modules=[slot.name for slot in slots],
         fan_in_fan_out=slots[0].layout == "conv1d",
     )
+    untie(model, peft_config.target_modules)
     return get_peft_model(model, peft_config)
 
 

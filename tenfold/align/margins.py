@@ -30,6 +30,7 @@ from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.evaluate.inference import evaluating, input_device
 from tenfold.evaluate.score import Progress, Window, score
+from tenfold.models.source import REFERENCE
 
 Model = TypeVar("Model")
 
@@ -146,7 +147,8 @@ def score_policy_pairs(
         tokenizer: its tokenizer.
         rows: the pairs; read once, as a stream.
         beta: that of the training, above 0, reward per nat.
-        reference: the model that the policy started from; by default the model without its adapter.
+        reference: the model that the policy started from. By default the adapter ``ref`` where there is one, which
+            TRL makes where training starts from an adapter, and else the model without its adapter.
         batch_size: pairs of a forward pass, which has twice as many sequences.
         max_length: tokens of prompt and answer; longer pairs are left out (TRL's DPOTrainer cuts their end off).
         chat: as for `score_pairs`.
@@ -471,8 +473,22 @@ def _prompt_length(pair: _Pair, tokenizer: Any, chat: bool) -> int:
 
 @contextmanager
 def _referring(model: Any, reference: Any) -> Iterator[Any]:
+    """What the policy is measured against; the model is left as it was."""
     if reference is not None:
         yield reference
+    elif REFERENCE in model.peft_config:
+        before, active = model.active_adapter, model.active_adapters
+        free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.set_adapter(REFERENCE)
+        try:
+            yield model
+        finally:
+            model.set_adapter(before)
+            if model.active_adapters != active:
+                model.base_model.set_adapter(active)
+            model.requires_grad_(False)
+            for parameter in free:  # switching also decides what is trained
+                parameter.requires_grad_(True)
     else:
         with model.disable_adapter():
             yield model

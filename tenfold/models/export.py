@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from tenfold.errors import ModelError
 from tenfold.models.folders import write_folder
 from tenfold.models.gguf import source_of
+from tenfold.models.source import REFERENCE
+from tenfold.models.tied import untie
 
 
 def merge(model: Any, *, in_place: bool = False) -> Any:
     """The plain ``transformers`` model with all attached PEFT adapters added into its weights.
+
+    Where an adapter changes the head or the input embedding and the two share a weight, they do not any more.
 
     Args:
         model: a ``PeftModel``; a model without adapters is returned as it is.
@@ -36,10 +41,16 @@ def merge(model: Any, *, in_place: bool = False) -> Any:
         raise ModelError(f"{'/'.join(kinds)} adapters cannot be merged", remedy="save the adapter instead")
     if not in_place:
         model = copy.deepcopy(model)
+    untie(model)
+    entry = getattr(model.config, "tie_word_embeddings", None)
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be merged: {error}", remedy="train again with a lower rate") from error
+    if entry is not None:  # `untie` has decided it; PEFT would turn off what T5 scales its output by
+        merged.config.tie_word_embeddings = entry
     # PEFT leaves its configuration on the model, and transformers would then save the merged model as an adapter.
     for name in ("peft_config", "_hf_peft_config_loaded"):
         merged.__dict__.pop(name, None)
@@ -82,10 +93,12 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: boo
 def save_adapter(
     model: Any, tokenizer: Any, folder: str | Path, *, base: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Write the attached adapter as a PEFT folder, which ``PeftModel.from_pretrained`` and `open_model` open.
+    """Write the active adapter as a PEFT folder, which ``PeftModel.from_pretrained`` and `open_model` open.
+
+    An adapter named ``ref`` (TRL keeps the policy that DPO started from so) goes into the subfolder ``ref``.
 
     Args:
-        model: a ``PeftModel`` with one adapter.
+        model: a ``PeftModel`` with one active adapter.
         tokenizer: saved beside it.
         folder: replaced if tenfold wrote it; refused if it holds anything else.
         base: the source of the base model, written into the adapter's configuration. Default: where the base was
@@ -98,7 +111,7 @@ def save_adapter(
         The folder.
 
     Raises:
-        ModelError: no adapter is attached.
+        ModelError: no adapter is attached, or several are active.
         RunError: the folder is taken, or cannot be written.
 
     >>> import tempfile
@@ -113,9 +126,11 @@ def save_adapter(
     if not hasattr(model, "peft_config"):
         raise ModelError("no adapter is attached to this model", remedy="use save_model")
     with write_folder(folder, "adapter", overwrite=overwrite) as partial:
-        model.save_pretrained(partial)
+        _save_active(model, partial)
         tokenizer.save_pretrained(partial)
-        _name_base(partial, base)
+        for part in (partial, partial / REFERENCE):
+            if part.is_dir():
+                _name_base(part, base)
     return Path(folder)
 
 
@@ -150,6 +165,38 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
             f"{repo_id}: the hub cannot be used: {reason}", remedy="check name, rights, connection"
         ) from error
     return str(address)
+
+
+def _save_active(model: Any, folder: Path) -> None:
+    """The active adapter into the folder itself, whatever its name, and the reference below it."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):  # adapters that transformers put in; it saves the active one
+        model.save_pretrained(folder)
+        return
+    if len(model.active_adapters) != 1:
+        problem = f"several adapters are active: {', '.join(model.active_adapters)}"
+        raise ModelError(problem, remedy="activate the one to save (set_adapter), or save merge(model)")
+    (name,) = model.active_adapters
+    options = {"save_embedding_layers": True} if _grown_text_part(model) else {}
+    model.save_pretrained(folder, selected_adapters=[name], **options)
+    if name != "default":  # PEFT gives every other name a folder of its own
+        for file in (folder / name).iterdir():
+            file.rename(folder / file.name)
+        (folder / name).rmdir()
+    if REFERENCE in model.peft_config and name != REFERENCE:
+        model.save_pretrained(folder, selected_adapters=[REFERENCE])
+
+
+def _grown_text_part(model: Any) -> bool:
+    """Whether a composite model has other rows than its base; PEFT looks for the number in the whole, not the part."""
+    from transformers import AutoConfig
+
+    text = model.config.get_text_config()
+    base = Path(str(model.peft_config[model.active_adapters[0]].base_model_name_or_path or ""))
+    if text is model.config or not (base / "config.json").is_file():
+        return False
+    return AutoConfig.from_pretrained(str(base)).get_text_config().vocab_size != text.vocab_size
 
 
 def _name_base(folder: Path, base: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,19 @@ from tenfold.models.export import merge
 from tenfold.models.gguf import converted
 from tenfold.models.heads import PEFT_TASKS, auto_class, check_loaded
 from tenfold.models.opened import Opened, Task, check_task, describe, settle_padding
-from tenfold.models.source import Located, check_weights, content_hash, hub_error, read_json, resolve, weights_hash
+from tenfold.models.source import (
+    REFERENCE,
+    Located,
+    check_weights,
+    content_hash,
+    hub_error,
+    read_json,
+    resolve,
+    weights_hash,
+)
+from tenfold.models.tied import tying_handled, untie
 from tenfold.models.tiny import tiny_model
+from tenfold.models.vocabulary import adapter_tokenizer, fit_embedding
 
 FINISHERS = {"tenfold_span": "tenfold.attend.native:restore"}
 """Fields of a saved configuration that ask for something once the model is loaded, and what does it: a function of the
@@ -36,6 +48,10 @@ def open_model(
 ) -> Opened:
     """Open a model and its tokenizer.
 
+    An adapter folder's own tokenizer, chat template and added tokens are used, and the embedding is given as many
+    rows as the adapter was trained with. Where an adapter changes the head or the embedding and the two share a
+    weight, each gets its own, so that the adapter can be merged.
+
     Args:
         source: ``demo`` (embedded SmolLM2-135M-Instruct), a hub id, a folder, a ``.gguf`` file, a PEFT adapter folder
             (opens its base and attaches it), or ``tiny:<kind>`` (a tiny random model, see `tiny_model`).
@@ -52,7 +68,7 @@ def open_model(
             the weights; the last stays attached (not trainable), so that it can be switched off or merged later.
 
     Returns:
-        Model (in evaluation mode), tokenizer (with a pad token) and identity.
+        Model (in evaluation mode), tokenizer (with a pad token), identity, and notes (each is also warned of).
 
     Raises:
         ConfigError: arguments that exclude each other, unknown task or dtype.
@@ -88,10 +104,17 @@ def open_model(
     weights = commit or weights_hash(located, revision)
     if device_map is None:
         model = _move(model, place)
-    settle_padding(model, tokenizer)
+    notes = []
     for folder in chain:
-        model = attach_adapter(merge(model, in_place=True), folder, task)
-    return Opened(model.eval(), tokenizer, describe(model, source, resolved, weights, hashes))
+        model = merge(model, in_place=True)
+        tokenizer = adapter_tokenizer(folder, tokenizer, model.config, trust_remote_code=trust_remote_code)
+        notes.append(fit_embedding(model, tokenizer, folder))
+        model = attach_adapter(model, folder, task)
+    settle_padding(model, tokenizer)
+    said = tuple(note for note in notes if note is not None)
+    for note in said:
+        warnings.warn(note, stacklevel=2)
+    return Opened(model.eval(), tokenizer, describe(model, source, resolved, weights, hashes), said)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -133,7 +156,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device | None) 
 
 
 def attach_adapter(model: Any, folder: Path, task: str) -> Any:
-    """Put a saved PEFT adapter on a model.
+    """Put a saved PEFT adapter on a model, and with it the reference that DPO started from, where the folder has one.
 
     Raises:
         ModelError: an adapter for another task, or one that does not fit the model.
@@ -154,7 +177,12 @@ def attach_adapter(model: Any, folder: Path, task: str) -> Any:
             f"{folder}: an adapter for {made_for}, not for task {task!r}", f"open it with task={fitting[0]!r}"
         )
     try:
-        return PeftModel.from_pretrained(model, str(folder), **keys)
+        with tying_handled():
+            adapted = PeftModel.from_pretrained(model, str(folder), **keys)
+            if (folder / REFERENCE / "adapter_config.json").is_file() and not keys:
+                adapted.load_adapter(str(folder / REFERENCE), REFERENCE)
+        untie(adapted)
+        return adapted
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder}: does not fit a {model.config.model_type} model: {_first_line(error)}",
@@ -188,6 +216,10 @@ def _load(
         read_json(Path(folder) / "config.json")
         check_weights(Path(folder))
         options = {**options, "revision": None}
+        if (Path(folder) / "adapter_config.json").is_file():
+            # transformers would put the adapter on by itself, so that it could not be merged; it is told to look where
+            # there is none.
+            placing = {**placing, "adapter_kwargs": {"subfolder": "none"}}
     try:
         extra = {} if labels is None else {"num_labels": labels}
         config = AutoConfig.from_pretrained(folder, **options, **extra)

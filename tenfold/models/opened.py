@@ -20,6 +20,7 @@ class Opened:
         identity: ``source`` (as the caller gave it), ``resolved`` (the folder or hub id that was read), ``weights``
             (a hash of configuration, tokenizer and weights that does not depend on where the files lie),
             ``adapters`` (the same hash of each), ``parameters`` (a count, adapters included) and ``dtype``.
+        notes: sentences that the reader of a result must know, such as of tokens whose rows nothing holds.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")
@@ -30,6 +31,7 @@ class Opened:
     model: Any
     tokenizer: Any
     identity: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def check_task(task: str) -> None:
@@ -55,7 +57,11 @@ def describe(model: Any, source: str, resolved: str, weights: str, adapters: tup
 
 
 def settle_padding(model: Any, tokenizer: Any) -> None:
-    """Make sure that batches can be padded, and that model and tokenizer agree on the pad token.
+    """Make sure that batches can be padded, and that model and tokenizer agree on the pad token: the tokenizer's.
+
+    That is what pads a batch, in training too, where TRL writes it into the configuration. A head for classification
+    looks for the last token that is not the configuration's, so that two pad tokens are two rewards. In a composite
+    configuration it is the text part that is read; the whole has the field in few architectures.
 
     A tokenizer without a pad token gets its end-of-sequence token as pad token, as is usual for decoders: the
     attention mask hides the padding, and labels must be masked by position, not by token. The padding side is left
@@ -71,7 +77,6 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
                 remedy="set pad_token in its tokenizer_config.json",
             )
         tokenizer.pad_token = tokenizer.eos_token
-    # Sequence classification finds the last real token by this id; generation would otherwise warn at each call.
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None and config.pad_token_id is None:
+    for config in (model.config.get_text_config(), model.config, getattr(model, "generation_config", None)):
+        if hasattr(config, "pad_token_id"):
             config.pad_token_id = tokenizer.pad_token_id

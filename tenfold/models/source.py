@@ -13,11 +13,15 @@ from typing import Any, Literal
 from tenfold.errors import ModelError
 from tenfold.models.embedded import DEMO_COMMAND, DEMO_HUB_ID, demo_file
 from tenfold.models.gguf import check_header, gguf_sha256
+from tenfold.models.names import is_hub_id, no_such
+from tenfold.models.tiny import KINDS
 
 _SAMPLE = 1024  # bytes read at each of three places of every tensor
 _WHOLE = 1 << 24  # files up to 16 MiB (every adapter) are read whole
 _TEXT = (".json", ".jinja", ".txt", ".model", ".py")
 _NOT_CONTENT = {"tenfold.json", "trainer_state.json"}
+REFERENCE = "ref"
+"""Name and folder of the adapter that a policy started from, as TRL and PEFT have it beside the trained one."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,11 @@ def locate(source: str) -> Located:
     Args:
         source: ``demo``, ``tiny:<kind>``, a folder, a ``.gguf`` file or a hub id.
 
+    A folder of an adapter that also holds the configuration of its base, as some trainers write it, is an adapter.
+
     Raises:
-        ModelError: a path that does not exist, or a folder that holds no model.
+        ModelError: a path that does not exist, a name that nothing has (with the nearest that something has), or a
+            folder that holds no model. The hub is not asked.
 
     >>> locate("tiny:llama")
     Located(kind='tiny', name='llama')
@@ -60,23 +67,38 @@ def locate(source: str) -> Located:
     if not source:
         raise ModelError("the source of the model is empty", remedy="give demo, a hub id, a folder or a .gguf file")
     path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
+    if path.is_dir():
+        return _locate_folder(path)
+    if path.exists():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{path}: a file that is not GGUF", remedy="give a folder, a .gguf file or a hub id")
         check_header(path)
         return Located("gguf", str(path))
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return Located("folder", str(path))
-        if (path / "adapter_config.json").is_file():
-            return Located("adapter", str(path))
-        raise ModelError(
-            f"{path}: no config.json or adapter_config.json in this folder",
-            remedy="give the folder that save_pretrained wrote",
-        )
-    if path.exists():
-        raise ModelError(f"{path}: a file that is not GGUF", remedy="give a folder, a .gguf file or a hub id")
-    if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
-        raise ModelError(f"{source!r}: no such folder or file", remedy="check the path")
-    return Located("hub", source)
+    if path.suffix.lower() != ".gguf" and is_hub_id(source):
+        return Located("hub", source)
+    raise no_such(source, ["demo", *(f"tiny:{kind}" for kind in KINDS)])
+
+
+def _locate_folder(path: Path) -> Located:
+    model, adapter = ((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if adapter and not (model and _model_files(path)):
+        return Located("adapter", str(path))
+    if model:
+        return Located("folder", str(path))
+    within = sorted(entry.name for entry in path.iterdir() if (entry / "adapter_config.json").is_file())
+    raise ModelError(
+        f"{path}: no config.json or adapter_config.json in this folder",
+        remedy=f"give one of the folders in it: {', '.join(within[:5])}"
+        if within
+        else "give the folder that save_pretrained wrote",
+    )
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Files that can hold the weights of a whole model, beside those of an adapter."""
+    names = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+    found = [file for name in names for file in folder.glob(name)]
+    return [file for file in found if not file.name.startswith(("adapter_", "training_args"))]
 
 
 def resolve(source: str, adapters: Sequence[str] = ()) -> tuple[Located, str, tuple[Path, ...]]:
@@ -107,6 +129,9 @@ def resolve(source: str, adapters: Sequence[str] = ()) -> tuple[Located, str, tu
         seen.add(located.name)
         chain.insert(0, located.path)
         located = locate(source)
+    inside = (located.path / "adapter_config.json", *located.path.glob("adapter_model.*"))
+    if located.kind == "folder" and len(inside) > 1 and inside[0].is_file():
+        chain.insert(0, located.path)  # a whole model with an adapter beside it: one goes on the other, as elsewhere
     for folder in chain:
         if not (folder / "adapter_config.json").is_file():
             what = "no adapter_config.json" if folder.is_dir() else "no such folder"
@@ -183,6 +208,8 @@ def content_hash(folder: Path) -> str:
     for file in check_weights(folder):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         _hash_weights(file, digest)
+    if (folder / REFERENCE / "adapter_config.json").is_file():
+        digest.update(f"{REFERENCE}\0{content_hash(folder / REFERENCE)}\0".encode())
     return digest.hexdigest()
 
 

@@ -24,7 +24,7 @@ _DECODER = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _DECODER),
     "mistral": ("mistral", {**_DECODER, "sliding_window": None}),
     "qwen2": ("qwen2", _DECODER),
@@ -96,7 +96,7 @@ def tiny_model(kind: str = "llama", *, task: str | None = None, seed: int = 0, *
     task = task or {"t5": "seq2seq", "deberta-v2": "classification"}.get(kind, "causal")
     check_task(task)
     tokenizer = tiny_tokenizer(kind)
-    model_type, fields = _KINDS[kind]
+    model_type, fields = KINDS[kind]
     ids = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -126,9 +126,9 @@ def tiny_identity(kind: str, seed: int = 0, **overrides: Any) -> str:
     >>> tiny_identity("llama") == tiny_identity("llama", seed=0), tiny_identity("llama") == tiny_identity("gpt2")
     (True, False)
     """
-    if kind not in _KINDS:
-        raise ConfigError(f"tiny:{kind}: unknown kind", remedy=f"give one of: {', '.join(_KINDS)}")
-    made_from = {"kind": kind, "seed": seed, "fields": {**_KINDS[kind][1], **overrides}}
+    if kind not in KINDS:
+        raise ConfigError(f"tiny:{kind}: unknown kind", remedy=f"give one of: {', '.join(KINDS)}")
+    made_from = {"kind": kind, "seed": seed, "fields": {**KINDS[kind][1], **overrides}}
     return hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from tenfold.config.adalora import AdaLoraConfig
 from tenfold.errors import ModelError
 from tenfold.models.heads import PEFT_TASKS
 from tenfold.models.layer_map import Slot
+from tenfold.models.tied import untie
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def wrap(
 ) -> tuple[PeftModel, dict[str, Matrix]]:
     """Put fresh adapters on the slots; everything else is frozen.
 
+    A head that shares its weight with the input embedding gets one of its own, so that the adapter can be merged.
+
     Args:
         model: a transformers model without adapters.
         slots: the matrices to adapt.
@@ -90,6 +93,7 @@ def wrap(
     set_patterns(peft_config, plan.ranks, plan.scale)
     # PEFT's extension point for layers of one's own; it takes any base, whatever quantises it.
     peft_config._register_custom_module({nn.Module: SvdLinear})
+    untie(model, peft_config.target_modules)
     adapted = get_peft_model(model, peft_config, adapter_name=ADAPTER)
     found = {name: module for name, module in adapted.get_base_model().named_modules() if isinstance(module, SvdLinear)}
     if set(found) != {slot.name for slot in slots}:

@@ -17,6 +17,7 @@ from tenfold.adapt.adalora.plan import BYTES, Plan, make_plan, size_plan
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.errors import ModelError, RunError
 from tenfold.models.layer_map import layer_map
+from tenfold.models.tied import tie_again
 
 
 class AdaLora:
@@ -25,7 +26,9 @@ class AdaLora:
     As a context manager it detaches at the end.
     """
 
-    def __init__(self, model: PeftModel, matrices: dict[str, Matrix], controller: Controller, free: list[str]) -> None:
+    def __init__(
+        self, model: PeftModel, matrices: dict[str, Matrix], controller: Controller, free: list[str], *, tied: bool
+    ) -> None:
         self.model = model
         """PEFT's model: give it to the Trainer, to TRL, to an optimizer."""
         self.matrices = matrices
@@ -33,6 +36,7 @@ class AdaLora:
         self.controller = controller
         """Makes the steps; its ``step``, ``masks``, ``scores`` and ``notes`` may be read."""
         self._free = free
+        self._tied = tied
 
     def __enter__(self) -> AdaLora:
         return self
@@ -154,6 +158,8 @@ class AdaLora:
                 if isinstance(child, ModulesToSaveWrapper):  # PEFT's unload would leave the trained head behind
                     setattr(parent, name, child.original_module)
         base = self.model.unload()
+        if self._tied:
+            tie_again(base)
         free = set(self._free)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in free)
@@ -190,10 +196,13 @@ def attach(
     (12, 8)
     """
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     slots = layer_map(model).select(config.targets)
     plan = make_plan(config, slots, parameters=sum(p.numel() for p in model.parameters()))
     adapted, matrices = wrap(model, slots, plan, config, task=task)
-    return AdaLora(adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=False), free)
+    return AdaLora(
+        adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=False), free, tied=tied
+    )
 
 
 def open_adapter(
@@ -220,6 +229,7 @@ def open_adapter(
     """
     stored = read_adapter(Path(folder))
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     slots = [slot for slot in layer_map(model).slots if slot.name in stored.triplets]
     _check_fits(stored, {slot.name: (slot.out_features, slot.in_features) for slot in slots}, folder)
     ranks = {slot.name: len(stored.triplets[slot.name][1]) for slot in slots}
@@ -234,7 +244,9 @@ def open_adapter(
         fill(matrix.tensors, stored.triplets[name])
     if stored.others:
         set_peft_model_state_dict(adapted, stored.others)
-    return AdaLora(adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=True), free)
+    return AdaLora(
+        adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=True), free, tied=tied
+    )
 
 
 def _check_fits(stored: Stored, shapes: dict[str, tuple[int, int]], folder: Path | str) -> None:

@@ -1,0 +1,78 @@
+"""What a name that opens nothing was probably meant to be; answered from here, before any hub is asked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from tenfold.errors import ModelError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OLD_HUB_ID = re.compile(
+    r"(albert|bert|camembert|ctrl|distil[a-z]+|gpt2|openai-gpt|roberta|t5|transfo-xl|xlm|xlnet)(-[\w.-]+)?"
+)
+"""Models of the hub's first years, which have no owner in their name."""
+_GIVE = "give demo, tiny:<kind>, a folder, a .gguf file or a hub id (owner/name)"
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name that is no file or folder here can be meant for the hub.
+
+    Names of the form ``owner/name`` are, unless they look like a path with a slip: the folder ``owner`` is here, and
+    one in it has nearly that name, with the same digits (so ``Qwen/Qwen3-4B`` is not mistaken for a local
+    ``Qwen/Qwen3-8B``).
+
+    >>> is_hub_id("Qwen/Qwen3-0.6B"), is_hub_id("gpt2"), is_hub_id("demmo"), is_hub_id("tinny:llama")
+    (True, True, False, False)
+    """
+    if not _HUB_ID.fullmatch(source):
+        return _OLD_HUB_ID.fullmatch(source) is not None
+    path = Path(source)
+    slips = [name for name in _entries(path.parent) if _digits(name) == _digits(path.name)]
+    return not difflib.get_close_matches(path.name, slips, n=1, cutoff=0.8)
+
+
+def no_such(source: str, known: Iterable[str]) -> ModelError:
+    """The error for a source that is neither here nor on the hub, with the nearest name or path that is.
+
+    Args:
+        source: as the user gave it.
+        known: names that are not paths.
+
+    >>> print(no_such("demmo", ["demo", "tiny:llama"]).problem)
+    unknown model 'demmo'; nearest: demo
+    """
+    if "://" in source:
+        return ModelError(f"{source!r}: an address, not a model", remedy="give the hub id alone: owner/name")
+    if "/" in source or source.startswith("~") or source.endswith(".gguf"):
+        near = _nearest_path(Path(source).expanduser())
+        hint = f"; nearest: {near}" if near else ""
+        return ModelError(f"{source!r}: no such folder or file{hint}", remedy="check the path")
+    names = [*known, *_entries(Path())]
+    found = difflib.get_close_matches(source, names, n=1, cutoff=0.6)
+    hint = f"; nearest: {found[0]}" if found else ""
+    return ModelError(f"unknown model {source!r}{hint}", remedy=_GIVE)
+
+
+def _nearest_path(path: Path) -> Path | None:
+    """The path with its first wrong part put right, as far as it then exists."""
+    wrong = next(part for part in (*reversed(path.parents), path) if not part.exists())
+    found = difflib.get_close_matches(wrong.name, _entries(wrong.parent), n=1, cutoff=0.6)
+    if not found:
+        return None
+    near = wrong.parent / found[0]
+    whole = near / path.relative_to(wrong)
+    return whole if whole.exists() else near
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _digits(name: str) -> list[str]:
+    return re.findall(r"\d", name)

@@ -1,0 +1,110 @@
+"""Weights that the input embedding and the head share, and adapters that change only one of the two.
+
+An adapter on one of them leaves the other as it was. To add it to the shared weight would change both, so each gets a
+weight of its own first. ``peft`` 0.21.2 warns of this and merges all the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tenfold.errors import ModelError
+
+
+def untie(model: Any, targets: Collection[str] = ()) -> bool:
+    """Give tied layers a weight each where an adapter changes one of them; the outputs stay what they were.
+
+    The configuration then says ``tie_word_embeddings: false``, so that a saved model opens untied everywhere. An
+    encoder-decoder keeps its entry, which T5 and its kin also read to scale the decoder's output; ``transformers``
+    does not tie saved weights that differ.
+
+    Args:
+        model: a ``transformers`` model, or a ``PeftModel`` around one.
+        targets: names of modules that are about to be adapted, beside those that already are.
+
+    Returns:
+        Whether anything was tied and is not any more. It costs the memory of one embedding.
+
+    Raises:
+        ModelError: the shared weight is quantised, and its copy would not be the same layer.
+    """
+    from transformers import PreTrainedModel
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        return False
+    pairs = [tuple(name.rpartition(".")[0] for name in pair) for pair in _pairs(base).items()]
+    shared = [pair for pair in pairs if _layer(base, pair[0]).weight is _layer(base, pair[1]).weight]
+    changed = {name for pair in shared for name in pair if name in targets or _adapted(base.get_submodule(name))}
+    if not changed:
+        return False
+    keeps_entry = base.config.is_encoder_decoder
+    for target, source in shared:
+        # Of an encoder-decoder that goes on tying the others, only what is changed gets a weight of its own.
+        if not keeps_entry or target in changed or source in changed:
+            _own_weight(_layer(base, target), target)
+    if not keeps_entry:
+        _set_entry(base, False)
+    return True
+
+
+def tie_again(model: Any) -> None:
+    """Undo `untie` on a model whose adapters were taken off without merging."""
+    _set_entry(model, True)
+    model.tie_weights()
+
+
+@contextmanager
+def tying_handled() -> Iterator[None]:
+    """Without PEFT's warning of an adapter on tied weights, for code that calls `untie` itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        yield
+
+
+def _pairs(base: Any) -> dict[str, str]:
+    """Tied parameter -> the one it shares, both by name."""
+    return dict(base.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def _layer(base: Any, name: str) -> Any:
+    """The plain layer of this name, under whatever PEFT has put around it."""
+    layer = base.get_submodule(name)
+    while (inner := layer._modules.get("base_layer", layer._modules.get("original_module"))) is not None:
+        layer = inner
+    return layer
+
+
+def _adapted(layer: nn.Module) -> bool:
+    """Whether an adapter changes this layer alone. Trained tokens are ties' equals: PEFT gives them to both."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    return isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper) and not isinstance(layer, TrainableTokensLayer)
+
+
+def _own_weight(layer: Any, name: str) -> None:
+    weight = layer.weight
+    if not weight.is_floating_point():
+        raise ModelError(
+            f"{name}: shares a quantised weight with the input embedding, so it cannot be adapted alone",
+            remedy="leave it out of targets, or open the model in its original precision",
+        )
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def _set_entry(base: Any, tied: bool) -> None:
+    from transformers import PreTrainedModel
+
+    for config in (base.config, base.config.get_text_config()):
+        if hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = tied
+    for module in base.modules():
+        if isinstance(module, PreTrainedModel):
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
