@@ -40,12 +40,13 @@ def merge(model: Any, *, in_place: bool = False) -> Any:
         kinds = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
         raise ModelError(f"{'/'.join(kinds)} adapters cannot be merged", remedy="save the adapter instead")
     if not in_place:
-        model = copy.deepcopy(model)
+        model = _copy(model)
     untie(model)
     entry = getattr(model.config, "tie_word_embeddings", None)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            for message in ("Model with `tie_word_embeddings=True`", "Input and output embeddings are no longer tied"):
+                warnings.filterwarnings("ignore", message=message)
             merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be merged: {error}", remedy="train again with a lower rate") from error
@@ -165,6 +166,13 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = True) -> st
             f"{repo_id}: the hub cannot be used: {reason}", remedy="check name, rights, connection"
         ) from error
     return str(address)
+
+
+def _copy(model: Any) -> Any:
+    """A deep copy; PEFT 0.21.2 keeps views of tied adapters (``ensure_weight_tying``), which torch will not copy."""
+    kept = [getattr(module, "kwargs", None) for module in model.modules()]
+    views = [view for options in kept if isinstance(options, dict) for view in options.get("tied_adapter", {}).values()]
+    return copy.deepcopy(model, {id(view): view.detach() for view in views})
 
 
 def _save_active(model: Any, folder: Path) -> None:

@@ -59,10 +59,12 @@ def no_such(source: str, known: Iterable[str]) -> ModelError:
 def _nearest_path(path: Path) -> Path | None:
     """The path with its first wrong part put right, as far as it then exists."""
     wrong = next(part for part in (*reversed(path.parents), path) if not part.exists())
-    found = difflib.get_close_matches(wrong.name, _entries(wrong.parent), n=1, cutoff=0.6)
+    # An ending that both have makes no two names alike.
+    names = {name.removesuffix(".gguf"): name for name in _entries(wrong.parent)}
+    found = difflib.get_close_matches(wrong.name.removesuffix(".gguf"), names, n=1, cutoff=0.6)
     if not found:
         return None
-    near = wrong.parent / found[0]
+    near = wrong.parent / names[found[0]]
     whole = near / path.relative_to(wrong)
     return whole if whole.exists() else near
 

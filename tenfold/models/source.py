@@ -62,7 +62,8 @@ def locate(source: str) -> Located:
     if source == "demo":
         file = demo_file()
         return Located("gguf", str(file)) if file else Located("hub", DEMO_HUB_ID)
-    if source.startswith("tiny:"):
+    tiny = [f"tiny:{kind}" for kind in KINDS]
+    if source in tiny:
         return Located("tiny", source.removeprefix("tiny:"))
     if not source:
         raise ModelError("the source of the model is empty", remedy="give demo, a hub id, a folder or a .gguf file")
@@ -76,7 +77,7 @@ def locate(source: str) -> Located:
         return Located("gguf", str(path))
     if path.suffix.lower() != ".gguf" and is_hub_id(source):
         return Located("hub", source)
-    raise no_such(source, ["demo", *(f"tiny:{kind}" for kind in KINDS)])
+    raise no_such(source, ["demo", *tiny])
 
 
 def _locate_folder(path: Path) -> Located:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tenfold.errors import ModelError
+from tenfold.models.source import read_json
 
 _PREFIX = "base_model.model."
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
@@ -65,14 +66,20 @@ def fit_embedding(model: Any, tokenizer: Any, folder: Path) -> str | None:
     rows = max(found, default=max(before, len(tokenizer)))
     if rows != before:
         _resize(model, rows)
-    known = {role for role, layer in layers.items() if "weight" in stored.get(names[id(layer)], {})}
-    if known and len(layers) == 2 and layers["head"].weight is layers["input embedding"].weight:
-        known = set(layers)  # tied: what is stored for one is the other's too
-    lacking = [role for role in layers if role not in known]
-    new = [token for token in range(before, min(rows, len(tokenizer))) if token not in _trained_tokens(folder)]
-    if not new or not lacking:
+    new = set(range(before, min(rows, len(tokenizer))))
+    trained = _trained_tokens(folder, names[id(layers["input embedding"])])
+    known = {
+        role: new
+        if "weight" in stored.get(names[id(layer)], {})
+        else trained.get(names[id(layer)].split(".")[-1], set())
+        for role, layer in layers.items()
+    }
+    if len(layers) == 2 and layers["head"].weight is layers["input embedding"].weight:
+        known = dict.fromkeys(layers, set().union(*known.values()))  # tied: what is known of one is so of the other
+    lacking = [role for role in layers if not new <= known[role]]
+    if not lacking:
         return None
-    tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(new[:3]))) + (", ..." if len(new) > 3 else "")
+    tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(new)[:3]))) + (", ..." if len(new) > 3 else "")
     where = " and ".join(lacking)
     return (
         f"{folder}: its tokenizer adds {len(new)} tokens to the base ({tokens}), and the adapter holds no rows of the "
@@ -123,11 +130,12 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in loaded.items()}
 
 
-def _trained_tokens(folder: Path) -> set[int]:
-    """Tokens whose rows the adapter holds one by one (``trainable_token_indices``, and PEFT's TrainableTokens)."""
-    from tenfold.models.source import read_json
+def _trained_tokens(folder: Path, embedding: str) -> dict[str, set[int]]:
+    """Last part of a module's name -> tokens whose rows the adapter holds one by one.
 
+    PEFT's ``trainable_token_indices`` and its TrainableTokens; a bare list is of the input embedding.
+    """
     config = read_json(folder / "adapter_config.json")
-    given = config.get("trainable_token_indices") or config.get("token_indices") or []
-    lists = given.values() if isinstance(given, dict) else [given]
-    return {token for tokens in lists for token in tokens}
+    given = config.get("trainable_token_indices") or config.get("token_indices") or {}
+    by_module = given if isinstance(given, dict) else {embedding: given}
+    return {name.split(".")[-1]: set(tokens) for name, tokens in by_module.items()}

@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from tenfold.adapt.adalora import AdaLoraConfig, attach
 from tenfold.errors import ConfigError, RunError
+from tenfold.models.open import attach_adapter
 from tenfold.models.tiny import tiny_model
 
 pytestmark = [
@@ -122,6 +123,14 @@ def test_dpo_refers_to_the_adapter_that_it_starts_from(tmp_path):
         trainer = dpo(adapter, tmp_path)
         trainer.model.set_adapter("ref")
         assert torch.equal(trainer.model.eval()(input_ids=ids).logits, start)
+        trainer.model.set_adapter("default")
+        for matrix in adapter.matrices.values():
+            matrix.singular.data *= 2  # trained further: the reference stays
+        found = attach_adapter(tiny_model("llama").model, adapter.export(tmp_path / "out"), "causal").eval()
+        assert found.active_adapters == ["default"]
+        assert not torch.allclose(found(input_ids=ids).logits, start, atol=1e-3)
+        found.set_adapter("ref")
+        torch.testing.assert_close(found(input_ids=ids).logits, start, rtol=1e-5, atol=1e-5)
 
 
 def test_resuming_with_another_configuration_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -59,6 +60,60 @@ def plain_text(tokenizer, row, answer, chat):
         turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]
         return tokenizer.apply_chat_template(turns, tokenize=False)
     return row.prompt + answer + tokenizer.eos_token
+
+
+def test_a_policy_that_started_from_an_adapter_is_measured_against_it(policy, tmp_path):
+    """As TRL trains it: ``ref`` is a copy of the start. Margins begin at 0, and are then those to a copied model."""
+    from tenfold.models.export import save_adapter
+    from tenfold.models.open import open_model
+
+    model, tokenizer = policy.model, policy.tokenizer
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    start = copy.deepcopy(model)
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    zero = score_policy_pairs(model, tokenizer, ROWS, beta=0.1).margins
+    torch.testing.assert_close(zero, torch.zeros(len(ROWS)), atol=1e-6, rtol=0)
+    assert model.active_adapter == "default"
+    assert model.active_adapters == ["default"]
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == free
+    for name, parameter in model.named_parameters():
+        if "lora_B.default" in name:
+            parameter.data *= 1.5
+    found = score_policy_pairs(model, tokenizer, ROWS, beta=0.1).margins
+    assert found.abs().max() > 1e-3
+    by_hand = score_policy_pairs(model, tokenizer, ROWS, beta=0.1, reference=start).margins
+    torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=0)
+    folder = save_adapter(model, tokenizer, tmp_path / "dpo", base="tiny:llama")
+    again = open_model(folder, device="cpu")
+    assert again.model.active_adapters == ["default"]
+    reopened = score_policy_pairs(again.model, again.tokenizer, ROWS, beta=0.1).margins
+    torch.testing.assert_close(reopened, found, atol=1e-6, rtol=0)
+
+
+def test_a_reward_adapter_opened_again_gives_the_margins_of_its_training(tmp_path):
+    """The base names another pad token than its tokenizer does, and answers end with the tokenizer's."""
+    from peft import LoraConfig, get_peft_model
+
+    from tenfold.models.export import save_adapter, save_model
+    from tenfold.models.open import open_model
+
+    opened = tiny_model("llama")
+    opened.tokenizer.pad_token = "<eos>"
+    opened.model.config.pad_token_id = 0
+    base = save_model(opened.model, opened.tokenizer, tmp_path / "base")
+    torch.manual_seed(0)
+    opened = open_model(base, "reward", device="cpu")
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(opened.model, config).eval()
+    model.config.pad_token_id = opened.tokenizer.pad_token_id  # as TRL's RewardTrainer does
+    expected = score_pairs(model, opened.tokenizer, ROWS, chat=False).margins
+    folder = save_adapter(model, opened.tokenizer, tmp_path / "adapter", base=str(base))
+    again = open_model(folder, "reward", device="cpu")
+    found = score_pairs(again.model, again.tokenizer, ROWS, chat=False).margins
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -115,6 +115,49 @@ def test_an_adapter_on_merged_weights_does_not_claim_the_base(tmp_path):
         open_model(two, device="cpu")
 
 
+def test_an_adapter_beside_the_configuration_of_its_base(tmp_path):
+    """As several trainers save it: the same model as without that file."""
+    opened = tiny_model("llama")
+    base = save_model(opened.model, opened.tokenizer, tmp_path / "base")
+    model, tokenizer = adapted(model=open_model(base, device="cpu").model)
+    folder = save_adapter(model, tokenizer, tmp_path / "adapter", base=str(base))
+    model.config.save_pretrained(folder)
+    (folder / "training_args.bin").write_bytes(b"")
+    found = open_model(folder, device="cpu")
+    assert isinstance(found.model, peft.PeftModel)
+    assert torch.equal(logits(found.model, tokenizer), logits(model, tokenizer))
+    assert len(found.identity["adapters"]) == 1
+    torch.testing.assert_close(logits(merge(found.model), tokenizer), logits(model, tokenizer), atol=1e-5, rtol=1e-5)
+
+
+def test_a_whole_model_with_an_adapter_beside_it(tmp_path):
+    """transformers puts the one on the other, wherever the adapter says that it belongs."""
+    model, tokenizer = adapted()
+    expected = logits(model, tokenizer)
+    model.save_pretrained(tmp_path / "both")
+    base = tiny_model("llama").model
+    base.save_pretrained(tmp_path / "both")
+    tokenizer.save_pretrained(tmp_path / "both")
+    found = open_model(tmp_path / "both", device="cpu")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "both"), tokenizer), expected)
+    assert torch.equal(logits(found.model, tokenizer), expected)
+    torch.testing.assert_close(logits(merge(found.model), tokenizer), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_another_name_is_saved_where_it_is_looked_for(tmp_path):
+    model, tokenizer = adapted()
+    other = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model.add_adapter("french", other)
+    model.set_adapter("french")
+    model.eval()
+    folder = save_adapter(model, tokenizer, tmp_path / "adapter", base="tiny:llama")
+    assert not (folder / "french").exists()
+    assert torch.equal(logits(open_model(folder, device="cpu").model, tokenizer), logits(model, tokenizer))
+    model.base_model.set_adapter(["default", "french"])
+    with pytest.raises(ModelError, match="several adapters are active: default, french"):
+        save_adapter(model, tokenizer, tmp_path / "two")
+
+
 def test_the_demo_base_is_named_and_not_its_cache(demo, tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", r=1)
     wrapped = peft.get_peft_model(demo.model, config)

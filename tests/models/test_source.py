@@ -54,6 +54,32 @@ def test_every_tensor_of_a_large_file_counts(tmp_path):
     assert len(hashes) == 5
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_each_tensor_of_a_large_file_is_read_at_both_ends_and_in_the_middle(tmp_path, share):
+    (tmp_path / "config.json").write_text("{}")
+    weights = {f"layer{index}": torch.zeros(1 << 21) for index in range(3)}
+    hashes = set()
+    for name in [None, *weights]:
+        changed = {key: value.clone() for key, value in weights.items()}
+        if name is not None:
+            changed[name][min(int(share * (1 << 21)), (1 << 21) - 1)] = 1.0
+        save_file(changed, tmp_path / "model.safetensors")
+        hashes.add(content_hash(tmp_path))
+    assert len(hashes) == 4
+
+
+def test_the_reference_beside_an_adapter_counts(tmp_path):
+    hashes = set()
+    for value in (0.0, 1.0):
+        for folder in (tmp_path, tmp_path / "ref", tmp_path / "checkpoint-1"):
+            folder.mkdir(exist_ok=True)
+            (folder / "adapter_config.json").write_text("{}")
+            kept = 0.0 if folder == tmp_path else value
+            save_file({"weight": torch.full((2,), kept)}, folder / "adapter_model.safetensors")
+        hashes.add(content_hash(tmp_path))
+    assert len(hashes) == 2
+
+
 @pytest.mark.timing
 def test_hash_of_the_demo_folder_is_cheap(demo):
     started = time.perf_counter()

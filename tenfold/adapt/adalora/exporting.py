@@ -20,6 +20,7 @@ from tenfold.core.importance import allocate
 from tenfold.errors import ConfigError, RunError
 from tenfold.models.folders import write_folder
 from tenfold.models.gguf import source_of
+from tenfold.models.source import REFERENCE
 
 Layout = Literal["padded", "compact"]
 Order = Literal["score", "singular_value"]
@@ -43,6 +44,7 @@ def export(
 
     ``padded`` fills every matrix with zeros to the highest rank and needs no patterns, which every reader gets right.
     ``compact`` keeps true ranks with identical ``rank_pattern`` and ``alpha_pattern``; llama.cpp reads it wrongly.
+    An adapter named ``ref`` (the policy that DPO started from, as TRL keeps it) goes into the subfolder ``ref``.
     Matrices that keep no triplet are left out. Triplets are in ``order``, so that the first columns of B and rows of A
     are an adapter of any smaller rank.
 
@@ -83,13 +85,14 @@ def export(
         patterns = {name: rank for name, rank in ranks.items() if rank != highest}
         config.rank_pattern, config.alpha_pattern = patterns, dict(patterns)
     tensors = {key: value for key, value in get_peft_model_state_dict(model).items() if ".lora_" not in key}
-    for name, (B, A) in found.items():
-        if layout == "padded":
-            missing = highest - A.shape[0]
-            B, A = torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
-    return _write(folder, config, tensors)
+    tensors |= _padded(found, highest if layout == "padded" else 0)
+    reference = _reference(model, matrices)
+    with write_folder(folder, "adapter") as partial:
+        _write(partial, config, tensors)
+        if reference:
+            rank = max(A.shape[0] for _, A in reference.values())
+            _write(partial / REFERENCE, _plain_config(model, reference, matrices, rank, base), _padded(reference, rank))
+    return folder
 
 
 @torch.no_grad()
@@ -134,9 +137,29 @@ def _plain_config(
     )
 
 
-def _write(folder: Path, config: PeftLoraConfig, tensors: Mapping[str, Tensor]) -> Path:
-    with write_folder(folder, "adapter") as partial:
-        config.save_pretrained(str(partial))
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(plain, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    return folder
+def _padded(found: Mapping[str, tuple[Tensor, Tensor]], rank: int) -> dict[str, Tensor]:
+    """Tensors under PEFT's names, filled up with zeros to a rank."""
+    tensors = {}
+    for name, (B, A) in found.items():
+        missing = max(0, rank - A.shape[0])
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, missing))
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, missing))
+    return tensors
+
+
+@torch.no_grad()
+def _reference(model: PeftModel, matrices: Mapping[str, Matrix]) -> dict[str, tuple[Tensor, Tensor]]:
+    """B and A of each matrix of the adapter that DPO started from; empty where that changes nothing of the base."""
+    if REFERENCE not in model.peft_config:
+        return {}
+    found = {}
+    for name, matrix in matrices.items():
+        A, B = matrix.layer.lora_A[REFERENCE].weight, matrix.layer.lora_B[REFERENCE].weight
+        found[name] = (B.float() * matrix.layer.scaling[REFERENCE], A.float())
+    return found if any(bool(B.any()) for B, _ in found.values()) else {}
+
+
+def _write(folder: Path, config: PeftLoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    config.save_pretrained(str(folder))
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(plain, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
