@@ -51,7 +51,7 @@ def attach(model: nn.Module, config: LoraConfig, *, task: str = "causal") -> Pef
         target_modules=[slot.name for slot in slots],
         fan_in_fan_out=slots[0].layout == "conv1d",
     )
-    untie(model, peft_config.target_modules)
+    untie(model, [slot.name for slot in slots])
     return get_peft_model(model, peft_config)
 
 

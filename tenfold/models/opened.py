@@ -78,5 +78,5 @@ def settle_padding(model: Any, tokenizer: Any) -> None:
             )
         tokenizer.pad_token = tokenizer.eos_token
     for config in (model.config.get_text_config(), model.config, getattr(model, "generation_config", None)):
-        if hasattr(config, "pad_token_id"):
+        if config is not None and hasattr(config, "pad_token_id"):
             config.pad_token_id = tokenizer.pad_token_id

@@ -16,7 +16,7 @@ from torch import nn
 from tenfold.errors import ModelError
 
 
-def untie(model: Any, targets: Collection[str] = ()) -> bool:
+def untie(model: Any, targets: Collection[str] = ()) -> list[tuple[str, str]]:
     """Give tied layers a weight each where an adapter changes one of them; the outputs stay what they were.
 
     The configuration then says ``tie_word_embeddings: false``, so that a saved model opens untied everywhere. An
@@ -28,7 +28,8 @@ def untie(model: Any, targets: Collection[str] = ()) -> bool:
         targets: names of modules that are about to be adapted, beside those that already are.
 
     Returns:
-        Whether anything was tied and is not any more. It costs the memory of one embedding.
+        The modules that shared a weight and do not any more, in pairs: the one that got a copy and the one that kept
+        the weight. It costs the memory of one embedding.
 
     Raises:
         ModelError: the shared weight is quantised, and its copy would not be the same layer.
@@ -37,26 +38,28 @@ def untie(model: Any, targets: Collection[str] = ()) -> bool:
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
-        return False
-    pairs = [tuple(name.rpartition(".")[0] for name in pair) for pair in _pairs(base).items()]
+        return []
+    named = base.get_expanded_tied_weights_keys(all_submodels=True)
+    pairs = [(target.rpartition(".")[0], source.rpartition(".")[0]) for target, source in named.items()]
     shared = [pair for pair in pairs if _layer(base, pair[0]).weight is _layer(base, pair[1]).weight]
     changed = {name for pair in shared for name in pair if name in targets or _adapted(base.get_submodule(name))}
     if not changed:
-        return False
-    keeps_entry = base.config.is_encoder_decoder
-    for target, source in shared:
-        # Of an encoder-decoder that goes on tying the others, only what is changed gets a weight of its own.
-        if not keeps_entry or target in changed or source in changed:
-            _own_weight(_layer(base, target), target)
-    if not keeps_entry:
+        return []
+    if base.config.is_encoder_decoder:  # it goes on tying the others
+        shared = [pair for pair in shared if changed.intersection(pair)]
+    else:
         _set_entry(base, False)
-    return True
+    for target, _ in shared:
+        _own_weight(_layer(base, target), target)
+    return shared
 
 
-def tie_again(model: Any) -> None:
-    """Undo `untie` on a model whose adapters were taken off without merging."""
-    _set_entry(model, True)
-    model.tie_weights()
+def tie_again(model: Any, pairs: list[tuple[str, str]]) -> None:
+    """Undo `untie`, which returned these pairs, on a model whose adapters were taken off without merging."""
+    for target, source in pairs:
+        model.get_submodule(target).weight = model.get_submodule(source).weight
+    if pairs and not model.config.is_encoder_decoder:
+        _set_entry(model, True)
 
 
 @contextmanager
@@ -65,11 +68,6 @@ def tying_handled() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         yield
-
-
-def _pairs(base: Any) -> dict[str, str]:
-    """Tied parameter -> the one it shares, both by name."""
-    return dict(base.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _layer(base: Any, name: str) -> Any:

@@ -58,33 +58,25 @@ def fit_embedding(model: Any, tokenizer: Any, folder: Path) -> str | None:
         A sentence where new rows are stored nowhere, so that they are not those of the training.
     """
     layers = {"input embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    layers = {role: layer for role, layer in layers.items() if layer is not None}
-    names = {id(module): name for name, module in model.named_modules()}
-    stored = _stored_rows(folder)
-    found = [rows for layer in layers.values() for rows in stored.get(names[id(layer)], {}).values()]
+    where = {id(module): name for name, module in model.named_modules()}
+    names = {role: where[id(layer)] for role, layer in layers.items() if layer is not None}
+    shared = "head" in names and layers["head"].weight is layers["input embedding"].weight
     before = layers["input embedding"].weight.shape[0]
+    stored = _stored_rows(folder)
+    found = [rows for name in names.values() for rows in stored.get(name, {}).values()]
     rows = max(found, default=max(before, len(tokenizer)))
     if rows != before:
         _resize(model, rows)
     new = set(range(before, min(rows, len(tokenizer))))
-    trained = _trained_tokens(folder, names[id(layers["input embedding"])])
-    known = {
-        role: new
-        if "weight" in stored.get(names[id(layer)], {})
-        else trained.get(names[id(layer)].split(".")[-1], set())
-        for role, layer in layers.items()
-    }
-    if len(layers) == 2 and layers["head"].weight is layers["input embedding"].weight:
-        known = dict.fromkeys(layers, set().union(*known.values()))  # tied: what is known of one is so of the other
-    lacking = [role for role in layers if not new <= known[role]]
+    known = _known_rows(folder, names, {name for name in stored if "weight" in stored[name]}, new, shared)
+    lacking = [role for role in names if not new <= known[role]]
     if not lacking:
         return None
     tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(new)[:3]))) + (", ..." if len(new) > 3 else "")
-    where = " and ".join(lacking)
     return (
         f"{folder}: its tokenizer adds {len(new)} tokens to the base ({tokens}), and the adapter holds no rows of the "
-        f"{where} for them. They are the mean of the other rows, as when tokens are added: if the training had other "
-        "rows, the model answers differently where these tokens stand."
+        f"{' and '.join(lacking)} for them. They are the mean of the other rows, as when tokens are added: if the "
+        "training had other rows, the model answers differently where these tokens stand."
     )
 
 
@@ -130,12 +122,19 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in loaded.items()}
 
 
-def _trained_tokens(folder: Path, embedding: str) -> dict[str, set[int]]:
-    """Last part of a module's name -> tokens whose rows the adapter holds one by one.
+def _known_rows(
+    folder: Path, names: dict[str, str], whole: set[str], new: set[int], shared: bool
+) -> dict[str, set[int]]:
+    """Of each layer by its role, the new tokens whose rows the adapter holds: all, or those trained one by one.
 
-    PEFT's ``trainable_token_indices`` and its TrainableTokens; a bare list is of the input embedding.
+    PEFT's ``trainable_token_indices``, and its TrainableTokens; a bare list is of the input embedding.
     """
     config = read_json(folder / "adapter_config.json")
     given = config.get("trainable_token_indices") or config.get("token_indices") or {}
-    by_module = given if isinstance(given, dict) else {embedding: given}
-    return {name.split(".")[-1]: set(tokens) for name, tokens in by_module.items()}
+    by_module = given if isinstance(given, dict) else {names["input embedding"]: given}
+    single = {name.split(".")[-1]: set(tokens) for name, tokens in by_module.items()}
+    known = {role: new if name in whole else single.get(name.split(".")[-1], set()) for role, name in names.items()}
+    copied = {name.split(".")[-1] for name in names.values()} & set(config.get("modules_to_save") or ())
+    if shared and not copied:  # what is known of one is so of the other
+        known = dict.fromkeys(names, set().union(*known.values()))
+    return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -151,7 +152,7 @@ def prepare(config: TextTrainingFields, context: Context) -> tuple[Opened, Encod
     encoded = encode(
         rows, opened.tokenizer, max_length=config.max_length, packing=config.packing, boundaries=config.boundaries
     )
-    return opened, encoded
+    return opened, dataclasses.replace(encoded, notes=(*opened.notes, *encoded.notes))
 
 
 def base_of(model: ModelRef) -> str:

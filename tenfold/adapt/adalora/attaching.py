@@ -58,7 +58,7 @@ class Matrix:
 
 def wrap(
     model: nn.Module, slots: Sequence[Slot], plan: Plan, config: AdaLoraConfig, *, task: str | None
-) -> tuple[PeftModel, dict[str, Matrix]]:
+) -> tuple[PeftModel, dict[str, Matrix], list[tuple[str, str]]]:
     """Put fresh adapters on the slots; everything else is frozen.
 
     A head that shares its weight with the input embedding gets one of its own, so that the adapter can be merged.
@@ -71,7 +71,7 @@ def wrap(
         task: what the model's head is for; decides which head PEFT trains in full.
 
     Returns:
-        PEFT's model around `model`, and the adapted matrices by name, in model order.
+        PEFT's model around `model`; the adapted matrices by name, in model order; the layers that were untied.
 
     Raises:
         ModelError: a model that already has adapters, or a layer that PEFT could not replace.
@@ -93,7 +93,7 @@ def wrap(
     set_patterns(peft_config, plan.ranks, plan.scale)
     # PEFT's extension point for layers of one's own; it takes any base, whatever quantises it.
     peft_config._register_custom_module({nn.Module: SvdLinear})
-    untie(model, peft_config.target_modules)
+    untied = untie(model, [slot.name for slot in slots])
     adapted = get_peft_model(model, peft_config, adapter_name=ADAPTER)
     found = {name: module for name, module in adapted.get_base_model().named_modules() if isinstance(module, SvdLinear)}
     if set(found) != {slot.name for slot in slots}:
@@ -104,7 +104,7 @@ def wrap(
     matrices = {slot.name: Matrix(slot, found[slot.name]) for slot in slots}
     for matrix in matrices.values():
         initialise(matrix.layer, ADAPTER, config.init)
-    return adapted, matrices
+    return adapted, matrices, untied
 
 
 def set_patterns(peft_config: PeftLoraConfig, ranks: Mapping[str, int], scale: float) -> None:

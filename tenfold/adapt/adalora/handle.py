@@ -27,7 +27,13 @@ class AdaLora:
     """
 
     def __init__(
-        self, model: PeftModel, matrices: dict[str, Matrix], controller: Controller, free: list[str], *, tied: bool
+        self,
+        model: PeftModel,
+        matrices: dict[str, Matrix],
+        controller: Controller,
+        free: list[str],
+        *,
+        untied: list[tuple[str, str]],
     ) -> None:
         self.model = model
         """PEFT's model: give it to the Trainer, to TRL, to an optimizer."""
@@ -36,7 +42,7 @@ class AdaLora:
         self.controller = controller
         """Makes the steps; its ``step``, ``masks``, ``scores`` and ``notes`` may be read."""
         self._free = free
-        self._tied = tied
+        self._untied = untied
 
     def __enter__(self) -> AdaLora:
         return self
@@ -158,8 +164,7 @@ class AdaLora:
                 if isinstance(child, ModulesToSaveWrapper):  # PEFT's unload would leave the trained head behind
                     setattr(parent, name, child.original_module)
         base = self.model.unload()
-        if self._tied:
-            tie_again(base)
+        tie_again(base, self._untied)
         free = set(self._free)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in free)
@@ -196,12 +201,11 @@ def attach(
     (12, 8)
     """
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     slots = layer_map(model).select(config.targets)
     plan = make_plan(config, slots, parameters=sum(p.numel() for p in model.parameters()))
-    adapted, matrices = wrap(model, slots, plan, config, task=task)
+    adapted, matrices, untied = wrap(model, slots, plan, config, task=task)
     return AdaLora(
-        adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=False), free, tied=tied
+        adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=False), free, untied=untied
     )
 
 
@@ -229,7 +233,6 @@ def open_adapter(
     """
     stored = read_adapter(Path(folder))
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     slots = [slot for slot in layer_map(model).slots if slot.name in stored.triplets]
     _check_fits(stored, {slot.name: (slot.out_features, slot.in_features) for slot in slots}, folder)
     ranks = {slot.name: len(stored.triplets[slot.name][1]) for slot in slots}
@@ -239,13 +242,13 @@ def open_adapter(
     if not given:
         config = config.model_copy(update={"rank": sum(ranks.values()) / len(ranks)})
     plan = size_plan(config, ranks, costs, stored.scale, sum(p.numel() for p in model.parameters()))
-    adapted, matrices = wrap(model, slots, plan, config, task=task)
+    adapted, matrices, untied = wrap(model, slots, plan, config, task=task)
     for name, matrix in matrices.items():
         fill(matrix.tensors, stored.triplets[name])
     if stored.others:
         set_peft_model_state_dict(adapted, stored.others)
     return AdaLora(
-        adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=True), free, tied=tied
+        adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=True), free, untied=untied
     )
 
 
