@@ -60,7 +60,8 @@ def _nearest_path(path: Path) -> Path | None:
     """The path with its first wrong part put right, as far as it then exists."""
     wrong = next(part for part in (*reversed(path.parents), path) if not part.exists())
     # An ending that both have makes no two names alike.
-    names = {name.removesuffix(".gguf"): name for name in _entries(wrong.parent)}
+    ending = ".gguf" if wrong.name.endswith(".gguf") else ""
+    names = {name.removesuffix(".gguf"): name for name in _entries(wrong.parent) if name.endswith(ending)}
     found = difflib.get_close_matches(wrong.name.removesuffix(".gguf"), names, n=1, cutoff=0.6)
     if not found:
         return None

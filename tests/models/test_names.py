@@ -17,7 +17,7 @@ def place(tmp_path, monkeypatch):
     def asked(*_, **__):
         raise AssertionError("the hub was asked")
 
-    for name in ("runs/first/01-lora/adapter", "my-model", "Qwen/Qwen3-8B"):
+    for name in ("runs/first/01-lora/adapter", "my-model", "xl", "Qwen/Qwen3-8B"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
