@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from operator import length_hint
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,9 +24,11 @@ from torch import Tensor
 
 from tenfold.align.known import KnownMargins, fingerprint, tokenizer_hash
 from tenfold.align.preferences import without_label
-from tenfold.data.encode import pad_id, require_chat_template
+from tenfold.data.encode import pad_id
 from tenfold.data.read import hash_share
 from tenfold.data.rows import Preference
+from tenfold.data.templates import render, require_chat_template
+from tenfold.data.tokens import shared, tokens
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.evaluate.inference import evaluating, input_device
 from tenfold.evaluate.score import Progress, Window, score
@@ -97,7 +99,7 @@ def score_pairs(
 
     Raises:
         ConfigError: a number below 1.
-        DataError: the cache is another kind of file.
+        DataError: the cache is another kind of file, or the chat template refuses a pair.
         ModelError: the model has not one logit or no pad token, or a margin is not finite.
 
     Example:
@@ -157,7 +159,7 @@ def score_policy_pairs(
 
     Raises:
         ConfigError: a number out of its range.
-        DataError: the cache is another kind of file.
+        DataError: the cache is another kind of file, or the chat template refuses a pair.
         ModelError: there is no reference, or a margin is not finite.
 
     Example:
@@ -360,7 +362,7 @@ def _template(tokenizer: Any, chat: bool) -> str:
 
 
 def pair_tokens(row: Preference, tokenizer: Any, chat: bool | None = None) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt with each of its answers, as TRL's trainers make them.
+    """Tokens of a prompt with each of its answers, one text each, as TRL's trainers make them.
 
     Args:
         row: the pair.
@@ -371,6 +373,7 @@ def pair_tokens(row: Preference, tokenizer: Any, chat: bool | None = None) -> tu
         Token ids with the chosen and with the rejected answer.
 
     Raises:
+        DataError: the chat template refuses the pair.
         ModelError: no chat template where one is asked for, or no end-of-text token.
 
     >>> from tenfold.models.tiny import tiny_tokenizer
@@ -383,7 +386,7 @@ def pair_tokens(row: Preference, tokenizer: Any, chat: bool | None = None) -> tu
 
 
 def pair_lengths(row: Preference, tokenizer: Any, chat: bool | None = None) -> tuple[int, int, int]:
-    """Tokens of the prompt, and of the prompt with the chosen and with the rejected answer, as TRL counts them.
+    """Tokens of the prompt before its answers, and with the chosen and the rejected answer, as TRL counts them.
 
     Args:
         row: the pair.
@@ -391,6 +394,7 @@ def pair_lengths(row: Preference, tokenizer: Any, chat: bool | None = None) -> t
         chat: as for `score_pairs`.
 
     Raises:
+        DataError: the chat template refuses the pair.
         ModelError: no chat template where one is asked for, or no end-of-text token.
 
     >>> from tenfold.models.tiny import tiny_tokenizer
@@ -398,35 +402,33 @@ def pair_lengths(row: Preference, tokenizer: Any, chat: bool | None = None) -> t
     (4, 6, 7)
     """
     chat = _uses_chat(tokenizer, chat)
-    chosen, rejected = pair_tokens(row, tokenizer, chat)
-    return len(_prompt(row.prompt, tokenizer, chat)), len(chosen), len(rejected)
+    pair = _tokenised("", row, tokenizer, chat)
+    return _in_common(pair, tokenizer, chat), len(pair.chosen), len(pair.rejected)
 
 
 def _tokenised(key: str, row: Preference, tokenizer: Any, chat: bool) -> _Pair:
-    chosen, rejected = (_whole(row.prompt, answer, tokenizer, chat) for answer in (row.chosen, row.rejected))
+    chosen, rejected = (_whole(row, answer, tokenizer, chat) for answer in (row.chosen, row.rejected))
     return _Pair(key, row, chosen, rejected)
 
 
-def _whole(prompt: str, answer: str, tokenizer: Any, chat: bool) -> list[int]:
+def _whole(row: Preference, answer: str, tokenizer: Any, chat: bool) -> list[int]:
     """Tokens of prompt and answer, as TRL makes them: with its eos token, or by the chat template."""
     if chat:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return _rendered(tokenizer, turns, ask=False)
+        return _rendered(row, [_asked(row), {"role": "assistant", "content": answer}], tokenizer, ask=False)
     end = "" if answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return list(tokenizer(prompt + answer + end, verbose=False)["input_ids"])
+    return tokens(tokenizer, row.prompt + answer + end)
 
 
-def _prompt(prompt: str, tokenizer: Any, chat: bool) -> list[int]:
-    if chat:
-        return _rendered(tokenizer, [{"role": "user", "content": prompt}], ask=True)
-    return list(tokenizer(prompt, verbose=False)["input_ids"])
+def _prompt(row: Preference, tokenizer: Any, chat: bool) -> list[int]:
+    return _rendered(row, [_asked(row)], tokenizer, ask=True) if chat else tokens(tokenizer, row.prompt)
 
 
-def _rendered(tokenizer: Any, turns: list[dict[str, str]], *, ask: bool) -> list[int]:
-    rendered = tokenizer.apply_chat_template(
-        turns, tokenize=True, return_dict=True, add_generation_prompt=ask, tokenizer_kwargs={"verbose": False}
-    )
-    return list(rendered["input_ids"])
+def _asked(row: Preference) -> dict[str, str]:
+    return {"role": "user", "content": row.prompt}
+
+
+def _rendered(row: Preference, turns: list[dict[str, str]], tokenizer: Any, *, ask: bool) -> list[int]:
+    return tokens(tokenizer, render(tokenizer, turns, f"row {row.id!r}", ask=ask), special=False)
 
 
 def _reward_margins(model: Any, pad: int, pairs: list[_Pair]) -> Tensor:
@@ -465,10 +467,18 @@ def _policy_margins(model: Any, reference: Any, tokenizer: Any, chat: bool, beta
 
 
 def _prompt_length(pair: _Pair, tokenizer: Any, chat: bool) -> int:
-    """Tokens that the prompt shares with both texts, as in TRL; at least 1, for nothing predicts a first token."""
-    prompt = _prompt(pair.row.prompt, tokenizer, chat)
-    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(prompt, pair.chosen, pair.rejected, strict=False))
-    return max(1, sum(1 for _ in same))
+    """Where the answers begin: at least 1, for nothing predicts a first token."""
+    return max(1, _in_common(pair, tokenizer, chat))
+
+
+def _in_common(pair: _Pair, tokenizer: Any, chat: bool) -> int:
+    """Tokens that the prompt shares with both texts, as in TRL.
+
+    Not all of the prompt's, where it ends with an opened thought that the conversation lacks, or where its last word
+    merges with an answer. Both answers begin at the same token, so what is shared falls out of the margin.
+    """
+    prompt = _prompt(pair.row, tokenizer, chat)
+    return min(shared(prompt, pair.chosen), shared(prompt, pair.rejected))
 
 
 @contextmanager

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from tenfold.align.r3m import PairLoss, RunningKink, pair_loss, perturbation
 from tenfold.config.r3m import TRIMMED_START, RobustFields
+from tenfold.data.templates import render
 from tenfold.errors import ConfigError, DataError, MissingDependencyError, RunError
 
 try:
@@ -137,14 +139,18 @@ class _Robust(Trainer):
         moving = self._memory.kink
         return self.robust.loss, self.robust.fixed_lam if moving is None else moving.lam
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         named = ID in next(iter(dataset), {ID: None})
         if named and isinstance(dataset, Dataset):
             _check_ids(dataset[ID])
         if not named:
             # Now, for TRL leaves pairs out that are too long, and then the numbers shift.
             dataset = dataset.map(_number, with_indices=True)
-        return super()._prepare_dataset(dataset, *args, **kwargs)
+        try:
+            return super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+        except TemplateError:
+            _name_refused(dataset, processing_class)
+            raise
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -329,6 +335,13 @@ def _check_ids(ids: Sequence[Any]) -> None:
                 remedy="give each pair an id of its own, text or a number, or remove the column",
             )
         seen.add(id)
+
+
+def _name_refused(dataset: Iterable[dict[str, Any]], tokenizer: Any) -> None:
+    """Raise an error that names the first pair that the chat template refuses."""
+    for row in dataset:
+        for answer in ("chosen", "rejected"):
+            render(tokenizer, [*row.get("prompt", []), *row[answer]], f"train_dataset, id {row[ID]!r}")
 
 
 def _number(row: dict[str, Any], index: int) -> dict[str, Any]:

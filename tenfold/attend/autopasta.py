@@ -29,7 +29,7 @@ from tenfold.attend.pasta import reach, steer
 from tenfold.attend.profiles import Profile, all_heads, by_layer, load_profile
 from tenfold.attend.prompts import ANSWER_PROMPT, IDENTIFY_PROMPT, QuestionPrompt
 from tenfold.attend.sentences import sentences
-from tenfold.data.encode import require_chat_template
+from tenfold.data.templates import require_chat_template
 from tenfold.errors import ConfigError
 from tenfold.evaluate.generate import continue_inputs
 from tenfold.evaluate.inference import input_device, max_positions

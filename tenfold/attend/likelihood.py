@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tenfold.attend.marks import Marked, Marks
+from tenfold.data.tokens import standing, tokens
 from tenfold.errors import ConfigError
 from tenfold.evaluate.inference import evaluating, takes_logits_to_keep
 
@@ -21,7 +22,9 @@ class Scores(NamedTuple):
 
 
 def continuation(tokenizer: Any, prompt: Marked, text: str) -> list[int]:
-    """The tokens of a text where it stands after its prompt.
+    """The tokens of a text where it stands after the tokens of its prompt.
+
+    Where the end of the prompt merges with the text, they are those of the text within another one.
 
     Raises:
         ConfigError: a text without a token.
@@ -31,14 +34,12 @@ def continuation(tokenizer: Any, prompt: Marked, text: str) -> list[int]:
     >>> tokenizer.decode(continuation(tokenizer, Marked("The sky is"), " blue"))
     ' blue'
     """
-    options = {"add_special_tokens": False, "verbose": False}
-    alone: list[int] = tokenizer(prompt.text, **options)["input_ids"]
-    whole: list[int] = tokenizer(prompt.text + text, **options)["input_ids"]
-    if whole[: len(alone)] != alone:  # the last word of the prompt merges with it
-        whole, alone = tokenizer(text, **options)["input_ids"], []
-    if len(whole) == len(alone):
+    alone = tokens(tokenizer, prompt.text, special=False)
+    whole = tokens(tokenizer, prompt.text + text, special=False)
+    found = whole[len(alone) :] if whole[: len(alone)] == alone else standing(tokenizer, text)
+    if not found:
         raise ConfigError(f"continuation {text!r} has no token", remedy="give the text of an answer")
-    return whole[len(alone) :]
+    return found
 
 
 def likelihood(model: Any, marks: Marks, tails: Sequence[Sequence[int]]) -> Scores:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.data.encode import pad_id, require_chat_template
+from tenfold.data.encode import pad_id
+from tenfold.data.templates import render, require_chat_template
 from tenfold.errors import ConfigError, DataError
 
 _PRIVATE = range(0xE000, 0xF900)
@@ -292,7 +293,7 @@ def in_chat(
     Raises:
         ModelError: no chat template.
         DataError: a message that is not there, a span outside its content or of white space alone, a template that
-            loses or changes what is marked.
+            refuses the messages, or loses or changes what is marked.
 
     >>> from tenfold.models.tiny import tiny_tokenizer
     >>> marked = in_chat(tiny_tokenizer(), [{"role": "user", "content": "Be brief."}], [MessageSpan(0, 3, 8)])
@@ -300,8 +301,8 @@ def in_chat(
     ('brief', False)
     """
     require_chat_template(tokenizer)
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **template}
-    plain: str = tokenizer.apply_chat_template([dict(message) for message in messages], **options)
+    place, options = "the marked messages", {"ask": add_generation_prompt, **template}
+    plain = render(tokenizer, messages, place, **options)
     free = [chr(code) for code in _PRIVATE if chr(code) not in plain]
     inserts: dict[int, list[tuple[int, str]]] = {}
     pairs: list[tuple[MessageSpan, str, str]] = []
@@ -320,7 +321,7 @@ def in_chat(
         for at, sentinel in sorted(places, reverse=True):
             text = text[:at] + sentinel + text[at:]
         marked[number]["content"] = text
-    rendered: str = tokenizer.apply_chat_template(marked, **options)
+    rendered = render(tokenizer, marked, place, **options)
     sentinels = {character for _, *both in pairs for character in both}
     offsets: dict[str, int] = {}
     clean: list[str] = []

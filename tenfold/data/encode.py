@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tenfold.data.rows import Chat, Completion, Row, Text
+from tenfold.data.templates import Conversation, Messages, converse, template_notes
+from tenfold.data.tokens import tokens, tokens_within
 from tenfold.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -62,9 +63,11 @@ def encode(
     """Turn rows of text, completions or conversations into token examples.
 
     * Text: every token is learned. An end-of-text token follows each row.
-    * Completion: only the completion and what ends it are learned. Prompt and completion are tokenised apart, as they
-      are when the model is used; with a chat template they are a turn of the user and one of the assistant.
-    * Chat: only the assistant's turns are learned.
+    * Completion: only the completion and what ends it are learned. Prompt and completion are one text, so their tokens
+      are those of the tokenizer for it, with an end-of-text token behind; a token that reaches over the border is
+      learned. With a chat template they are a turn of the user and one of the assistant.
+    * Chat: tokens are those of ``apply_chat_template`` for the conversation, and only the assistant's turns are
+      learned, as `tenfold.data.templates.converse` finds them. Notes say which turns are not, and why.
 
     With ``packing``, rows of text are joined and cut into sequences of ``max_length``; the last, shorter one is kept,
     so no token is lost. Attention then crosses the borders of rows within a sequence, which the end-of-text token
@@ -80,7 +83,7 @@ def encode(
         chat: whether completions use the chat template; by default where the tokenizer has one.
 
     Raises:
-        DataError: for rows of other kinds, or when nothing to learn remains.
+        DataError: for rows of other kinds, rows that the chat template refuses, or when nothing to learn remains.
         ModelError: when the tokenizer lacks an end-of-text token, or conversations need a chat template it lacks.
 
     Example:
@@ -94,12 +97,12 @@ def encode(
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError("the tokenizer has no end-of-text token", remedy="set tokenizer.eos_token")
-    pairs = [_tokens(row, tokenizer, eos, chat) for row in rows]
+    found = [_tokens(row, tokenizer, eos, chat) for row in rows]
     if packing and isinstance(rows[0], Text):
-        examples = _pack([ids for ids, _ in pairs], max_length, boundaries)
+        examples = _pack([ids for ids, _, _ in found], max_length, boundaries)
         return _count(rows, examples, truncated=0, cut=0, left_out=0)
     examples, cuts, left_out = [], [], 0
-    for ids, learned in pairs:
+    for ids, learned, _ in found:
         if len(ids) > max_length:
             cuts.append(len(ids) - max_length)
         example = _example(ids[:max_length], learned[:max_length])
@@ -107,17 +110,24 @@ def encode(
             examples.append(example)
         else:
             left_out += 1
-    return _count(rows, examples, truncated=len(cuts), cut=sum(cuts), left_out=left_out)
+    notes = template_notes([row.talk for row in found if row.talk is not None])
+    return _count(rows, examples, truncated=len(cuts), cut=sum(cuts), left_out=left_out, notes=notes)
 
 
 def _count(
-    rows: Sequence[Row], examples: list[dict[str, list[int]]], *, truncated: int, cut: int, left_out: int
+    rows: Sequence[Row],
+    examples: list[dict[str, list[int]]],
+    *,
+    truncated: int,
+    cut: int,
+    left_out: int,
+    notes: Sequence[str] = (),
 ) -> Encoded:
     if not examples:
         raise DataError(
             f"none of the {len(rows)} rows has a token to learn within max_length", remedy="raise max_length"
         )
-    notes = []
+    notes = list(notes)
     if truncated:
         notes.append(f"{truncated} of {len(rows)} rows were longer than max_length and lost {cut} tokens at their end.")
     if left_out:
@@ -160,99 +170,42 @@ def _pack(documents: list[list[int]], max_length: int, boundaries: bool) -> list
     return [example for example in examples if any(label != IGNORED for label in example["labels"])]
 
 
-def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None) -> tuple[list[int], list[bool]]:
+class _Tokens(NamedTuple):
+    ids: list[int]
+    learned: list[bool]
+    talk: Conversation | None = None
+
+
+def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None) -> _Tokens:
     """The tokens of a row and which of them are to be learned."""
     if isinstance(row, Text):
-        ids = _plain(tokenizer, row.text, special=True)
-        ids = ids if ids[-1:] == [eos] else [*ids, eos]
-        return ids, [True] * len(ids)
+        return _ended(tokens(tokenizer, row.text), None, eos)
     if isinstance(row, Completion):
         if tokenizer.chat_template is not None if chat is None else chat:
             turns = ({"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion})
-            return _conversation(Chat(row.id, turns), tokenizer)
-        prompt = _plain(tokenizer, row.prompt, special=True)
-        prompt = prompt[:-1] if prompt[-1:] == [eos] else prompt
-        answer = [*_plain(tokenizer, row.completion, special=False), eos]
-        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+            return _conversation(turns, row.id, tokenizer)
+        whole = row.prompt + row.completion
+        return _ended(*tokens_within(tokenizer, whole, [(len(row.prompt), len(whole))]), eos)
     if isinstance(row, Chat):
-        return _conversation(row, tokenizer)
+        return _conversation(row.messages, row.id, tokenizer)
     raise DataError(
         f"row {row.id!r} is a {type(row).__name__.lower()} row, which has no text to continue",
         remedy="give rows of text, completions or conversations",
     )
 
 
-def _plain(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    # verbose=False: longer than the model's context is expected here, and cut or packed below.
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
+def _ended(ids: list[int], learned: list[bool] | None, eos: int) -> _Tokens:
+    """With an end-of-text token, which is learned, where the tokenizer adds none; all are learned for None."""
+    ids = ids if ids[-1:] == [eos] else [*ids, eos]
+    if learned is None:
+        return _Tokens(ids, [True] * len(ids))
+    return _Tokens(ids, [*learned[: len(ids) - 1], True])
 
 
-def _conversation(row: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    template = require_chat_template(tokenizer)
-    messages = list(row.messages)
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        rendered = tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
-        )
-        return list(rendered["input_ids"]), [bool(flag) for flag in rendered["assistant_masks"]]
-    ids: list[int] = []
-    learned: list[bool] = []
-    for piece, learn in _pieces(row, tokenizer):
-        tokens = _plain(tokenizer, piece, special=False)
-        ids += tokens
-        learned += [learn] * len(tokens)
-    return ids, learned
-
-
-def _pieces(row: Chat, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The rendered conversation in order, divided into what the assistant wrote and the rest.
-
-    What the template adds when it renders one more assistant message, beyond the header that asks for it, is that
-    message. This holds for templates that only append; others are refused.
-    """
-    messages = list(row.messages)
-
-    def render(count: int, ask: bool) -> str:
-        text: str = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
-        return text
-
-    full = render(len(messages), ask=False)
-    done = 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(index, ask=True) if index else ""
-        after = render(index + 1, ask=False)
-        if not (full.startswith(after) and after.startswith(before)):
-            raise DataError(
-                f"row {row.id!r}: the chat template writes message {index + 1} differently once others follow, so the "
-                "assistant's words cannot be told apart",
-                remedy="end each conversation with its first assistant turn, or use a template with {% generation %}",
-            )
-        yield full[done : len(before)], False
-        yield full[len(before) : len(after)], True
-        done = len(after)
-    yield full[done:], False
-
-
-def require_chat_template(tokenizer: Any) -> str:
-    """The tokenizer's chat template.
-
-    Raises:
-        ModelError: when it has none.
-    """
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            "this tokenizer has no chat template",
-            remedy="use an instruction-tuned model, set tokenizer.chat_template, or do without it (chat: false)",
-        )
-    template: str = tokenizer.get_chat_template()
-    return template
+def _conversation(messages: Messages, id: str, tokenizer: Any) -> _Tokens:
+    talk = converse(tokenizer, messages, f"row {id!r}")
+    # The template writes the special tokens that are wanted, also that of the beginning.
+    return _Tokens(*tokens_within(tokenizer, talk.text, talk.spans, special=False), talk)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from tenfold.data.encode import pad_id
 from tenfold.data.rows import Choice
+from tenfold.data.tokens import tokens_within
 from tenfold.errors import DataError
 from tenfold.evaluate.results import Metric, Result
 from tenfold.evaluate.score import Progress, Window, score
@@ -45,8 +46,9 @@ def multiple_choice(
     """Score every option after its prompt.
 
     A space stands between prompt and option unless either brings white space. They are tokenised together, and white
-    space at the end of the prompt belongs to the option, as in lm-evaluation-harness. Of equally
-    likely options the first counts as chosen.
+    space at the end of the prompt belongs to the option, as in lm-evaluation-harness. Where the end of the prompt
+    merges with an option, all options are scored from that token on. Of equally likely options the first counts as
+    chosen.
 
     Args:
         model: a causal language model.
@@ -71,7 +73,7 @@ def multiple_choice(
         raise DataError("no items to choose in", remedy="give at least one")
     windows = []
     for item in items:
-        windows += [_window(tokenizer, item, option) for option in item.options]
+        windows += _windows(tokenizer, item)
     scores = iter(score(model, windows, pad_id=pad_id(tokenizer), batch_size=batch_size, progress=progress))
     likelihoods, correct, normalised = [], [], []
     for item in items:
@@ -108,15 +110,19 @@ def share(name: str, values: Sequence[float | bool]) -> Metric:
     return Metric(name=name, value=mean, count=count, stderr=stderr, better="higher")
 
 
-def _window(tokenizer: Any, item: Choice, option: str) -> Window:
+def _windows(tokenizer: Any, item: Choice) -> list[Window]:
+    """A window for each option; all score from the same token on."""
     prompt = item.prompt.rstrip()
-    between = item.prompt[len(prompt) :] or ("" if option[0].isspace() else " ")
-    option = between + option
-    context: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    whole: list[int] = tokenizer(prompt + option, verbose=False)["input_ids"]
-    if not 0 < len(context) < len(whole):
-        raise DataError(
-            f"row {item.id!r}: {option!r} has no token of its own after {prompt[-40:]!r}",
-            remedy="mend or remove the row",
-        )
-    return Window(whole, len(context))
+    space = item.prompt[len(prompt) :]
+    found = []
+    for option in item.options:
+        whole = prompt + (space or ("" if option[0].isspace() else " ")) + option
+        ids, inside = tokens_within(tokenizer, whole, [(len(prompt), len(whole))])
+        if inside[0] or not any(inside):
+            raise DataError(
+                f"row {item.id!r}: {option!r} has no token of its own after {prompt[-40:]!r}",
+                remedy="mend or remove the row",
+            )
+        found.append((ids[: len(ids) - inside[::-1].index(True)], inside.index(True)))
+    start = min(first for _, first in found)
+    return [Window(ids, start) for ids, _ in found]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.data.tokens import shared, standing
 from tenfold.errors import DataError
 from tenfold.evaluate.inference import evaluating, input_device, takes_logits_to_keep
 from tenfold.evaluate.results import Metric, Result
@@ -182,13 +183,9 @@ def hidden(tokenizer: Any, ids: Tensor, depth: float, number: int) -> tuple[Tens
     Returns:
         Token ids ``[tokens]``, and which are scored: those of the number at the end.
     """
-
-    def tokens(text: str) -> Tensor:
-        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     place = round(depth * len(ids))
-    statement = tokens(f"\n\nRemember this: the secret number of the lighthouse is {number}.\n\n")
-    asked = tokens("\n\nRemember this: the secret number of the lighthouse is")
-    answer = tokens(f" {number}")
-    whole = torch.cat([ids[:place], statement, ids[place:], asked, answer])
-    return whole, torch.arange(len(whole)) >= len(whole) - len(answer)
+    told = f"\n\nRemember this: the secret number of the lighthouse is {number}"
+    statement, asked = standing(tokenizer, f"{told}.\n\n"), standing(tokenizer, told)
+    begun = shared(asked, standing(tokenizer, told.removesuffix(f" {number}")))
+    whole = torch.cat([ids[:place], torch.tensor(statement), ids[place:], torch.tensor(asked)])
+    return whole, torch.arange(len(whole)) >= len(whole) - (len(asked) - begun)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from tenfold.data.encode import pad_id, require_chat_template
+from tenfold.data.encode import pad_id
+from tenfold.data.templates import render, require_chat_template
 from tenfold.errors import ConfigError
 from tenfold.evaluate.inference import evaluating, input_device
 
@@ -47,6 +48,7 @@ def generate(
         The new text of each prompt, special tokens left out.
 
     Raises:
+        DataError: the chat template refuses a prompt.
         ModelError: when ``chat`` is true and the tokenizer has no chat template.
 
     Example:
@@ -59,10 +61,8 @@ def generate(
     if chat:
         require_chat_template(tokenizer)
         prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
+            render(tokenizer, [{"role": "user", "content": prompt}], f"prompt {number}", ask=True)
+            for number, prompt in enumerate(prompts)
         ]
     config = decoding(model, tokenizer, max_new_tokens, temperature)
     device = input_device(model)

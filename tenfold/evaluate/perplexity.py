@@ -180,7 +180,8 @@ def _document(tokenizer: Any, text: str) -> tuple[list[int], int]:
     if len(ids) < 2:
         return ids, 0
     if offsets is not None:
-        return ids, len(text[offsets[1][0] :].encode())
+        # The nearer of both ends: between words some tokenizers leave the space out of their offsets.
+        return ids, len(text[min(offsets[0][1], offsets[1][0]) :].encode())
     return ids, size - len(tokenizer.decode(ids[:1]).encode())
 
 

@@ -17,6 +17,7 @@ from tenfold.data.read import hash_share, read_rows
 from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.tiny import tiny_model
+from tests.tokenizers import TOKENIZERS, template_of_trl
 
 ROWS = [
     Preference("sum", "What is 1 + 1? ", "It is 2.", "It is certainly 11, as anyone can see by looking at it."),
@@ -194,6 +195,40 @@ def test_tokens_are_those_of_trl(reward):
             start = scoring._prompt_length(pair, reward.tokenizer, chat)
             assert (pair.chosen[:start], pair.chosen[start:]) == (split["prompt_ids"], split["chosen_ids"])
             assert pair.rejected[start:] == split["rejected_ids"]
+
+
+@pytest.mark.parametrize("kind", ["prepend (Llama 2)", "first (Mistral)", "bytes, offsets trimmed (Llama 3)", "slow"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "qwen3_5_think", "deepseek_r1_distill", None])
+def test_tokens_are_those_of_trl_with_real_kinds_of_tokenizers(kind, name):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.chat_template = name and template_of_trl(name)
+    row = Preference("1", "no: a+b=", "c", "d")
+    line = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+    if name:
+        line = {"prompt": [{"role": "user", "content": row.prompt}]}
+        line |= {part: [{"role": "assistant", "content": getattr(row, part)}] for part in ("chosen", "rejected")}
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    host = SimpleNamespace(_tokenizer=tokenizer)
+    (split,) = trl.DPOTrainer._prepare_dataset(host, datasets.Dataset.from_list([line]), tokenizer, args, "train")
+    pair = scoring._tokenised("key", row, tokenizer, bool(name))
+    start = scoring._prompt_length(pair, tokenizer, bool(name))
+    assert (pair.chosen[:start], pair.chosen[start:]) == (split["prompt_ids"], split["chosen_ids"])
+    assert (pair.rejected[:start], pair.rejected[start:]) == (split["prompt_ids"], split["rejected_ids"])
+    counts = [split["prompt_ids"], pair.chosen, pair.rejected]
+    assert scoring.pair_lengths(row, tokenizer) == tuple(map(len, counts))
+    if name:
+        talk = [*line["prompt"], *line["chosen"]]
+        assert pair.chosen == tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
+
+
+def test_a_template_that_refuses_a_pair_names_it(reward):
+    reward.tokenizer.chat_template = (
+        "{% if 'du' in messages[0].content %}{{ raise_exception('not so familiar') }}{% endif %}x"
+    )
+    with pytest.raises(DataError, match="row 'é': the chat template refuses these messages: not so familiar"):
+        score_pairs(reward.model, reward.tokenizer, ROWS)
 
 
 def test_the_chat_template_is_used_where_there_is_one(reward):

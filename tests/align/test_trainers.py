@@ -133,6 +133,31 @@ def test_ids_that_tell_no_pairs_apart_are_refused(tmp_path, make, ids, said):
         trainer(make, tmp_path, [{**row, "id": id} for row, id in zip(pairs(3), ids, strict=True)])
 
 
+@BOTH
+def test_a_template_that_refuses_a_pair_names_it(tmp_path, make):
+    rows = [
+        {
+            "id": row["id"],
+            "prompt": [{"role": "system" if number == 3 else "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for number, row in enumerate(pairs())
+    ]
+    opened = tiny_model("llama", task="reward" if make is R3MRewardTrainer else "causal")
+    opened.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"train_dataset, id 'pair-3': .* no system messages"):
+        make(
+            opened.model,
+            args=arguments(make, tmp_path),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=opened.tokenizer,
+        )
+
+
 def test_by_default_it_is_r3m(tmp_path):
     opened = tiny_model("llama", task="reward")
     args = arguments(R3MRewardTrainer, tmp_path)

@@ -15,6 +15,7 @@ from tenfold.attend.prompts import QuestionPrompt
 from tenfold.attend.search import coarse_to_fine
 from tenfold.errors import ConfigError, ModelError, TenfoldError
 from tenfold.models.tiny import tiny_model
+from tests.tokenizers import metaspace
 
 CONTEXT = "The dog is out. Ann has a cat. The cat is in the hut. It rains."
 QUESTION = "Where is the cat?"
@@ -166,6 +167,15 @@ def test_continuation_that_merges():
     assert continuation(Pairs(), Marked("abc"), "def") == ["de", "f"]
     with pytest.raises(ConfigError, match="no token"):
         continuation(Pairs(), Marked("ab"), "")
+
+
+def test_continuation_that_merges_has_no_mark_of_a_beginning():
+    tokenizer = metaspace("prepend")
+    shown = [
+        tokenizer.convert_ids_to_tokens(continuation(tokenizer, Marked(prompt), "c")) for prompt in ("yes", "a+b=")
+    ]
+    assert shown == [["c"], ["c"]]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a+b=c")["input_ids"])[-1] == "a+b=c"  # the case that is meant
 
 
 def test_template_arguments(opened, monkeypatch):

@@ -108,13 +108,14 @@ def test_generation_keyword_of_the_template_decides_where_there_is_one():
     assert learned(example) == "bd"
 
 
-def test_a_template_that_rewrites_history_is_refused():
+def test_of_a_template_that_rewrites_history_the_last_turn_is_learned():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}{% if loop.last %}!{% endif %}{{ m['content'] }}{% endfor %}"
     )
-    with pytest.raises(DataError, match="message 3 differently once others follow"):
-        encode([Chat("1", CONVERSATION)], tokenizer, max_length=500, packing=False)
+    encoded = encode([Chat("1", CONVERSATION)], tokenizer, max_length=500, packing=False)
+    assert learned(encoded.examples[0]) == "d"
+    assert "1 earlier turns of the assistant, in 1 of 1 rows, are context only" in encoded.notes[0]
 
 
 def test_rows_with_nothing_left_to_learn_are_left_out_and_counted():

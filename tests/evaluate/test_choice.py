@@ -8,6 +8,8 @@ import torch
 from tenfold.data.rows import Choice
 from tenfold.errors import DataError
 from tenfold.evaluate.choice import multiple_choice, share
+from tenfold.models.tiny import tiny_model, tiny_tokenizer
+from tests.tokenizers import byte_level
 
 ITEMS = [
     Choice("1", "The sky is", ("blue", "a fish with a very long tail"), 0),
@@ -42,6 +44,35 @@ def test_a_beginning_token_is_context(model, bos_tokenizer):
     model.double()
     found = multiple_choice(model, bos_tokenizer, ITEMS[:1])
     assert found.log_likelihoods[0][0].item() == pytest.approx(dense(model, bos_tokenizer, "The sky is", " blue"))
+
+
+def test_options_that_merge_with_the_prompt_are_scored_from_the_same_token():
+    opened = tiny_model()
+    tokenizer = byte_level()
+    opened.model.resize_token_embeddings(len(tokenizer))
+    opened.model.double()
+    ids = [tokenizer("the answer is" + option)["input_ids"] for option in (" yes", "\nno")]
+    assert [tokenizer.convert_ids_to_tokens(row[4:]) for row in ids] == [
+        ["ĠisĠ", "y", "e", "s"],
+        ["Ġ", "i", "s", "Ċ", "n", "o"],
+    ]
+    expected = []
+    for row in ids:
+        with torch.no_grad():
+            logs = opened.model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+        expected.append(sum(logs[at - 1, row[at]].item() for at in range(4, len(row))))
+    found = multiple_choice(opened.model, tokenizer, [Choice("1", "the answer is", ("yes", "\nno"), 0)])
+    assert found.log_likelihoods[0].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_token_that_ends_each_text_is_no_part_of_an_option(model):
+    ending = tiny_tokenizer("deberta-v2")  # <bos> $A <eos>
+    found = multiple_choice(model.double(), ending, ITEMS[:1]).log_likelihoods[0][0].item()
+    ids = ending("The sky is blue")["input_ids"][:-1]
+    with torch.no_grad():
+        logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = sum(logs[at - 1, ids[at]].item() for at in range(len("The sky is") + 1, len(ids)))
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_share_is_the_sample_standard_error():

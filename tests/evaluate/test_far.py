@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from tenfold.errors import DataError
 from tenfold.evaluate.far import copying, hidden, needle, repeated, spread, text_loss
 from tenfold.models.tiny import tiny_model
+from tests.tokenizers import metaspace
 
 
 class Copier(nn.Module):
@@ -37,7 +38,7 @@ PIECES = list(torch.randint(97, 122, (3, 160), generator=torch.Generator().manua
 
 
 class Letters:
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         return {"input_ids": list(text.encode())}
 
 
@@ -85,6 +86,15 @@ def test_a_needle_lies_where_it_was_put_and_only_its_number_is_scored():
     assert text.count("lighthouse is 40712") == 2
     assert text.endswith("lighthouse is 40712")
     assert tokenizer.decode(whole[scored]) == " 40712"
+
+
+@pytest.mark.parametrize("prefix", ["prepend", "always", "first"])
+def test_a_needle_has_no_mark_of_a_beginning_within_the_text(prefix):
+    tokenizer = metaspace(prefix)
+    whole, scored = hidden(tokenizer, torch.tensor(tokenizer("the answer")["input_ids"]), 1.0, 40712)
+    assert "".join(tokenizer.convert_ids_to_tokens(whole[scored])) in ("▁40712", "is▁40712")  # where the space merges
+    told = "\n\nRemember▁this:▁the▁secret▁number▁of▁the▁lighthouse▁is▁40712"
+    assert "".join(tokenizer.convert_ids_to_tokens(whole)) == f"<s>▁the▁answer{told}.\n\n{told}"
 
 
 def test_too_little_text_is_refused():

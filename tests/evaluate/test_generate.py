@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenfold.errors import ConfigError, ModelError
+from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.evaluate.generate import generate
 
 PROMPTS = ["a", "a much longer prompt than the first", "bb"]
@@ -82,3 +82,17 @@ def test_bad_settings(model, tokenizer):
         generate(model, tokenizer, ["a"], temperature=-1)
     with pytest.raises(ConfigError, match="empty prompt"):
         generate(model, tokenizer, [""], chat=False)
+
+
+def test_a_template_that_refuses_a_prompt_says_which_and_why(model, tokenizer):
+    tokenizer.chat_template = "{% if 'bb' in messages[0].content %}{{ raise_exception('no b, please') }}{% endif %}x"
+    with pytest.raises(DataError, match="prompt 2: the chat template refuses these messages: no b, please") as caught:
+        generate(model, tokenizer, PROMPTS)
+    assert caught.value.exit_code == 2
+
+
+def test_the_template_writes_the_only_token_of_the_beginning(model, bos_tokenizer):
+    model.double()
+    bos_tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}:"
+    expected = greedy(model, bos_tokenizer, "<bos>bb:", 8, special=False)
+    assert generate(model, bos_tokenizer, ["bb"], max_new_tokens=8) == [expected]

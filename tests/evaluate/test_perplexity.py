@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from tenfold.errors import ConfigError, DataError
 from tenfold.evaluate.perplexity import _windows, document_sums, perplexity, ratio
 from tenfold.evaluate.score import Window, chunked_nll, score
+from tests.tokenizers import byte_level
 
 
 def dense(model, ids: list[int]) -> torch.Tensor:
@@ -40,6 +42,18 @@ def test_with_a_beginning_token_every_token_and_byte_counts(model, bos_tokenizer
     assert found.result.settings["documents_skipped"] == 0
     first = dense(model, bos_tokenizer(texts[0])["input_ids"])
     torch.testing.assert_close(found.token_nll[: len(first)], first, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_the_space_behind_a_token_that_is_not_scored_counts(model, trim):
+    """Tokenizers that trim offsets leave the space out of both tokens around it."""
+    tokenizer = byte_level(trim)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)  # nothing before a text
+    model.resize_token_embeddings(len(tokenizer))
+    text = "): yes"
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])[:2] == ["):", "Ġ"]
+    found = perplexity(model, tokenizer, [text], max_length=16)
+    assert found.result.settings["bytes"] == len(" yes")
 
 
 def test_windows_score_with_the_context_they_promise(model, tokenizer):
