@@ -113,8 +113,8 @@ def model(source: str = "demo", repeats: int = 3) -> None:
     whole = opened.model.eval()
     name, limit = Path(source).name, max_positions(whole) or 8192
     local = copy.deepcopy(whole)
-    layers = len(self_attentions(local))
-    convert(local, full_layers=place("interleave", quarter(layers), layers), span=Span("sliding", 1024, sinks=4))
+    layers = self_attentions(local)
+    convert(local, full_layers=place("interleave", quarter(len(layers)), layers), span=Span("sliding", 1024, sinks=4))
     token = torch.tensor([[10]])
     for tokens in (2048, 8000, 16000):
         if tokens > limit or done(part="model", model=name, tokens=tokens):
@@ -171,7 +171,7 @@ PASSAGE = 384
 """Tokens that come twice; at least so many are left free at the end of a context."""
 
 
-def _scores(opened: Any, sinks: int) -> list[list[float]]:
+def _scores(opened: Any, sinks: int) -> dict[int, list[float]]:
     """What each KV head loses by a window of 256 tokens, on four documents that are not measured."""
     others = _unmeasured(documents(opened.tokenizer, 2048, 16), opened.tokenizer)[:4]
     passages = [repeated(ids[:1664], PASSAGE, 1280)[0] for ids in others]
@@ -188,16 +188,15 @@ def quarter(layers: int) -> int:
     return layers // 4
 
 
-def _placed(name: str, scores: list[list[float]]) -> tuple[tuple[int, ...], dict[int, Any]]:
+def _placed(name: str, scores: dict[int, list[float]]) -> tuple[tuple[int, ...], dict[int, Any]]:
     """Full layers, and full heads of others; the scores of a layer's heads add up to its own."""
-    layers, each = len(scores), len(scores[0])
     if name in ("all", "none"):
-        return (tuple(range(layers)) if name == "all" else ()), {}
+        return (tuple(scores) if name == "all" else ()), {}
     if name == "profile of heads":
-        return choose_heads(scores, quarter(layers * each))
+        return choose_heads(scores, quarter(sum(map(len, scores.values()))))
     if name == "profile":
-        return choose_heads([[sum(row)] for row in scores], quarter(layers))
-    return place(cast(Placement, name), quarter(layers), layers), {}
+        return choose_heads({layer: [sum(row)] for layer, row in scores.items()}, quarter(len(scores)))
+    return place(cast(Placement, name), quarter(len(scores)), scores), {}
 
 
 def _measured(net: Any, tokenizer: Any, pieces: Sequence[torch.Tensor]) -> dict[str, float]:

@@ -36,3 +36,19 @@ def activation_checkpointing(enabled: bool) -> dict[str, bool]:
 
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     return {next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names): True}
+
+
+def captures(name: str) -> bool:
+    """Whether the forward pass that runs now collects outputs of this name, such as ``attentions``.
+
+    transformers 5.23 keeps that in a variable of its own; some models (GPT-2) tell their layers nothing of it.
+    """
+    import torch
+
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    return name in (_active_collector.get() or ())

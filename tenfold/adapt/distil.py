@@ -8,15 +8,15 @@ where all weights are trained is it a copy. MASFormer specification, section 8.6
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 
-from tenfold.attend.native import restore
+from tenfold.attend.masformer import full_attention
 from tenfold.attend.spans import FIELD
 from tenfold.data.encode import IGNORED
 from tenfold.errors import ConfigError
@@ -54,7 +54,7 @@ def unconverted(model: Any) -> Teacher:
     without: Callable[[], AbstractContextManager[Any]] = model.disable_adapter if adapted else nullcontext
 
     def states(inputs: dict[str, Tensor]) -> Sequence[Tensor]:
-        with evaluating(teacher), without(), _full_attention(teacher):
+        with evaluating(teacher), without(), full_attention(teacher):
             return hidden_states(teacher, inputs)
 
     return states
@@ -73,7 +73,7 @@ def keeps_apart(model: Any, *, converted: bool = False) -> bool:
     """
     ids = torch.arange(3, 19, device=input_device(model))[None]
     positions = torch.arange(8, device=ids.device).repeat(2)[None]
-    with evaluating(model), _full_attention(model) if converted else nullcontext():
+    with evaluating(model), full_attention(model) if converted else nullcontext():
         try:
             packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 8:].float()
         except TypeError:  # it takes no positions
@@ -81,19 +81,6 @@ def keeps_apart(model: Any, *, converted: bool = False) -> bool:
         alone = model(input_ids=ids[:, 8:], use_cache=False).logits.float()
     same = torch.allclose(packed, alone, atol=1e-2 * float(alone.std()))
     return same and (not converted or keeps_apart(model))
-
-
-@contextmanager
-def _full_attention(model: Any) -> Iterator[None]:
-    """Full attention in all layers of a converted model, while the block runs."""
-    config = model.config.get_text_config(decoder=True)
-    table, name = getattr(config, FIELD), config._attn_implementation
-    restore(model).revert()
-    try:
-        yield
-    finally:
-        setattr(config, FIELD, table)
-        config._attn_implementation = name
 
 
 def hidden_states(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

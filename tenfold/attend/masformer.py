@@ -14,7 +14,8 @@ Not in the paper: single KV heads may have spans of their own (specification, se
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.pasta import reach
-from tenfold.attend.spans import FIELD, NAME, by_span, kv_heads, spans_in
+from tenfold.attend.spans import FIELD, NAME, SAVED, by_span, kv_heads, note, odd_layer, spans_in
 from tenfold.errors import ConfigError, ModelError
 from tenfold.evaluate.far import text_loss
 from tenfold.evaluate.inference import input_device
@@ -66,7 +67,14 @@ class Converted:
         config = _decoder(self.model)
         if getattr(config, FIELD, None) is None:
             return
-        delattr(config, FIELD)
+        vars(config).pop(FIELD, None)
+        for part in (config, self.model.config):
+            vars(part).pop(SAVED, None)
+        for module in self_attentions(self.model).values():
+            _remove(module)
+        tags = getattr(self.model, "model_tags", None) or []
+        if NAME in tags:
+            tags.remove(NAME)
         config._attn_implementation = self.before
 
     def report(self, tokens: int = 8192) -> dict[str, Any]:
@@ -93,10 +101,13 @@ def convert(
 ) -> Converted:
     """Give every layer that is not listed a local span, or its KV heads spans of their own.
 
-    No parameter changes; the spans lie in the model's configuration as ``tenfold_span`` and are saved with it.
+    No parameter changes; the spans lie in the model's configuration as ``tenfold_span`` and are saved with it. A folder
+    that ``save_pretrained`` writes then names an attention function that plain transformers does not have, and it
+    refuses to open it, where it would compute something else.
 
     Args:
-        model: a decoder on transformers' attention interface, with full attention in all layers.
+        model: a decoder on transformers' attention interface, with full attention wherever it has attention: layers of
+            convolutions or linear attention stay as they are.
         full_layers: layers that keep full attention.
         span: of the others.
         heads: layer, KV head, and what that sees instead of ``span``; None is full attention. A KV head stands for all
@@ -113,18 +124,89 @@ def convert(
     layers, config = self_attentions(model), _decoder(model)
     own = {layer: dict(sorted(spans.items())) for layer, spans in sorted((heads or {}).items()) if spans}
     check_spans(full_layers, span, own, layers, kv_heads(config))
-    if getattr(config, FIELD, None) is not None:
+    table = getattr(config, FIELD, None)
+    if table is not None and config._attn_implementation == NAME:
         raise ModelError(
             "the model is converted already", remedy="take the model that it was made of, or revert it (native.restore)"
         )
+    vars(config).pop(FIELD, None)  # what another implementation has made void (see `_keeps_its_spans`)
+    try:
+        _check_layers(config, layers)
+    except ModelError:
+        if table is not None:
+            setattr(config, FIELD, table)
+        raise
+    handle = Converted(model, tuple(sorted(set(full_layers))), span, config._attn_implementation, own)
+    setattr(config, FIELD, handle.table())
+    put_on(model)
+    return handle
+
+
+def put_on(model: Any) -> None:
+    """Let a model compute by the spans in its configuration, and say so in whatever is saved of it."""
+    config = _decoder(model)
+    config._attn_implementation = NAME
+    note(config)
+    whole = model.config
+    if whole is not config:  # a composite configuration sets those of its parts when it is read
+        setattr(whole, SAVED, {key: NAME for key in whole.sub_configs if getattr(whole, key, None) is config})
+    for module in self_attentions(model).values():
+        _remove(module)
+        module.register_forward_pre_hook(_keeps_its_spans)
+    if hasattr(model, "add_model_tags"):  # PEFT writes them into the card of an adapter
+        model.add_model_tags([NAME])
+
+
+def _remove(module: Any) -> None:
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _keeps_its_spans]:
+        del hooks[key]
+
+
+def _keeps_its_spans(module: Any, args: Any) -> None:
+    """Before each attention: ``set_attn_implementation`` would leave the table of spans, and full attention."""
+    config = module.config
+    if getattr(config, FIELD, None) is not None and config._attn_implementation != NAME:
+        raise ModelError(
+            f"the model is converted, and its attention was set to {config._attn_implementation!r}, which knows no "
+            "spans",
+            remedy="tenfold.attend.native.restore(model) brings the spans back, and .revert() of it full attention",
+        )
+
+
+@contextmanager
+def full_attention(model: Any) -> Iterator[None]:
+    """Full attention in all layers of a converted model, while the block runs."""
+    config = _decoder(model)
+    table, name = getattr(config, FIELD), config._attn_implementation
+    delattr(config, FIELD)
+    config._attn_implementation = stock_implementation(model)
+    try:
+        yield
+    finally:
+        setattr(config, FIELD, table)
+        config._attn_implementation = name
+
+
+def stock_implementation(model: Any) -> str:
+    """What transformers would run a model on by itself: ``sdpa``, or ``eager`` where that lacks something.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> stock_implementation(tiny_model("llama").model)
+    'sdpa'
+    """
+    return str(model.get_correct_attn_implementation(None))
+
+
+def _check_layers(config: Any, layers: Mapping[int, Any]) -> None:
+    """Refuse attention that is not full, or not that of the whole layer."""
     if any(reach(module) is not None for module in layers.values()):
         raise ModelError(
             f"{config.model_type}: some of its layers have spans of their own", remedy="take a model of full attention"
         )
-    handle = Converted(model, tuple(sorted(set(full_layers))), span, config._attn_implementation, own)
-    setattr(config, FIELD, handle.table())
-    config._attn_implementation = NAME
-    return handle
+    odd = odd_layer(config, layers)
+    if odd is not None:
+        raise ModelError(f"{config.model_type}: {odd}", remedy="take a model of full attention, such as Llama or Qwen")
 
 
 def check_spans(
@@ -148,9 +230,9 @@ def check_spans(
     """
     for name, chosen in (("full_layers", full_layers), ("heads", heads)):
         if unknown := sorted(set(chosen) - set(layers)):
-            raise ConfigError(
-                f"{name}: {unknown[0]}; the model has layers {min(layers)} to {max(layers)}", remedy="correct the layer"
-            )
+            whole = len(layers) == max(layers) - min(layers) + 1
+            there = f"layers {min(layers)} to {max(layers)}" if whole else f"attention in layers {sorted(layers)}"
+            raise ConfigError(f"{name}: {unknown[0]}; the model has {there}", remedy="correct the layer")
     if twice := sorted(set(full_layers) & set(heads)):
         raise ConfigError(f"heads: layer {twice[0]} is one of full_layers too", remedy="name it in one of the two")
     _check_span(span, "span")
@@ -177,7 +259,7 @@ def _check_span(span: Span, where: str) -> None:
         )
 
 
-def profile(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span) -> list[float]:
+def profile(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span) -> dict[int, float]:
     r"""How much each layer loses by a local span: one backward pass over all of them (specification, section 8.1).
 
     Every layer gives :math:`\\alpha` full + :math:`(1 - \\alpha)` local attention with :math:`\\alpha = 1/2`, and its
@@ -191,12 +273,12 @@ def profile(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span) -> l
         span: what the local layers will see.
 
     Returns:
-        A score for each layer, in nats a token; the largest should keep full attention.
+        A score for each layer of attention by its index, in nats a token; the largest should keep full attention.
     """
-    return _scores(model, texts, span, ()).tolist()
+    return _scores(model, texts, span, ())
 
 
-def profile_heads(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span) -> list[list[float]]:
+def profile_heads(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span) -> dict[int, list[float]]:
     """The same for each KV head: one backward pass over all of them. The scores of a layer add up to its own.
 
     Args:
@@ -205,19 +287,19 @@ def profile_heads(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span
         span: what the local heads will see.
 
     Returns:
-        For each layer a score for each KV head, in nats a token; see `choose_heads`.
+        By layer of attention a score for each KV head, in nats a token; see `choose_heads`.
 
     >>> from tenfold.evaluate.far import repeated
     >>> from tenfold.models.tiny import tiny_model
     >>> scores = profile_heads(tiny_model("llama").model, repeated(torch.arange(5, 45), 20, 20), Span("sliding", 8))
-    >>> [len(layer) for layer in scores]
-    [2, 2]
+    >>> {layer: len(heads) for layer, heads in scores.items()}
+    {0: 2, 1: 2}
     """
-    return _scores(model, texts, span, (kv_heads(_decoder(model)),)).tolist()
+    return _scores(model, texts, span, (kv_heads(_decoder(model)),))
 
 
-def _scores(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span, shape: tuple[int, ...]) -> Tensor:
-    """The slopes of gates of a shape in every layer, ``[layers, *shape]``, float64."""
+def _scores(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span, shape: tuple[int, ...]) -> dict[int, Any]:
+    """The slopes of gates of a shape in every layer, as numbers and lists."""
     if not texts:
         raise ConfigError("texts: none to profile on", remedy="give one text or more")
     training = [module for module in model.modules() if module.training]
@@ -240,7 +322,7 @@ def _scores(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span, shap
         handle.revert()
         for module in training:
             module.training = True
-    return scores
+    return dict(zip(attentions, scores.tolist(), strict=True))
 
 
 def _with_gate(
@@ -249,27 +331,38 @@ def _with_gate(
     return args, {**kwargs, "gate": gate}
 
 
-def place(placement: Placement, full: int, layers: int) -> tuple[int, ...]:
+def place(placement: Placement, full: int, layers: Collection[int]) -> tuple[int, ...]:
     """Layers that keep full attention, by a fixed rule; the paper's is the bottom.
 
-    >>> place("bottom", 2, 8), place("top", 2, 8), place("middle", 2, 8), place("interleave", 2, 8)
-    ((0, 1), (6, 7), (3, 4), (0, 4))
+    Args:
+        placement: the rule.
+        full: how many.
+        layers: indices of the layers that have attention, as `self_attentions` names them.
+
+    Raises:
+        ConfigError: more layers than there are, or fewer than none.
+
+    >>> [place(rule, 2, range(8)) for rule in ("bottom", "top", "middle", "interleave")]
+    [(0, 1), (6, 7), (3, 4), (0, 4)]
+    >>> place("top", 1, [2, 5, 8])
+    (8,)
     """
-    if not 0 <= full <= layers:
-        raise ConfigError(f"full layers: {full} of {layers}", remedy=f"give 0 to {layers}")
-    starts = {"bottom": 0, "top": layers - full, "middle": (layers - full) // 2}
+    count, indices = len(layers), sorted(layers)
+    if not 0 <= full <= count:
+        raise ConfigError(f"full layers: {full} of {count}", remedy=f"give 0 to {count}")
+    starts = {"bottom": 0, "top": count - full, "middle": (count - full) // 2}
     if placement in starts:
-        return tuple(range(starts[placement], starts[placement] + full))
-    return tuple(number * layers // full for number in range(full))
+        return tuple(indices[starts[placement] : starts[placement] + full])
+    return tuple(indices[number * count // full] for number in range(full))
 
 
 def choose_heads(
-    scores: Sequence[Sequence[float]], count: int
+    scores: Mapping[int, Sequence[float]], count: int
 ) -> tuple[tuple[int, ...], dict[int, dict[int, Span | None]]]:
     """The KV heads of largest score, as `convert` takes them: they keep full attention.
 
     Args:
-        scores: for each layer a score for each KV head, as from `profile_heads`.
+        scores: by layer a score for each KV head, as from `profile_heads`.
         count: KV heads that keep full attention. Of equal scores the first win.
 
     Returns:
@@ -278,10 +371,10 @@ def choose_heads(
     Raises:
         ConfigError: more heads than there are, or fewer than none.
 
-    >>> choose_heads([[0.1, 0.4], [0.3, 0.2]], 3)
-    ((1,), {0: {1: None}})
+    >>> choose_heads({2: [0.1, 0.4], 5: [0.3, 0.2]}, 3)
+    ((5,), {2: {1: None}})
     """
-    places = [(layer, head) for layer, row in enumerate(scores) for head in range(len(row))]
+    places = [(layer, head) for layer in sorted(scores) for head in range(len(scores[layer]))]
     if not 0 <= count <= len(places):
         raise ConfigError(f"full heads: {count} of {len(places)}", remedy=f"give 0 to {len(places)}")
     best = sorted(places, key=lambda place: -scores[place[0]][place[1]])[:count]

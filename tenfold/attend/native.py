@@ -3,7 +3,8 @@
 Stock layers know one local pattern, a window without sinks, and only some architectures let a configuration say which
 layers have it. `save_native` writes what they can say and refuses the rest; `tenfold.models.export.save_model` keeps
 everything, as ``tenfold_span`` in ``config.json``, which `tenfold.models.open.open_model` honours through `restore` and
-stock transformers ignores: it would run full attention everywhere. MASFormer specification, section 2.
+stock transformers does not know: it refuses the name of the attention function that stands there too. MASFormer
+specification, section 2.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 
-from tenfold.attend.masformer import Converted, check_spans
-from tenfold.attend.spans import FIELD, NAME, common_span, kv_heads, own_spans
+from tenfold.attend.attention import self_attentions
+from tenfold.attend.masformer import Converted, check_spans, put_on, stock_implementation
+from tenfold.attend.spans import FIELD, NAME, SAVED, common_span, kv_heads, own_spans
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.folders import write_folder
 from tenfold.models.heads import auto_class
@@ -32,7 +34,7 @@ NATIVE = {
 
 _OURS = {"full_layers", "pattern", "size", "previous", "sinks"}
 _ELSEWHERE = "use save_model: that folder keeps tenfold_span, and tenfold's open_model brings the spans back"
-_NOT_CARRIED = ("model_type", "architectures", "transformers_version", "_name_or_path", FIELD)
+_NOT_CARRIED = ("model_type", "architectures", "transformers_version", "_name_or_path", FIELD, SAVED)
 _LLAMA_ALONE = ("attention_bias", "mlp_bias", "pretraining_tp")
 
 
@@ -135,15 +137,15 @@ def restore(model: Any) -> Converted:
     try:
         full, span = tuple(sorted(table["full_layers"])), common_span(table)
         heads = {int(layer): own_spans(table, int(layer)) for layer in table.get("heads", {})}
-        check_spans(full, span, heads, range(config.num_hidden_layers), kv_heads(config))
+        check_spans(full, span, heads, self_attentions(model), kv_heads(config))
     except (TypeError, KeyError, AttributeError, ValueError, ConfigError) as error:
         raise ModelError(
             f"{FIELD} in the configuration: {table!r} cannot be read",
             remedy="upgrade tenfold, or convert the original model again",
         ) from error
     before = config._attn_implementation
-    config._attn_implementation = NAME
-    return Converted(model, full, span, "sdpa" if before == NAME else before, heads)
+    put_on(model)
+    return Converted(model, full, span, stock_implementation(model) if before == NAME else before, heads)
 
 
 def _check_architecture(config: Any) -> None:

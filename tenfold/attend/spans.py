@@ -7,26 +7,42 @@ of all pairs shall exist. MASFormer specification, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from tenfold.attend.attention import PREFIX, Probe, attention
+from tenfold.compat import captures
 from tenfold.errors import ModelError
 from tenfold.kernels.biased import KeyBias, with_key_channel
-from tenfold.kernels.local import FULL, Held, HeldHeads, Span, held_positions, local_attention, real_positions
+from tenfold.kernels.local import (
+    FULL,
+    Held,
+    HeldHeads,
+    Softmax,
+    Span,
+    dense_attention,
+    held_positions,
+    local_attention,
+    real_positions,
+    visible,
+)
 from tenfold.kernels.view import View
 
 NAME = f"{PREFIX}span"
 FIELD = "tenfold_span"
 """Of the model's configuration: ``full_layers``, the fields of `Span`, perhaps ``heads``: by layer and KV head, both
 as text, the fields of another span, or null for full attention."""
+SAVED = "attn_implementation"
+"""Of the configuration too, always `NAME`: transformers reads it where it opens a file, and refuses a name that nothing
+has registered, where it would otherwise open the model with full attention everywhere."""
 
 
 def head_spans(config: Any, layer: int) -> tuple[Span, ...]:
@@ -65,6 +81,37 @@ def own_spans(table: Any, layer: int) -> dict[int, Span | None]:
 def kv_heads(config: Any) -> int:
     """KV heads of a layer, by a decoder's configuration."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def attention_layers(config: Any) -> list[int]:
+    """Layers that keep keys and values, by a decoder's configuration: not those of convolutions or linear attention.
+
+    >>> from types import SimpleNamespace
+    >>> attention_layers(SimpleNamespace(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"]))
+    [1]
+    """
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [layer for layer, kind in enumerate(kinds) if kind not in ("conv", "linear_attention", "moe", "mlp")]
+
+
+def odd_layer(config: Any, layers: Collection[int]) -> str | None:
+    """What stands in the way of spans in some layers of attention, by the caches that transformers has for them.
+
+    Args:
+        config: of the decoder.
+        layers: indices of the layers of attention.
+
+    Returns:
+        A sentence that names the layer; None where all is well.
+    """
+    stock = DynamicCache(config=config).layers
+    for layer in layers:
+        if not 0 <= layer < len(stock):
+            return f"layer {layer}: the configuration counts {len(stock)} layers"
+        kind = type(stock[layer]).__name__
+        if kind not in ("DynamicLayer", "LinearAttentionAndFullAttentionLayer"):
+            return f"layer {layer}: transformers keeps a {kind} for it, so it is no plain full attention"
+    return None
 
 
 def by_span(spans: Sequence[Span]) -> dict[Span, list[int]]:
@@ -108,30 +155,38 @@ def spanned(
         **arguments: what else transformers passes, ``position_ids`` among them.
 
     Returns:
-        Output ``[batch, queries, heads, head_dim]``, and None.
+        Output ``[batch, queries, heads, head_dim]``, and the weights ``[batch, heads, queries, keys]`` where
+        ``output_attentions`` asks for them, else None.
 
     Raises:
-        ModelError: a mask of four dimensions or a dose of attention for a local layer; a cache made for other spans.
+        ModelError: a mask of four dimensions or a dose of attention for a local layer; a cache made for other spans;
+            weights of keys that the cache does not hold; an argument that asks for something else than spans.
     """
     layer: Any = module.layer_idx
     spans = head_spans(module.config, layer)
     full = set(spans) == {FULL}
+    _check_arguments(layer, full, arguments)
+    note(module.config)
     if attention_mask is not None and attention_mask.ndim == 4 and not full:
         raise _four_dimensions(layer)
+    asked = _asks_weights(module, arguments)
+    if asked and isinstance(key, Held | HeldHeads | View):
+        raise _needs_all_keys(layer, "the weights of its attention are asked for")
     if isinstance(key, Held | HeldHeads):
         given = {"key_bias": key_bias, "probe": probe, "gate": gate, **arguments}
         return _on_held(module, query, key, attention_mask, spans, given), None
     if full:
-        mask = attention_mask
-        if mask is None or mask.ndim == 2:
-            keys = key.tokens if isinstance(key, View) else key.shape[2]
-            places = _places(len(query), query.shape[2], keys, mask, arguments.get("position_ids"))
-            mask = _full_mask(query, keys, *places)
-        return attention(module, query, key, value, mask, base="sdpa", key_bias=key_bias, probe=probe, **arguments)
+        base = "eager" if asked or any(arguments.get(name) is not None for name in _EAGER) else "sdpa"
+        keys = key.tokens if isinstance(key, View) else key.shape[2]
+        mask = _mask_for(base, query, keys, attention_mask, arguments.get("position_ids"))
+        return attention(module, query, key, value, mask, base=base, key_bias=key_bias, probe=probe, **arguments)
 
     def seeing(spans: Sequence[Span], value: Tensor) -> Tensor:
         return _on_parts(module, query, _parts(key, value, spans), attention_mask, key_bias, arguments)
 
+    if asked:
+        places = _places(len(query), query.shape[2], key.shape[2], attention_mask, arguments.get("position_ids"))
+        return _with_weights(module, query, _parts(key, value, spans), places, key_bias, arguments)
     if gate is not None:
         whole, local = seeing([FULL] * len(spans), value), seeing(spans, value)
         share = gate.to(local).expand(len(spans)).repeat_interleave(query.shape[1] // len(spans))
@@ -139,6 +194,42 @@ def spanned(
     if probe is not None:
         probe(layer, value, partial(seeing, spans))
     return seeing(spans, value), None
+
+
+def note(config: Any) -> None:
+    """Let a configuration say in files which function its spans need, also one that was opened without tenfold."""
+    if SAVED not in vars(config):
+        setattr(config, SAVED, NAME)
+
+
+_EAGER = ("softcap", "s_aux", "position_bias", "sinks")
+"""Arguments that only a model's own function knows, or it alone knows best."""
+_NEVER = ("sliding_window", "indices", "block_indices")
+_LOCAL_NEVER = ("position_bias", "sinks")
+
+
+def _check_arguments(layer: int, full: bool, arguments: dict[str, Any]) -> None:
+    """Refuse what a model asks of its attention and spans would drop."""
+    for name in _NEVER if full else _NEVER + _LOCAL_NEVER:
+        if arguments.get(name) is not None:
+            raise ModelError(
+                f"layer {layer}: the model gives its attention {name}, which {NAME} does not know",
+                remedy="take a model of plain full attention, such as Llama, Qwen, Mistral, Gemma 2 or GPT-2"
+                if full or name in _NEVER
+                else "keep full attention in this layer",
+            )
+
+
+def _asks_weights(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether the caller of the model wants its attentions; GPT-2 and others tell their attention nothing of it."""
+    told = arguments.get("output_attentions") or getattr(module.config, "output_attentions", False)
+    return bool(told) or captures("attentions")
+
+
+def _needs_all_keys(layer: int, what: str) -> ModelError:
+    return ModelError(
+        f"layer {layer}: {what}, and its cache may hold fewer keys", remedy="call the model with use_cache=False"
+    )
 
 
 def _four_dimensions(layer: int) -> ModelError:
@@ -227,10 +318,11 @@ def _on_parts(
             index = part.places.clamp(min=0)
             biases = tuple(replace(bias, values=bias.values.take_along_dim(index, 1)) for bias in biases)
             places = held_positions(part.places, seen), None
-        if _sees_all(query, part, seen):
+        softmax = _softmax(query, arguments, heads, grouped.shape[2])
+        if _sees_all(query, part, seen) and softmax.plain:
             output = attention(module, its, part.keys, part.values, None, base="sdpa", key_bias=biases, **arguments)[0]
         else:
-            output = _of_span(module, its, part, places, biases, arguments)
+            output = _of_span(module, its, part, places, biases, softmax, arguments)
         outputs.append(output.unflatten(2, (len(heads), -1)))
     return _joined(parts, outputs, 2).flatten(2, 3)
 
@@ -254,23 +346,70 @@ def _of_span(
     part: Held,
     places: tuple[Tensor | None, Tensor | None],
     key_bias: tuple[KeyBias, ...],
+    softmax: Softmax,
     arguments: dict[str, Any],
 ) -> Tensor:
     """Attention of heads of one span, with biases of keys; ``[batch, queries, heads, head_dim]``."""
-    key, value = part.keys, part.values
+    if part.span == FULL and softmax.plain:
+        mask = _full_mask(query, part.keys.shape[2], *places)
+        given = {**arguments, "s_aux": None}
+        return attention(module, query, part.keys, part.values, mask, base="sdpa", key_bias=key_bias, **given)[0]
+    its = _biased(module, query, part, softmax, key_bias)
     if part.span == FULL:
-        mask = _full_mask(query, key.shape[2], *places)
-        return attention(module, query, key, value, mask, base="sdpa", key_bias=key_bias, **arguments)[0]
+        seen = visible(FULL, query, its[1].shape[2], *places)
+        output = dense_attention(*its, seen, softmax)[0]
+    else:
+        output = local_attention(*its, part.span, softmax, *places)
+    return output[..., : part.values.shape[-1]].transpose(1, 2).contiguous()
+
+
+def _softmax(query: Tensor, arguments: dict[str, Any], heads: list[int], each: int) -> Softmax:
+    """How the query heads of some KV heads make weights, ``each`` of which has so many."""
+    scale, sink = arguments.get("scaling"), arguments.get("s_aux")
+    if sink is not None:
+        sink = sink.view(-1, each)[heads].flatten()
+    return Softmax(query.shape[-1] ** -0.5 if scale is None else scale, arguments.get("softcap"), sink)
+
+
+def _biased(
+    module: nn.Module, query: Tensor, part: Held, softmax: Softmax, key_bias: tuple[KeyBias, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with biases of keys in channels of their own."""
     layer: Any = module.layer_idx
-    scale = arguments.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    size = value.shape[-1]
+    its = query, part.keys, part.values
     for bias in key_bias:
         if bias.target is not None:
             raise ModelError(f"layer {layer}: target_mass, and this layer has a span", remedy="use alpha")
-        query, key, value = with_key_channel(query, key, value, scale, bias)
-    output = local_attention(query, key, value, part.span, scale, *places)
-    return output[..., :size].transpose(1, 2).contiguous()
+        if softmax.softcap is not None:  # the channel would be capped as well
+            raise ModelError(
+                f"layer {layer}: it caps its scores and has a span, and cannot be biased",
+                remedy="steer layers of full attention",
+            )
+        its = with_key_channel(*its, softmax.scale, bias)
+    return its
+
+
+def _with_weights(
+    module: nn.Module,
+    query: Tensor,
+    parts: Parts,
+    places: tuple[Tensor | None, Tensor | None],
+    key_bias: tuple[KeyBias, ...],
+    arguments: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Attention on whole keys, and all of its weights, as they are asked for in eager attention."""
+    grouped = query.unflatten(1, (sum(len(heads) for heads, _ in parts), -1))
+    outputs, weights = [], []
+    for heads, part in parts:
+        softmax = _softmax(query, arguments, heads, grouped.shape[2])
+        biases = _biases_of(key_bias, heads, grouped.shape[2])
+        its = _biased(module, grouped[:, heads].flatten(1, 2), part, softmax, biases)
+        seen = visible(part.span, query, part.keys.shape[2], *places)
+        output, its_weights = dense_attention(*its, seen, softmax)
+        outputs.append(output[..., : part.values.shape[-1]].unflatten(1, (len(heads), -1)))
+        weights.append(its_weights.unflatten(1, (len(heads), -1)))
+    output, whole = (_joined(parts, tensors, 1).flatten(1, 2) for tensors in (outputs, weights))
+    return output.transpose(1, 2).contiguous(), whole
 
 
 def _sees_all(query: Tensor, part: Held, seen: Tensor | None) -> bool:
@@ -299,6 +438,20 @@ def _places(
     first = torch.nn.functional.pad(begins, (1, 0), value=True)
     index = torch.arange(keys, device=places.device)
     return index - torch.where(first, index, 0).cummax(1).values, documents
+
+
+def _mask_for(base: str, query: Tensor, keys: int, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """The mask of a layer of full attention, as ``sdpa`` or ``eager`` takes it."""
+    if mask is None or mask.ndim == 2:
+        mask = _full_mask(query, keys, *_places(len(query), query.shape[2], keys, mask, position_ids))
+    if base == "sdpa":
+        return mask
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], keys, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    # Eager attention adds its mask, and a row of nothing but -inf would become NaN.
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
 
 
 def _full_mask(query: Tensor, keys: int, positions: Tensor | None, documents: Tensor | None) -> Tensor | None:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from tenfold.attend.spans import FIELD, NAME, by_span, head_spans
+from tenfold.attend.spans import FIELD, NAME, attention_layers, by_span, head_spans
 from tenfold.cache.crop import tokens_left
 from tenfold.cache.gear.cache import gear_layers, head_sizes
 from tenfold.cache.gear.layer import GearLayer
@@ -30,6 +30,22 @@ from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
 from tenfold.evaluate.memory import stored_bytes
 from tenfold.kernels.local import FULL, Held, HeldHeads, Span, first_keys, held_positions
+
+DRAFTED = 64
+"""Tokens that may follow a crop, in several calls, before recording is taken to be over: no draft is as long."""
+
+
+class _Reads:
+    """Whether a model's attention function takes `Held` now. A copy of a cache asks the same model."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __call__(self) -> bool:
+        return bool(self.config._attn_implementation == NAME)
+
+    def __deepcopy__(self, memo: Any) -> _Reads:
+        return self
 
 
 class SpanLayer(CacheLayerMixin):
@@ -53,6 +69,8 @@ class SpanLayer(CacheLayerMixin):
         super().__init__()
         self.span, self.index, self.reads = span, index, reads
         self.record_past = False
+        self.cropped: int | None = None
+        """Tokens that the last crop of this recording left; None before the first."""
         self.tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -94,6 +112,7 @@ class SpanLayer(CacheLayerMixin):
                 f"layer {self.index}: {len(key_states)} rows after {len(self.keys)}",
                 remedy="one cache is for one batch: call cache.reset(), or make another",
             )
+        self._end_recording(key_states.shape[2])
         # Joining copies, so that nothing keeps the storage of a larger tensor alive.
         self.keys = torch.cat([self.keys, key_states], 2)
         self.values = torch.cat([self.values, value_states], 2)
@@ -157,8 +176,21 @@ class SpanLayer(CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
-        """From now on nothing is dropped before `crop` has said which tokens stay."""
-        self.record_past = True
+        """From now on nothing is dropped before `crop` has said which tokens stay.
+
+        After a crop the next draft is recorded, and so on, until `DRAFTED` tokens have come in several calls without
+        one: assisted decoding asks for this and never says that it has ended, and plain decoding does not crop.
+        """
+        self.record_past, self.cropped = True, None
+
+    def _end_recording(self, coming: int) -> None:
+        """Before a call: whether the last crop lies so far back that none will follow."""
+        if not self.record_past or self.cropped is None or self.tokens == self.cropped:
+            return
+        if self.tokens + coming - self.cropped > DRAFTED:
+            self.record_past, self.cropped = False, None
+            self._drop(self.seen)
+            self.seen = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, and drop what is out of reach then.
@@ -183,6 +215,7 @@ class SpanLayer(CacheLayerMixin):
             self.tokens = left
         self._drop(None if self.seen is None else self.seen[:, :left])
         self.seen = None
+        self.cropped = left if self.record_past else None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
@@ -212,7 +245,7 @@ class SpanLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.is_initialized, self.tokens, self.record_past = False, 0, False
+        self.is_initialized, self.tokens, self.record_past, self.cropped = False, 0, False, None
         self.keys = self.values = self.sinks = self.seen = None  # type: ignore[assignment]
 
 
@@ -261,6 +294,16 @@ class HeadSpanLayer(CacheLayerMixin):
         """No maximum."""
         return -1
 
+    @property
+    def record_past(self) -> bool:
+        """Whether a crop is waited for; transformers reads it, and sets it to False."""
+        return any(layer.record_past for _, layer in self.parts)
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        for _, layer in self.parts:
+            layer.record_past = value
+
     def activate_past_recording(self) -> None:
         """As `SpanLayer.activate_past_recording`."""
         self._each(SpanLayer.activate_past_recording)
@@ -298,12 +341,15 @@ class HeadSpanLayer(CacheLayerMixin):
 class SpanCache(Cache):
     """A cache for ``past_key_values=`` of a converted model: local layers and heads keep a constant number of keys.
 
+    Layers without keys, of convolutions or linear attention, have their states here as in the model's own cache.
+
     Args:
         config: the configuration of a model that `tenfold.attend.masformer.convert` has converted.
         kv: how layers of full attention are packed; None keeps their keys and values as they are.
 
     Raises:
-        ModelError: the model is not converted; ``kv``, and no layer has full attention.
+        ModelError: the model is not converted; ``kv``, and no layer has full attention; layers that keep a state
+            beside their keys (Falcon H1).
     """
 
     def __init__(self, config: Any, kv: CacheConfig | None = None) -> None:
@@ -314,13 +360,15 @@ class SpanCache(Cache):
                 remedy="convert it first (tenfold.attend.masformer.convert), or take its own cache",
             )
         self.config = decoder
-
-        def reads() -> bool:
-            return bool(decoder._attn_implementation == NAME)
-
+        reads = _Reads(decoder)
         layers: list[Any] = list(DynamicCache(config=config).layers)
         full = []
-        for index in range(len(layers)):
+        for index in attention_layers(decoder):
+            if not _has_keys_alone(layers[index]):
+                raise ModelError(
+                    f"layer {index}: transformers keeps a {type(layers[index]).__name__} for it, not keys alone",
+                    remedy="take the model's own cache: it holds all keys, and attention is by spans there too",
+                )
             groups = by_span(head_spans(decoder, index))
             if len(groups) > 1:
                 layers[index] = HeadSpanLayer(groups, index, reads)
@@ -342,16 +390,19 @@ class SpanCache(Cache):
         """What is stored, measured on the tensors' storage, beside what the formula says.
 
         Returns:
-            ``tokens`` of a row; ``bytes``, of which ``local bytes`` and ``full bytes``, by layers and heads; ``formula
-            bytes`` of local and unpacked full ones (specification, oracle 9, with sinks); ``dense bytes`` of a cache
-            without spans.
+            ``tokens`` of a row; ``bytes``, of which ``local bytes`` and ``full bytes``, by layers and heads, and
+            ``state bytes`` of layers without keys; ``formula bytes`` of local and unpacked full ones (specification,
+            oracle 9, with sinks); ``dense bytes`` of a cache without spans.
         """
-        stores = list(self._stores())
+        stores = [store for store in self._stores() if isinstance(store, CacheLayerMixin)]
+        states = [layer for layer in self.layers if not isinstance(layer, CacheLayerMixin)]
         local = [store for store in stores if _is_local(store)]
         full = [store for store in stores if not _is_local(store)]
         sample = next((_sample(store) for store in stores if store.is_initialized), torch.empty(0))
         shape = {"tokens": self.get_seq_length(), "batch": len(sample), "itemsize": sample.element_size()}
         parts = {"local bytes": stored_bytes(local), "full bytes": stored_bytes(full)}
+        if states:
+            parts["state bytes"] = stored_bytes(states)
         return {
             "tokens": shape["tokens"],
             "bytes": sum(parts.values()),
@@ -367,6 +418,10 @@ class SpanCache(Cache):
                 yield from (part for _, part in layer.parts)
             else:
                 yield layer
+
+
+def _has_keys_alone(layer: Any) -> bool:
+    return type(layer) is DynamicLayer
 
 
 def _is_local(store: Any) -> bool:
@@ -398,9 +453,10 @@ def formula_bytes(config: Any, tokens: int, *, batch: int = 1, itemsize: int = 2
     """
     decoder = config.get_text_config(decoder=True)
     kv_heads, head_dim = head_sizes(decoder)
-    kept = decoder.num_hidden_layers * kv_heads * tokens
+    layers = attention_layers(decoder)
+    kept = len(layers) * kv_heads * tokens
     if spans:
-        found = [span for layer in range(decoder.num_hidden_layers) for span in head_spans(decoder, layer)]
+        found = [span for layer in layers for span in head_spans(decoder, layer)]
         kept = sum(min(tokens, span.reach + span.sinks) for span in found)
     return 2 * batch * head_dim * itemsize * kept
 
@@ -408,11 +464,16 @@ def formula_bytes(config: Any, tokens: int, *, batch: int = 1, itemsize: int = 2
 def own_cache(model: Any, kv: CacheConfig | None = None) -> SpanCache | None:
     """The small cache of a model that has spans now; None for any other model, whose own cache will do.
 
+    None also where layers keep a state beside their keys, and only the model's own cache holds both.
+
     >>> from tenfold.models.tiny import tiny_model
     >>> own_cache(tiny_model("llama").model) is None
     True
     """
     decoder = model.config.get_text_config(decoder=True)
     if getattr(decoder, FIELD, None) is None or decoder._attn_implementation != NAME:
+        return None
+    stock = DynamicCache(config=model.config).layers
+    if kv is None and not all(_has_keys_alone(stock[layer]) for layer in attention_layers(decoder)):
         return None
     return SpanCache(model.config, kv)

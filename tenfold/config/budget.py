@@ -39,6 +39,10 @@ def parse_budget(text: str) -> Budget:
     Budget(amount=300000.0, unit='count')
     >>> parse_budget("64MiB").amount == 64 * 2**20
     True
+    >>> parse_budget("0.25")
+    Traceback (most recent call last):
+    ...
+    ValueError: '0.25' counts something and is not whole; for a share write 25%
     """
     match = _PATTERN.fullmatch(text)
     if match:
@@ -46,7 +50,11 @@ def parse_budget(text: str) -> Budget:
         if suffix == "%" and amount <= 100:
             return Budget(amount / 100, "share")
         if suffix in _COUNT:
-            return Budget(amount * _COUNT[suffix], "count")
+            count = amount * _COUNT[suffix]
+            if abs(count - round(count)) > 1e-6 * count:  # 1.1k is 1100, whatever binary fractions make of it
+                share = f"; for a share write {amount * 100:g}%" if count < 1 else ""
+                raise ValueError(f"{text!r} counts something and is not whole{share}")
+            return Budget(float(round(count)), "count")
         if suffix in _BYTES:
             return Budget(amount * _BYTES[suffix], "bytes")
         if suffix.removesuffix("/token") in _BYTES:
@@ -55,7 +63,9 @@ def parse_budget(text: str) -> Budget:
             return Budget(amount / 1000 if suffix == "ms" else amount, "seconds")
         if suffix in ("bit", "bits"):
             return Budget(amount, "bits")
-    raise ValueError(f"{text!r} is no budget: write 0.4% (at most 100%), 300k, 64MiB, 200ms, 4.5bits or 9KiB/token")
+    raise ValueError(
+        f"{text!r} cannot be read as a budget: write 0.4% (at most 100%), 300k, 64MiB, 200ms, 4.5bits or 9KiB/token"
+    )
 
 
 def adapter_budget(text: str) -> Budget:

@@ -86,10 +86,18 @@ class _NoTensor:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise ModelError(
-            f"this model asks its keys for .{name} between cache and attention: a small cache has no such tensor",
-            remedy="call it with its own cache, not with a SpanCache",
-        )
+        raise _no_tensor(f"asks its keys for .{name}")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
+        raise _no_tensor(f"calls {getattr(function, '__name__', function)} on its keys")
+
+
+def _no_tensor(what: str) -> ModelError:
+    return ModelError(
+        f"this model {what} between cache and attention: a small cache has no such tensor",
+        remedy="call it with its own cache, not with a SpanCache",
+    )
 
 
 @dataclass(frozen=True)
@@ -146,12 +154,34 @@ def held_positions(places: Tensor, seen: Tensor | None) -> Tensor:
     return torch.where(places >= 0, real_positions(seen).gather(1, places.clamp(min=0)), -1)
 
 
+@dataclass(frozen=True)
+class Softmax:
+    """How a model makes weights of products of queries and keys.
+
+    Args:
+        scale: factor of the products.
+        softcap: scores are bent to lie within plus and minus this, by the tangent, before masks (Gemma 2); None for no
+            cap.
+        sink: learned scores ``[heads]`` of one more key that is always seen and has a value of zero (gpt-oss); None for
+            no such key.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sink: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own attention computes it."""
+        return self.softcap is None and self.sink is None
+
+
 def local_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     span: Span,
-    scale: float,
+    softmax: Softmax | float,
     positions: Tensor | None = None,
     documents: Tensor | None = None,
 ) -> Tensor:
@@ -162,28 +192,58 @@ def local_attention(
         key: ``[batch, kv_heads, keys, channels]``; ``kv_heads`` divides ``heads``.
         value: as ``key``.
         span: what a query sees.
-        scale: factor of the scores.
+        softmax: how weights are made; a number is the scale.
         positions: of the keys within their documents, ``[batch, keys]``, negative for padding, rising with gaps where
             keys that no query sees are left out; None where all rows are ``0, 1, 2, ...``.
         documents: a number for each key's document, ``[batch, keys]``; None for one document a row.
 
     Returns:
-        ``[batch, heads, queries, channels]``; rows of padding give zeros.
+        ``[batch, heads, queries, channels]``; rows of padding give zeros. A key or value that is not finite reaches
+        the queries that see it, and no others.
 
     >>> x = torch.randn(1, 2, 7, 4)
     >>> torch.equal(local_attention(x, x, x, Span("sliding", 1), 1.0), x)
     True
     """
+    softmax = softmax if isinstance(softmax, Softmax) else Softmax(softmax)
+    if _all_finite(key, value):
+        return _on_finite(query, key, value, span, softmax, positions, documents)
+    # A tile holds keys that some of its queries do not see, and their weight of 0 times NaN would be NaN. So it is
+    # computed without, and equal weights on what was left out tell which queries see it.
+    bad = (~value.isfinite() | ~key.isfinite().all(-1, keepdim=True)).to(value.dtype)
+    clean = [torch.where(part.isfinite(), part, 0) for part in (key, value)]
+    output = _on_finite(query, *clean, span, softmax, positions, documents)
+    blank = torch.zeros_like(query), torch.zeros_like(key)
+    return output.masked_fill(_on_finite(*blank, bad, span, Softmax(1.0), positions, documents) > 0, torch.nan)
+
+
+def _all_finite(key: Tensor, value: Tensor) -> bool:
+    """Read off one number, for which a GPU is waited for; a sum that overflows takes the longer way, no more."""
+    with torch.no_grad():
+        total = key.sum(dtype=torch.promote_types(key.dtype, torch.float32))
+        return bool((total + value.sum(dtype=total.dtype)).isfinite())
+
+
+def _on_finite(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    span: Span,
+    softmax: Softmax,
+    positions: Tensor | None,
+    documents: Tensor | None,
+) -> Tensor:
+    """The shortest way for finite keys and values."""
     queries, keys = query.shape[2], key.shape[2]
     if positions is None and queries == keys and keys <= span.size:
-        return _causal(query, key, value, scale)
+        return _causal(query, key, value, softmax)
     if positions is None and queries == keys and not span.sinks:
-        return _plain(query, key, value, span, scale)
+        return _plain(query, key, value, span, softmax)
     if positions is None:
         positions = torch.arange(keys, device=query.device).expand(query.shape[0], -1)
     if queries <= _tile(span.size) and keys <= span.sinks + span.reach + queries:
-        return _dense(query, key, value, span, scale, positions, documents)
-    return _positioned(query, key, value, span, scale, positions, documents)
+        return _dense(query, key, value, span, softmax, positions, documents)
+    return _positioned(query, key, value, span, softmax, positions, documents)
 
 
 def _tile(size: int) -> int:
@@ -191,14 +251,20 @@ def _tile(size: int) -> int:
     return size if size < LONG else -(-size // 4)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+def _causal(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+    if softmax.plain:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=softmax.scale, enable_gqa=True)
+    return dense_attention(query, key, value, _lower(query.shape[2], query.device), softmax)[0]
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float) -> Tensor:
+def _lower(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, span: Span, softmax: Softmax) -> Tensor:
     """Rows that start at position 0 and hold one document: every tile but the first few has the same mask."""
-    if span.pattern == "block" and span.previous == 0:
-        return _folded(query, key, value, span.size, scale)
+    if span.pattern == "block" and span.previous == 0 and softmax.plain:
+        return _folded(query, key, value, span.size, softmax)
     # A stride is a block, or a tile of a window; a tile of a block reads no keys beyond its own end.
     tile = _tile(span.size)
     stride = span.size if span.pattern == "block" else tile
@@ -224,22 +290,22 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, span: Span, scale: float) 
             if start < back:  # before the first token there is nothing
                 seen = seen & (column[:width] + first >= 0)
             keys, values = (part.unfold(2, (back + 1) * stride, stride).mT[..., :width, :] for part in near)
-            rows.append(_attend(queries[:, :, :, top:bottom], keys, values, seen, scale))
+            rows.append(_attend(queries[:, :, :, top:bottom], keys, values, seen, softmax))
         outputs.append(torch.cat(rows, 3))
     return torch.cat(outputs, 2).flatten(2, 3)[:, :, :count]
 
 
-def _folded(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
+def _folded(query: Tensor, key: Tensor, value: Tensor, size: int, softmax: Softmax) -> Tensor:
     """Blocks that see nothing but themselves are a larger batch of causal attention, without any mask."""
     count = query.shape[2]
     whole = count // size * size
     parts = [part[:, :, :whole].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
-    output = _causal(parts[0], parts[1], parts[2], scale)
+    output = _causal(parts[0], parts[1], parts[2], softmax)
     output = output.unflatten(0, (query.shape[0], -1)).transpose(1, 2).flatten(2, 3)
     if whole == count:
         return output
     rest = [part[:, :, whole:] for part in (query, key, value)]
-    last = _causal(rest[0], rest[1], rest[2], scale)
+    last = _causal(rest[0], rest[1], rest[2], softmax)
     return torch.cat([output, last], 2)
 
 
@@ -248,16 +314,29 @@ def _dense(
     key: Tensor,
     value: Tensor,
     span: Span,
-    scale: float,
+    softmax: Softmax,
     positions: Tensor,
     documents: Tensor | None,
 ) -> Tensor:
     """So few rows and keys, as in decoding, that one tile is all of them."""
-    asked = positions[:, -query.shape[2] :, None]
-    seen = span.sees(asked, positions[:, None]) & (positions >= 0)[:, None]
+    seen = visible(span, query, key.shape[2], positions, documents)
+    return _attend(query[:, :, None], key[:, :, None], value[:, :, None], seen, softmax)[:, :, 0]
+
+
+def visible(
+    span: Span, query: Tensor, keys: int, positions: Tensor | None = None, documents: Tensor | None = None
+) -> Tensor:
+    """A mask of all pairs: bool, ``[batch, 1, queries, keys]``; arguments as `local_attention` takes them.
+
+    >>> visible(Span("sliding", 2), torch.zeros(1, 1, 3, 4), 3).int().tolist()
+    [[[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]]
+    """
+    if positions is None:
+        positions = torch.arange(keys, device=query.device).expand(query.shape[0], -1)
+    seen = span.sees(positions[:, -query.shape[2] :, None], positions[:, None]) & (positions >= 0)[:, None]
     if documents is not None:
         seen = seen & (documents[:, -query.shape[2] :, None] == documents[:, None])
-    return _attend(query[:, :, None], key[:, :, None], value[:, :, None], seen[:, None], scale)[:, :, 0]
+    return seen[:, None]
 
 
 def _positioned(
@@ -265,7 +344,7 @@ def _positioned(
     key: Tensor,
     value: Tensor,
     span: Span,
-    scale: float,
+    softmax: Softmax,
     positions: Tensor,
     documents: Tensor | None,
 ) -> Tensor:
@@ -309,7 +388,7 @@ def _positioned(
             same = documents.gather(1, index)[:, None, None] == document
             earlier = positions.gather(1, index)[:, None, None] <= place
             seen = torch.cat([outside & same & earlier, seen], -1)
-        outputs.append(_attend(tile, parts[0], parts[1], seen, scale))
+        outputs.append(_attend(tile, parts[0], parts[1], seen, softmax))
     return torch.cat(outputs, 2).flatten(2, 3)[:, :, :queries]
 
 
@@ -340,7 +419,7 @@ def _pieces(part: Tensor, steps: list[tuple[int, int]], size: int, before: int) 
     return found
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softmax: Softmax) -> Tensor:
     """Attention of tiles.
 
     Args:
@@ -348,7 +427,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: floa
         key: ``[batch, kv_heads, tiles, width, channels]``.
         value: as ``key``.
         seen: ``[tiles, size, width]`` or ``[batch, tiles, size, width]``, bool.
-        scale: factor of the scores.
+        softmax: how weights are made.
 
     Returns:
         As ``query``; queries that see nothing give zeros.
@@ -356,11 +435,50 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: floa
     batch, tiles = query.shape[0], query.shape[2]
     parts = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     seen = seen.expand(batch, *seen.shape[-3:]).flatten(0, 1)[:, None]
-    some = seen.any(-1, keepdim=True)
-    # A query that sees nothing must not divide by nothing: it looks at all, and its result is dropped.
     folded_query, folded_key, folded_value = parts
-    output = scaled_dot_product_attention(
-        folded_query, folded_key, folded_value, attn_mask=seen | ~some, scale=scale, enable_gqa=True
-    )
-    output = output.masked_fill(~some, 0)
+    if softmax.plain:
+        # A query that sees nothing must not divide by nothing: it looks at all, and its result is dropped.
+        some = seen.any(-1, keepdim=True)
+        output = scaled_dot_product_attention(
+            folded_query, folded_key, folded_value, attn_mask=seen | ~some, scale=softmax.scale, enable_gqa=True
+        )
+        output = output.masked_fill(~some, 0)
+    else:
+        output = dense_attention(folded_query, folded_key, folded_value, seen, softmax)[0]
     return output.unflatten(0, (batch, tiles)).transpose(1, 2)
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
+    """Attention with all of its weights at hand, for what torch's own cannot compute or does not tell.
+
+    Args:
+        query: ``[batch, heads, queries, channels]``.
+        key: ``[batch, kv_heads, keys, channels]``; ``kv_heads`` divides ``heads``.
+        value: as ``key``.
+        seen: which keys a query sees, bool, ``[batch or 1, 1, queries, keys]`` or ``[queries, keys]``.
+        softmax: how weights are made.
+
+    Returns:
+        Output as ``query``, and weights ``[batch, heads, queries, keys]`` in its dtype, which add up to less than 1
+        where a sink takes the rest. Queries that see nothing give zeros.
+
+    >>> x = torch.ones(1, 1, 2, 4)
+    >>> dense_attention(x, x, x, torch.ones(2, 2).bool().tril(), Softmax(1.0))[1]
+    tensor([[[[1.0000, 0.0000],
+              [0.5000, 0.5000]]]])
+    """
+    heads, queries, kv_heads = query.shape[1], query.shape[2], key.shape[1]
+    # Queries that share keys stand below each other: keys and values are read as they are.
+    scores = (query.reshape(len(query), kv_heads, -1, query.shape[3]) @ key.mT) * softmax.scale
+    scores = scores.view(len(query), heads, queries, -1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softmax.softcap is not None:
+        scores = softmax.softcap * torch.tanh(scores / softmax.softcap)
+    # Not -inf: a query that sees nothing must not divide by nothing.
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if softmax.sink is not None:
+        sink = softmax.sink.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].masked_fill(~seen, 0).to(value.dtype)
+    output = weights.view(len(query), kv_heads, -1, weights.shape[3]) @ value
+    return output.view(len(query), heads, queries, -1), weights

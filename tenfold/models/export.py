@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.errors import ModelError
+from tenfold.models.changes import mark
 from tenfold.models.folders import write_folder
 from tenfold.models.gguf import source_of
 from tenfold.models.source import REFERENCE
@@ -63,6 +64,9 @@ def merge(model: Any, *, in_place: bool = False) -> Any:
 def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a folder that ``from_pretrained`` opens; it appears under its name only when it is complete.
 
+    A model with local spans (`tenfold.attend.masformer`) is opened by `open_model` alone: transformers refuses the name
+    of its attention. See `tenfold.attend.native.save_native`.
+
     Args:
         model: a ``transformers`` model; adapters must be merged first.
         tokenizer: saved beside it.
@@ -98,6 +102,9 @@ def save_adapter(
 
     An adapter named ``ref`` (TRL keeps the policy that DPO started from so) goes into the subfolder ``ref``.
 
+    Of an adapter that was trained on a converted model, with local spans, the folder says so: `open_model` gives its
+    base the spans, PEFT warns of them.
+
     Args:
         model: a ``PeftModel`` with one active adapter.
         tokenizer: saved beside it.
@@ -132,6 +139,7 @@ def save_adapter(
         for part in (partial, partial / REFERENCE):
             if part.is_dir():
                 _name_base(part, base)
+        mark(partial, model)
     return Path(folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from tenfold.errors import ConfigError, ModelError
+from tenfold.models.changes import finish, finish_for, prepare, unwarned
 from tenfold.models.export import merge
 from tenfold.models.gguf import converted
 from tenfold.models.heads import PEFT_TASKS, auto_class, check_loaded
@@ -28,10 +28,6 @@ from tenfold.models.source import (
 from tenfold.models.tied import tying_handled, untie
 from tenfold.models.tiny import tiny_model
 from tenfold.models.vocabulary import adapter_tokenizer, fit_embedding
-
-FINISHERS = {"tenfold_span": "tenfold.attend.native:restore"}
-"""Fields of a saved configuration that ask for something once the model is loaded, and what does it: a function of the
-model in a later room, so known by its name alone."""
 
 
 def open_model(
@@ -98,7 +94,7 @@ def open_model(
         resolved = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
         labels = 1 if task == "reward" else num_labels
         model, tokenizer = _load(located, resolved, task, labels, options, placing)
-    _finish(model)
+    finish(model)
     # A hub id's commit is the one that was loaded: asking again could meet a newer one.
     commit = getattr(model.config, "_commit_hash", None) if located.kind == "hub" else None
     weights = commit or weights_hash(located, revision)
@@ -155,6 +151,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device | None) 
     return found
 
 
+@unwarned()
 def attach_adapter(model: Any, folder: Path, task: str) -> Any:
     """Put a saved PEFT adapter on a model, and with it the reference that DPO started from, where the folder has one.
 
@@ -163,6 +160,7 @@ def attach_adapter(model: Any, folder: Path, task: str) -> Any:
     """
     from peft import PeftConfig, PeftModel
 
+    finish_for(model, folder)
     made_for = str(read_json(folder / "adapter_config.json").get("task_type"))
     fitting = [known for known, name in PEFT_TASKS.items() if name == made_for]
     keys = {}
@@ -223,6 +221,7 @@ def _load(
     try:
         extra = {} if labels is None else {"num_labels": labels}
         config = AutoConfig.from_pretrained(folder, **options, **extra)
+        prepare(config)
         builder = auto_class(config, task, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, report = builder.from_pretrained(folder, config=config, output_loading_info=True, **options, **placing)
@@ -230,15 +229,6 @@ def _load(
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise _explain(located, folder, error) from error
     return model, tokenizer
-
-
-def _finish(model: Any) -> None:
-    """Do what fields of the configuration ask for: what tenfold did to the model before it was saved."""
-    config = model.config.get_text_config(decoder=True)
-    for field, reference in FINISHERS.items():
-        if getattr(config, field, None) is not None:
-            module, _, name = reference.partition(":")
-            getattr(importlib.import_module(module), name)(model)
 
 
 def _explain(located: Located, folder: str, error: Exception) -> Exception:

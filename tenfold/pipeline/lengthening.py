@@ -50,7 +50,8 @@ def run_masformer(config: MasformerConfig, context: Context) -> StageOutput:
         attached={key: report[key] for key in ("full layers", "local layers", "heads", "span")},
         notes=[
             "No weight is changed: the spans lie in the model's configuration as tenfold_span, which tenfold reads. "
-            "Plain transformers opens this folder with full attention everywhere.",
+            "Plain transformers refuses the folder, as it has no attention of that name. With an attn_implementation "
+            "of its own, and in other programs, the model would run on full attention everywhere.",
         ],
         artefact="model",
         continues_with="model",
@@ -83,31 +84,32 @@ def _count(model: Any, config: MasformerConfig) -> tuple[int, int]:
 
 def _chosen(
     model: Any, span: Span, texts: Sequence[Tensor], config: MasformerConfig, context: Context
-) -> tuple[tuple[int, ...], dict[int, dict[int, Span | None]], list[list[float]]]:
+) -> tuple[tuple[int, ...], dict[int, dict[int, Span | None]], dict[int, list[float]]]:
     """The full layers, the full heads of others, and the scores that they were found by, if they were."""
-    layers = len(self_attentions(model))
+    layers = sorted(self_attentions(model))
     if config.full_layers is not None:
-        return tuple(sorted(set(config.full_layers))), {}, []
+        return tuple(sorted(set(config.full_layers))), {}, {}
     each, count = _count(model, config)
     if config.placement != "profile":
-        return place(config.placement, count, layers), {}, []
-    context.progress("profile", 0, 1, f"{layers * each} {config.by} in one backward pass")
+        return place(config.placement, count, layers), {}, {}
+    context.progress("profile", 0, 1, f"{len(layers) * each} {config.by} in one backward pass")
     passages = [repeated(ids, config.passage, len(ids) - config.passage)[0] for ids in texts]
 
     def scored() -> list[Result]:
         if config.by == "heads":
             rows = profile_heads(model, passages, span)
         else:
-            rows = [[score] for score in profile(model, passages, span)]
+            rows = {layer: [score] for layer, score in profile(model, passages, span).items()}
         metrics = tuple(
             Metric(name=f"{layer}.{head}", value=score, unit="nats/token", better="neither")
-            for layer, row in enumerate(rows)
+            for layer, row in rows.items()
             for head, score in enumerate(row)
         )
         return [Result(task="profile", subject=config.by, metrics=metrics)]
 
-    values = [metric.value for metric in context.remember("profile", scored)[0].metrics]
-    scores = [values[start : start + each] for start in range(0, len(values), each)]
+    scores: dict[int, list[float]] = {}
+    for metric in context.remember("profile", scored)[0].metrics:
+        scores.setdefault(int(metric.name.partition(".")[0]), []).append(metric.value)
     return *choose_heads(scores, count), scores
 
 
@@ -122,7 +124,7 @@ def _costs(handle: Converted) -> Table:
     for length in LENGTHS:
         pairs = handle.report(length)["pairs"]
         # Of a pair two products of head_dim numbers, of a weight one for each token; a product is two operations.
-        attention = 4 * config.num_hidden_layers * config.num_attention_heads * size * length * (length + 1) / 2
+        attention = 4 * len(self_attentions(model)) * config.num_attention_heads * size * length * (length + 1) / 2
         prefill = [(2 * weights * length + attention * share) / 1e12 for share in (1, pairs)]
         bytes_of = partial(formula_bytes, config, length, itemsize=model.dtype.itemsize)
         whole, small = bytes_of(spans=False), bytes_of()
@@ -132,9 +134,9 @@ def _costs(handle: Converted) -> Table:
     return Table(title="What the spans cost", columns=columns, rows=tuple(rows))
 
 
-def _maps(handle: Converted, scores: Sequence[Sequence[float]]) -> list[Figure]:
+def _maps(handle: Converted, scores: Mapping[int, Sequence[float]]) -> list[Figure]:
     """How many heads of each layer keep full attention, and the scores that they were chosen by."""
-    layers = range(len(self_attentions(handle.model)))
+    layers = sorted(self_attentions(handle.model))
     names, each = tuple(map(str, layers)), kv_heads(handle.model.config.get_text_config(decoder=True))
     heads: Mapping[int, Mapping[int, Span | None]] = handle.heads
     counts = tuple(float(each if layer in handle.full_layers else len(heads.get(layer, ()))) for layer in layers)
@@ -149,9 +151,11 @@ def _maps(handle: Converted, scores: Sequence[Sequence[float]]) -> list[Figure]:
         )
     ]
     if scores:
-        titles = [f"KV head {head}" for head in range(len(scores[0]))] if len(scores[0]) > 1 else ["layer"]
+        heads_each = len(scores[layers[0]])
+        titles = [f"KV head {head}" for head in range(heads_each)] if heads_each > 1 else ["layer"]
         series = tuple(
-            Series(name=title, x=names, y=tuple(row[head] for row in scores)) for head, title in enumerate(titles)
+            Series(name=title, x=names, y=tuple(scores[layer][head] for layer in layers))
+            for head, title in enumerate(titles)
         )
         figures.append(
             Figure(

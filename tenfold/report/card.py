@@ -1,4 +1,4 @@
-"""The model card beside an artefact: what it is, how to load it without tenfold, what it cost and what it bought."""
+"""The model card beside an artefact: what it is, how to load it, what it cost and what it bought."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from tenfold.files import write_text
+from tenfold.models.changes import is_marked
 from tenfold.report import numbers
 from tenfold.report.record import StageSummary
 from tenfold.report.verdict import compare, half_width
@@ -45,7 +46,8 @@ def write_card(
         base_model: hub id of the model it was made from; of a path only the last part is written, for a path means
             nothing to the next reader.
         recipe_text: the resolved recipe.
-        kind: ``adapter`` is loaded by PEFT on top of the base model, ``model`` by transformers.
+        kind: ``adapter`` is loaded by PEFT on top of the base model, ``model`` by transformers; either by tenfold where
+            the folder says that the model has local spans.
         task: what the model's head is for.
         paper: of the method: ``title``, ``authors``, ``year``, and ``arxiv`` or ``url``.
         license: of the artefact as the hub writes it (``apache-2.0``); left out unless known.
@@ -63,6 +65,7 @@ def write_card(
         paper=paper,
         license=license,
         name=folder.name,
+        alone=not is_marked(folder),
     )
     write_text(path, text)
     return path
@@ -78,8 +81,11 @@ def card(
     task: Task = "causal",
     paper: Mapping[str, str] | None = None,
     license: str | None = None,
+    alone: bool = True,
 ) -> str:
     """The text of the card; arguments as in `write_card`, ``name`` is the folder's name in the code.
+
+    ``alone`` is False for what computes something else, or does not open, without tenfold.
 
     >>> stage = StageSummary(tenfold_version="0.1.0", index=1, stage="lora", fingerprint="", config={}, seed=0)
     >>> card(stage, base_model="org/base", recipe_text="", kind="adapter", name="adapter").splitlines()[:3]
@@ -87,10 +93,10 @@ def card(
     """
     base = _base(base_model)
     parts = [
-        _header(summary, base, kind, license),
+        _header(summary, base, kind, license, alone),
         f"# {_inline(base)} after `{summary.stage}`",
         _what(summary, base, kind),
-        "## Load it\n\nNo tenfold needed.\n\n" + _fence(_code(name, base, kind, task), "python"),
+        _loading(name, base, kind, task, alone),
         _data(summary),
         _results(summary),
         "## Recipe\n\n" + _fence(recipe_text, "yaml"),
@@ -106,9 +112,10 @@ def _base(base_model: str) -> str:
     return PurePosixPath(base_model.replace("\\", "/")).name or base_model
 
 
-def _header(summary: StageSummary, base: str, kind: Kind, license: str | None) -> str:
+def _header(summary: StageSummary, base: str, kind: Kind, license: str | None, alone: bool) -> str:
     values: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) else {}
-    values["library_name"] = "peft" if kind == "adapter" else "transformers"
+    # The hub shows how to load a folder with the library of this name.
+    values["library_name"] = "tenfold" if not alone else "peft" if kind == "adapter" else "transformers"
     if license:
         values["license"] = license
     values["tags"] = ["tenfold", summary.stage]
@@ -129,6 +136,21 @@ def _what(summary: StageSummary, base: str, kind: Kind) -> str:
     return "\n".join(lines)
 
 
+def _loading(name: str, base: str, kind: Kind, task: Task, alone: bool) -> str:
+    if alone:
+        return "## Load it\n\nNo tenfold needed.\n\n" + _fence(_code(name, base, kind, task), "python")
+    other = "PEFT would put it on the model without them" if kind == "adapter" else "transformers does not open it"
+    lines = [
+        "from tenfold import open_model",
+        "",
+        f"opened = open_model({name!r}, task={task!r})  # this folder",
+        "model, tokenizer = opened.model, opened.tokenizer",
+        *_writing(task),
+    ]
+    text = f"It needs tenfold: its layers have local spans, which are no part of transformers. {other}."
+    return f"## Load it\n\n{text}\n\n" + _fence("\n".join(lines), "python")
+
+
 def _code(name: str, base: str, kind: Kind, task: Task) -> str:
     auto = AUTO_CLASSES[task]
     lines = [
@@ -145,13 +167,17 @@ def _code(name: str, base: str, kind: Kind, task: Task) -> str:
     else:
         lines.append(f"model = {auto}.from_pretrained(folder)")
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
-    if task in ("causal", "seq2seq"):
-        lines += [
-            "",
-            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))",
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_writing(task)])
+
+
+def _writing(task: Task) -> list[str]:
+    if task not in ("causal", "seq2seq"):
+        return []
+    return [
+        "",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))",
+    ]
 
 
 def _data(summary: StageSummary) -> str:

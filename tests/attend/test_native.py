@@ -230,9 +230,12 @@ def test_own_form_round_trip(tmp_path, kind, span):
     expected = opened.model.generate(input_ids=some_ids(), attention_mask=torch.ones(2, 40), **WRITING)
     found = again.model.generate(input_ids=some_ids(), attention_mask=torch.ones(2, 40), **WRITING)
     assert torch.equal(found, expected)
-    # What the docs warn of: stock transformers keeps the entry and does not act on it.
+    assert not torch.allclose(logits(again.model, some_ids()), plain, atol=1e-4)
+    # Where tenfold has been imported, transformers opens it as well, and what it saves is as guarded as before.
     stock = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(logits(stock, some_ids()), plain)
+    assert torch.equal(logits(stock, some_ids()), logits(opened.model, some_ids()))
+    stock.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["attn_implementation"] == spans.NAME
 
 
 def test_a_model_that_was_opened_again_can_be_reverted(tmp_path):

@@ -352,7 +352,7 @@ def test_the_profile_of_heads_is_the_slope_of_the_loss():
     model = tiny_model("llama").model.double()
     texts = repeated(some_ids(1, 80)[0], 20, 20)
     assert len(texts) == 2
-    scores = torch.tensor(masformer.profile_heads(model, texts, SUNK), dtype=torch.float64)
+    scores = torch.tensor(list(masformer.profile_heads(model, texts, SUNK).values()), dtype=torch.float64)
     assert scores.shape == (2, 2)
     step = 0.02  # the norms of a Llama are computed in single precision
     for layer in range(2):
@@ -362,13 +362,14 @@ def test_the_profile_of_heads_is_the_slope_of_the_loss():
             rise = loss_at(model, 0.5 + change, texts) - loss_at(model, 0.5 - change, texts)
             assert float(scores[layer, head]) == pytest.approx(-rise / (2 * step), rel=1e-3, abs=1e-6)
     assert float(scores.abs().min()) > 1e-6
-    assert masformer.profile(model, texts, SUNK) == pytest.approx(scores.sum(1).tolist(), rel=1e-4, abs=1e-8)
+    whole = masformer.profile(model, texts, SUNK)
+    assert whole == pytest.approx(dict(enumerate(scores.sum(1).tolist())), rel=1e-4, abs=1e-8)
     assert not hasattr(model.config, spans.FIELD)
     assert not [hook for module in model.modules() for hook in module._forward_pre_hooks]
 
 
 def test_choosing_heads():
-    scores = [[0.1, 0.5], [0.9, 0.8], [0.5, -1.0]]
+    scores = {0: [0.1, 0.5], 1: [0.9, 0.8], 2: [0.5, -1.0]}
     assert masformer.choose_heads(scores, 0) == ((), {})
     assert masformer.choose_heads(scores, 1) == ((), {1: {0: None}})
     assert masformer.choose_heads(scores, 2) == ((1,), {})
