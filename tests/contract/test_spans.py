@@ -70,6 +70,10 @@ def test_the_artefact_is_the_converted_model_and_its_weights_are_the_old_ones(ro
     converted = open_model(tmp_path / "run" / f"01-{row.name}" / "model").model
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in converted.state_dict().items())
     assert not torch.allclose(logits(converted), logits(base), atol=1e-4)
+    card = (tmp_path / "run" / f"01-{row.name}" / "model/README.md").read_text()
+    assert "It needs tenfold" in card
+    assert "No tenfold needed" not in card
+    assert any("refuses the folder" in note for note in summary.notes)
 
 
 def test_interrupted_halfway_it_ends_as_if_it_never_was(row, recipe, tmp_path, monkeypatch):
@@ -168,6 +172,8 @@ def test_an_adapter_before_it_is_merged_and_one_after_it_keeps_it(row, recipe, t
     assert not any(torch.equal(value, base[name]) for name, value in weights.items())
     assert not torch.allclose(logits(merged), logits(adapted), atol=1e-4), "its spans"
     assert open_model(tmp_path / "03-lora/adapter").model.config.tenfold_span == merged.config.tenfold_span
+    for folder, needs in (("01-lora/adapter", "No tenfold needed"), ("03-lora/adapter", "It needs tenfold")):
+        assert needs in (tmp_path / folder / "README.md").read_text()
 
 
 def test_training_on_an_adapter_folder_goes_on_from_it(number_rows, tmp_path):

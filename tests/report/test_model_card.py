@@ -55,6 +55,20 @@ def test_the_code_is_python_and_needs_no_tenfold(tmp_path, make_summary, kind, t
     assert modules == ({"peft", "transformers"} if kind == "adapter" else {"transformers"})
 
 
+@pytest.mark.parametrize("task", ["causal", "reward"])
+@pytest.mark.parametrize(("kind", "file"), [("adapter", "adapter_config.json"), ("model", "config.json")])
+def test_what_has_local_spans_is_loaded_by_tenfold(tmp_path, make_summary, kind, file, task):
+    (tmp_path / file).write_text('{"tenfold_span": {"full_layers": [0]}}')
+    path = write_card(tmp_path, make_summary(), base_model=BASE, recipe_text="", kind=kind, task=task)
+    header, body, code = parts(path.read_text(encoding="utf-8"))
+    assert header["library_name"] == "tenfold"
+    assert "It needs tenfold" in body
+    assert "No tenfold needed" not in body
+    modules = {node.module for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)}
+    assert modules == {"tenfold"}
+    assert f"open_model({tmp_path.name!r}, task={task!r})" in code
+
+
 def test_paths_and_foreign_text(tmp_path, make_summary):
     stage = make_summary(
         notes=("<script>|x|",),
