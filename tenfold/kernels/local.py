@@ -211,8 +211,8 @@ def local_attention(
     # A tile holds keys that some of its queries do not see, and their weight of 0 times NaN would be NaN. So it is
     # computed without, and equal weights on what was left out tell which queries see it.
     bad = (~value.isfinite() | ~key.isfinite().all(-1, keepdim=True)).to(value.dtype)
-    clean = [torch.where(part.isfinite(), part, 0) for part in (key, value)]
-    output = _on_finite(query, *clean, span, softmax, positions, documents)
+    key, value = (torch.where(part.isfinite(), part, 0) for part in (key, value))
+    output = _on_finite(query, key, value, span, softmax, positions, documents)
     blank = torch.zeros_like(query), torch.zeros_like(key)
     return output.masked_fill(_on_finite(*blank, bad, span, Softmax(1.0), positions, documents) > 0, torch.nan)
 
