@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from tenfold.attend.spans import FIELD, NAME, attention_layers, by_span, head_spans
+from tenfold.attend.layers import attention_layers
+from tenfold.attend.spans import FIELD, NAME, by_span, head_spans
 from tenfold.cache.crop import tokens_left
 from tenfold.cache.gear.cache import gear_layers, head_sizes
 from tenfold.cache.gear.layer import GearLayer
