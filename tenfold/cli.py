@@ -5,10 +5,12 @@ Each verb that works on a model is a recipe of one stage; its flags are the keys
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,9 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 import tenfold
 from tenfold.compat import quiet_upstream
+from tenfold.config.base import Config
 from tenfold.errors import ConfigError, TenfoldError
+from tenfold.flags import in_our_words
 
 MODEL_VERBS = {
     "adapt": ("adalora", "fine-tune within a parameter budget"),
@@ -105,8 +109,6 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in MODEL_VERBS:
         return _model_verb(verb, rest)
     if verb not in COMMANDS:
-        import difflib
-
         near = difflib.get_close_matches(verb, [*COMMANDS, *MODEL_VERBS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown verb {verb!r}{hint}", remedy="tenfold --help lists the verbs")
@@ -123,18 +125,31 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _parse(command: Callable[..., int], verb: str, arguments: list[str], note: str = "") -> int:
+def _parse(
+    command: Callable[..., int],
+    verb: str,
+    arguments: list[str],
+    note: str = "",
+    classes: Sequence[type[Config]] = (),
+    elsewhere: Mapping[str, str] = types.MappingProxyType({}),
+) -> int:
+    examples = EXAMPLES[verb].splitlines()
     description = f"{(command.__doc__ or '').strip()}{note}\n\nexamples:\n" + "".join(
-        f"  {line}\n" for line in EXAMPLES[verb].splitlines()
+        f"  {line}\n" for line in examples
     )
     try:
-        return tyro.cli(command, prog=f"tenfold {verb}", description=description, args=arguments)
+        with in_our_words(verb, arguments, classes, examples[0], elsewhere):
+            return tyro.cli(command, prog=f"tenfold {verb}", description=description, args=arguments)
     except _RefusedError as refused:
-        raise ConfigError(str(refused), remedy=f"tenfold {verb} --help shows the flags") from None
+        raise refused.error from None
 
 
 class _RefusedError(Exception):
     """Carries what is wrong with the flags past tyro, which would show pydantic's words for it."""
+
+    def __init__(self, error: ConfigError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def _checked(config_class: Any, where: str) -> Any:
@@ -147,7 +162,7 @@ def _checked(config_class: Any, where: str) -> Any:
             try:
                 config_class.parse(values, where)
             except ConfigError as error:
-                raise _RefusedError(error.problem) from None
+                raise _RefusedError(error) from None
             super().__init__(**values)
 
     return Checked
@@ -283,11 +298,13 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
     default = MODEL_VERBS[verb][0]
     if arguments and arguments[0] in methods and len(methods) > 1:  # `steer profile MODEL`: the method as a word
         default, arguments = arguments[0], arguments[1:]
-    elif len(methods) > 1 and len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2]):
-        raise ConfigError(f"{arguments[0]!r} is no method of {verb}", remedy=f"methods: {', '.join(methods)}")
+    elif arguments and (near := _near_word(arguments, methods)):
+        raise ConfigError(f"unknown method {arguments[0]!r} of {verb}; did you mean {near!r}?", _listed(methods))
     method, arguments = _take(arguments, "--method", default)
     if method not in methods:
-        raise ConfigError(f"--method: {method!r} is no method of {verb}", remedy=f"methods: {', '.join(methods)}")
+        near = next(iter(difflib.get_close_matches(method, methods, n=1)), None)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(f"--method: unknown method {method!r} of {verb}{hint}", remedy=_listed(methods))
     source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")
     config_class = _checked(stage(method).config_class(), f"tenfold {verb}")
     model_class = _checked(
@@ -316,7 +333,35 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
     }
     command.__doc__ = f"{MODEL_VERBS[verb][1]}."
     note = f"\n\n--method: {', '.join(methods)} (these flags are those of {method})" if len(methods) > 1 else ""
-    return _parse(command, verb, arguments, note)
+    classes = (stage(method).config_class(), ModelFields)
+    return _parse(command, verb, arguments, note, classes, _elsewhere(classes))
+
+
+def _elsewhere(here: Sequence[type[Config]]) -> dict[str, str]:
+    """Flags of other methods, and where they belong."""
+    from tenfold.pipeline.stages import stages
+
+    own = {key for cls in here for key in cls.model_fields}
+    found: dict[str, str] = {}
+    for name, other in stages().items():
+        named = (
+            f"tenfold {other.verb}" if MODEL_VERBS[other.verb][0] == name else f"tenfold {other.verb} --method {name}"
+        )
+        for key in other.config_class().model_fields:
+            if key not in own:
+                found.setdefault(f"--{key.replace('_', '-')}", named)
+    return found
+
+
+def _listed(methods: Sequence[str]) -> str:
+    return f"methods: {', '.join(methods)}"
+
+
+def _near_word(arguments: Sequence[str], methods: Sequence[str]) -> str | None:
+    """The method that the first of two words was meant for; a single word is the model."""
+    if len(methods) < 2 or len(arguments) < 2 or any(word.startswith("-") for word in arguments[:2]):
+        return None
+    return next(iter(difflib.get_close_matches(arguments[0], methods, n=1)), None)
 
 
 def _take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:

@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails
 
 from tenfold.errors import ConfigError
 
 
-class Config(BaseModel):
+class Record(BaseModel):
+    """A frozen model without unknown keys, for what is written and read back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+
+def _make_strict(part: Any) -> None:
+    """Let numbers and truth values of a schema be nothing else; lists and paths still come as YAML writes them."""
+    if isinstance(part, list):
+        for item in part:
+            _make_strict(item)
+    elif isinstance(part, dict):
+        if part.get("type") in ("int", "float", "bool"):
+            part["strict"] = True
+        if part.get("type") == "float":
+            part["allow_inf_nan"] = False
+        for name, inner in part.items():
+            if name not in ("default", "expected", "metadata", "config", "serialization", "keys_schema"):
+                _make_strict(inner)
+
+
+class Config(Record):
     """A frozen configuration: unknown keys and impossible values are refused.
 
-    The docstring under a field is its help text on the command line and in the reference.
+    Numbers are numbers and truth values are truth values: neither ``True`` nor ``"8"`` counts as 8, and no number is
+    infinite or NaN. The docstring under a field is its help text on the command line and in the reference.
 
     >>> class Example(Config):
     ...     rank: int = 8
@@ -25,7 +49,11 @@ class Config(BaseModel):
       -> valid keys: rank
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _make_strict(schema)
+        return schema
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -46,22 +74,75 @@ class Config(BaseModel):
 
 def _explain(error: ValidationError, cls: type[Config], where: str) -> ConfigError:
     keys = list(cls.model_fields)
-    lines = []
-    unknown = False
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            unknown = True
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            lines.append(f"{where}: {key}: unknown key{hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: {key}: missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            # What is wrong between keys names them itself.
-            lines.append(f"{where}: {key}: {message}, got {item['input']!r}" if key else f"{where}: {message}")
-    remedy = (
-        f"valid keys: {', '.join(keys)}" if unknown else f"see the reference of {cls.__name__} for the valid ranges"
-    )
-    return ConfigError("\n".join(lines), remedy=remedy)
+    # A value that may be one of several kinds is wrong as each of them: one of these is enough to say.
+    errors = {str(item["loc"][:1] or item["msg"]): item for item in reversed(error.errors())}
+    lines, named = [], []
+    for item in reversed(errors.values()):
+        key = ".".join(str(part) for part in item["loc"] if part != "[key]")
+        message = _message(item, keys)
+        # What is wrong between keys names them itself.
+        lines.append(f"{where}: {key}: {message}" if key else f"{where}: {message}")
+        named += [str(item["loc"][0])] if key else [name for name in keys if re.search(rf"\b{name}\b", message)]
+    known = [name for name in dict.fromkeys(named) if name in keys]
+    if not known or any(item["type"] == "extra_forbidden" for item in errors.values()):
+        return ConfigError("\n".join(lines), remedy=f"valid keys: {', '.join(keys)}")
+    return ConfigError("\n".join(lines), remedy="\n     ".join(_described(cls, name) for name in known))
+
+
+def _described(cls: type[Config], key: str) -> str:
+    """What a key means, from its help text."""
+    text = " ".join((cls.model_fields[key].description or "").split()).replace("``", "")
+    return f"{key}: {re.sub(r',? ?:math:`[^`]*`', '', text).lstrip(', ')}"
+
+
+_BOUNDS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+_KINDS = {
+    "int": "a whole number is asked for",
+    "float": "a number is asked for",
+    "finite": "a finite number is asked for",
+    "bool": "true or false is asked for",
+    "string": "text is asked for",
+    "tuple": "a list is asked for",
+    "dict": "names with values, such as {prompt: question}, are asked for",
+    "path": "a path is asked for",
+}
+
+
+def _message(item: ErrorDetails, keys: list[str]) -> str:
+    """A pydantic error in our words."""
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
+        return f"unknown key; did you mean {near[0]!r}?" if near else "unknown key"
+    if kind == "missing":
+        return "missing"
+    if kind in _BOUNDS:
+        word, bound = _BOUNDS[kind]
+        return f"must be {word} {context[bound]}, got {value!r}"
+    if kind == "too_short":
+        return "an empty list, and at least one entry is asked for"
+    if kind == "literal_error":
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", context["expected"]), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"must be {context['expected']}, got {value!r}{hint}"
+    asked = _KINDS.get(kind.partition("_")[0], "")
+    if asked and not kind.endswith("_length"):
+        example = f", such as [{value}]" if kind.startswith("tuple") and isinstance(value, str | int | float) else ""
+        return f"{asked}{example}, got {value!r}{_as_yaml(value)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{message}, got {value!r}" if item["loc"] and repr(value) not in message else message
+
+
+def yes_or_no(value: object) -> object:
+    """A validator for the choices ``yes`` and ``no``, which YAML reads as truth values."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+def _as_yaml(value: object) -> str:
+    """Where a value comes from that nobody wrote."""
+    return " (YAML reads yes, on and true as True, no, off and false as False)" if isinstance(value, bool) else ""

@@ -49,7 +49,7 @@ class EvaluateConfig(DataFields):
     def _known_tasks(self) -> Self:
         for task in self.tasks:
             if task not in TASKS and not re.fullmatch(r"lm_eval:\S+", task):
-                raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)} or lm_eval:NAME")
+                raise ValueError(f"tasks: unknown task {task!r}: choose from {', '.join(TASKS)} or lm_eval:NAME")
         if self.stride is not None and self.max_length is not None and self.stride >= self.max_length:
             raise ValueError(f"stride {self.stride} is not below max_length {self.max_length}")
         return self

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from tenfold.config.base import Config
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
+from tenfold.config.reading import read_yaml
 from tenfold.errors import ConfigError
 
 Bits = Literal[2, 3, 4, 8, 16]
@@ -132,7 +133,7 @@ def parse_kv(text: str) -> CacheConfig:
         if key in ("variant", "bits", "key_bits", "value_bits", "budget"):
             raise ConfigError(f"{text!r}: {key} is said before the comma already", remedy="leave it out behind it")
         try:
-            values[key] = yaml.safe_load(value)
+            values[key] = read_yaml(value)
         except yaml.YAMLError:
             raise ConfigError(f"{text!r}: {key}={value} cannot be read", remedy=f"write {key}=VALUE") from None
     return CacheConfig.parse({"variant": VARIANTS[name], **values}, text)

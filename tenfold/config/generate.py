@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.gear import checked_kv
-from tenfold.config.pasta import SteeringFields
+from tenfold.config.pasta import Chat, SteeringFields
 
 
 class GenerateConfig(SteeringFields):
@@ -20,7 +20,7 @@ class GenerateConfig(SteeringFields):
     """Longest text, in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the most probable token each time."""
-    chat: Literal["auto", "yes", "no"] = "auto"
+    chat: Chat = "auto"
     """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
     kv: str | None = None
     """A packed KV cache (GEAR): ``gear:4``, ``gear:3.5bits``, ``gear:9KiB/token``, ``gear-full:2``, ``gear-l:2``. Each

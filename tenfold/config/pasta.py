@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from tenfold.config.base import Config
+from tenfold.config.base import Config, yes_or_no
 from tenfold.config.data import DataFields
 from tenfold.errors import ConfigError
+
+Chat = Annotated[Literal["auto", "yes", "no"], BeforeValidator(yes_or_no)]
+"""Whether prompts are wrapped in the model's chat template."""
 
 Task = Literal["conflict", "evidence", "instruction"]
 
@@ -89,7 +92,7 @@ class PastaConfig(SteeringFields, DataFields):
     """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper)."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 48
     """Longest text written for a prompt, in tokens."""
-    chat: Literal["auto", "yes", "no"] = "auto"
+    chat: Chat = "auto"
     """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Prompts of one forward pass."""

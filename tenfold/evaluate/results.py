@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tenfold.config.base import Config
+from tenfold.config.base import Record
 
 
-class Metric(Config):
+class Metric(Record):
     """One number with what is needed to believe it."""
 
     name: str
@@ -28,7 +28,7 @@ class Metric(Config):
     """``figure`` repeats exactly with the seed; ``timing`` and ``memory`` depend on the machine and the moment."""
 
 
-class Result(Config):
+class Result(Record):
     """What one measurement of one model gave."""
 
     task: str

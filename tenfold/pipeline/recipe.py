@@ -14,6 +14,7 @@ from tenfold.config.base import Config
 from tenfold.config.data import DataFields
 from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields
 from tenfold.config.r3m import R3MConfig
+from tenfold.config.reading import read_yaml, write_yaml
 from tenfold.config.recipe import Recipe
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
@@ -53,7 +54,7 @@ class Plan:
         """The recipe with every default spelled out; reading it back gives the same plan."""
         values = self.recipe.model_dump(mode="json")
         values["stages"] = [{"use": step.name, **step.config.model_dump(mode="json")} for step in self.steps]
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+        return write_yaml(values)
 
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Plan:
@@ -80,22 +81,9 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Plan:
     return resolve(values, where=str(path))
 
 
-class _Strict(yaml.SafeLoader):
-    """YAML that refuses a key given twice: the first one would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} is given twice", problem_mark=node.value[index][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Strict)
+        return read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -6,13 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from tenfold.config.base import Config
+from tenfold.config.base import Record
 from tenfold.evaluate.results import Result
 
 SCHEMA_VERSION = 1
 
 
-class Series(Config):
+class Series(Record):
     """One line or group of bars of a figure."""
 
     name: str
@@ -31,7 +31,7 @@ class Series(Config):
         return self
 
 
-class Figure(Config):
+class Figure(Record):
     """A plot as data; the report draws it."""
 
     kind: Literal["line", "bar", "heatmap"]
@@ -46,7 +46,7 @@ class Figure(Config):
     """What the reader should see in it."""
 
 
-class Table(Config):
+class Table(Record):
     """A table of strings and numbers."""
 
     title: str
@@ -54,7 +54,7 @@ class Table(Config):
     rows: tuple[tuple[str | float | int | None, ...], ...]
 
 
-class Sample(Config):
+class Sample(Record):
     """A prompt and what the models wrote."""
 
     prompt: str
@@ -62,7 +62,7 @@ class Sample(Config):
     """Subject (``before``, ``after``) -> text."""
 
 
-class StageSummary(Config):
+class StageSummary(Record):
     """All that a finished stage reports. ``timings`` are the only fields that differ between repeats."""
 
     schema_version: int = SCHEMA_VERSION

@@ -56,13 +56,19 @@ def test_help_and_validate_are_quick(recipe):
         assert time.perf_counter() - began < 1.5  # < 1 s on a free machine
 
 
-def test_help_loads_no_torch():
-    assert tenfold("adapt", "--help").returncode == 0
-    code = "import sys; from tenfold import cli; cli.main(['adapt', '--help']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+@pytest.mark.parametrize("arguments", [["--help"], ["adapt", "--help"], ["validate", "RECIPE"], ["ls"]])
+def test_what_needs_no_model_loads_no_torch(arguments, recipe):
+    """Loading torch and transformers takes seconds; without them these commands take a fraction of one."""
+    arguments = [str(recipe) if word == "RECIPE" else word for word in arguments]
+    code = (
+        f"import sys; from tenfold import cli; code = cli.main({arguments!r});"
+        "print(code, {'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 set()"
 
 
-def test_validate_counts_the_rows(recipe):
+def test_validate_says_what_it_read(recipe):
     done = tenfold("validate", recipe)
     assert done.returncode == 0
     assert "40 text rows" in done.stdout
@@ -73,13 +79,29 @@ def test_validate_counts_the_rows(recipe):
     [
         (["rnu"], "did you mean 'run'"),
         (["run", "nothing.yaml"], "No such file"),
-        (["validate"], "required"),
+        (["validate"], "RECIPE is missing"),
         (["adapt", "demo", "--method", "magic"], "methods: adalora, lora"),
+        (["adapt", "demo", "--method", "loar"], "did you mean 'lora'"),
+        (["steer", "prfile", "demo"], "did you mean 'profile'"),
         (["adapt", "demo", "--method"], "no value"),
-        (["adapt", "demo", "--rnak", "3"], "--rank"),
-        (["adapt", "demo", "--rank", "0"], "greater than 0"),
+        (["adapt", "demo", "--rnak", "3"], "unknown flag --rnak; did you mean --rank?"),
+        (["adapt", "demo", "--rank", "eight"], "--rank: a number is asked for, got 'eight'"),
+        (["adapt", "demo", "--method", "lora", "--rank", "eight"], "--rank: a whole number is asked for, got 'eight'"),
+        (["adapt", "demo", "--steps", "1e3"], "--steps: digits are asked for, got '1e3'"),
+        (["adapt", "demo", "--steps"], "--steps: a value is asked for"),
+        (["adapt", "demo", "--schedule", "fast"], "--schedule: must be one of linear, cosine, constant, got 'fast'"),
+        (["adapt", "demo", "--learning-rate", "nan"], "learning_rate: a finite number is asked for"),
+        (["adapt", "demo", "--packing", "no"], "write --packing or --no-packing"),
+        (["adapt", "demo", "--kv", "gear:4"], "--kv belongs to tenfold generate"),
+        (["adapt", "--model", "demo"], "the model has no flag, it comes first"),
+        (["adapt", "demo", "more"], "'more' belongs to no flag"),
+        (["generate", "demo", "What is it?"], "such as --prompts"),
+        (["lengthen", "demo", "--full-layers", "0", "b"], "a whole number is asked for, got 'b'"),
+        (["run", "a.yaml", "b.yaml"], "'b.yaml' belongs to no flag"),
+        (["compare", "one"], "SECOND is missing"),
+        (["adapt", "demo", "--rank", "0"], "must be above 0"),
         (["adapt", "demo", "--rank", "3", "--budget", "1%"], "rank and budget"),
-        (["adapt", "demo", "--budget", "much"], "no budget"),
+        (["adapt", "demo", "--budget", "much"], "cannot be read as a budget"),
         (["ls", "nothing"], "no run in it"),
         (["compare", "nothing", "other"], "no such folder"),
     ],

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tenfold.config.base import Config
+from tenfold.config.reading import read_yaml, write_yaml
 from tenfold.config.recipe import Recipe
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
@@ -73,3 +74,105 @@ def test_subclasses_are_strict_by_inheritance():
 
     with pytest.raises(ConfigError, match="valid keys: rank"):
         Example.parse({"other": 1}, "test")
+
+
+class Numbers(Config):
+    """One field of each kind."""
+
+    rank: int | None = None
+    """A whole number."""
+    rate: float = 1.0
+    """A number."""
+    packing: bool = True
+    """Yes or no."""
+    layers: tuple[int, ...] = ()
+    """Whole numbers."""
+    span: int | float = 1
+    """Steps or a share."""
+    name: str | None = None
+    """Text."""
+    columns: dict[str, str] = {}
+    """Names."""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rank: yes", "rank: a whole number is asked for, got True (YAML reads yes"),
+        ("rank: '8'", "rank: a whole number is asked for, got '8'"),
+        ("rank: 8.0", "rank: a whole number is asked for, got 8.0"),
+        ("rank: [8]", "rank: a whole number is asked for, got [8]"),
+        ("layers: [true]", "layers.0: a whole number is asked for, got True"),
+        ("layers: 3", "layers: a list is asked for, such as [3], got 3"),
+        ("layers: q", "layers: a list is asked for, such as [q], got 'q'"),
+        ("rate: yes", "rate: a number is asked for, got True"),
+        ("rate: '1'", "rate: a number is asked for, got '1'"),
+        ("rate: .nan", "rate: a finite number is asked for, got nan"),
+        ("rate: .inf", "rate: a finite number is asked for, got inf"),
+        ("rate: 1e999", "rate: a finite number is asked for, got inf"),
+        ("span: true", "number is asked for, got True"),
+        ("span: .nan", "number is asked for, got nan"),
+        ("packing: 1", "packing: true or false is asked for, got 1"),
+        ("packing: 'no'", "packing: true or false is asked for, got 'no'"),
+        ("name: 3", "name: text is asked for, got 3"),
+        ("name: yes", "name: text is asked for, got True"),
+        ("columns: [a]", "columns: names with values"),
+    ],
+)
+def test_numbers_and_truth_values_are_strict(text, message):
+    with pytest.raises(ConfigError) as caught:
+        Numbers.parse(read_yaml(text), "recipe.yaml")
+    line = str(caught.value).splitlines()[0]
+    assert line.startswith("recipe.yaml: ")
+    assert message in line
+    assert caught.value.remedy.startswith(text.partition(":")[0]), "the remedy says what the key means"
+
+
+def test_what_people_write_for_numbers():
+    found = Numbers.parse(read_yaml("{rank: 1e3, rate: 1e-3, layers: [0, 2], span: 0.5, packing: no}"), "test")
+    assert (found.rank, found.rate, found.layers, found.span, found.packing) == (1000, 0.001, (0, 2), 0.5, False)
+    assert Numbers.parse(read_yaml("rate: 3"), "test").rate == 3
+    assert Numbers.parse(read_yaml("rate: .5E-1"), "test").rate == 0.05
+
+
+def test_python_is_strict_as_well():
+    with pytest.raises(ValueError, match="valid integer"):
+        TrainingFields(steps=True)
+
+
+@pytest.mark.parametrize("text", ["1e3", "1e-3", "12", "no", "1_000", "a: b", "0x10", "~"])
+def test_texts_that_look_like_numbers_survive_the_resolved_recipe(text):
+    assert read_yaml(write_yaml({"prompts": [text]})) == {"prompts": [text]}
+
+
+@pytest.mark.parametrize("value", [1e-5, 1e22, 3, True, None, 0.1, -2.5e-7])
+def test_values_survive_the_resolved_recipe(value):
+    found = read_yaml(write_yaml([value]))[0]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_yes_and_no_are_choices_too():
+    assert CONFIGS["generate"].parse(read_yaml("chat: no"), "test").chat == "no"
+
+
+def test_a_wrong_choice_names_the_nearest():
+    with pytest.raises(ConfigError, match="schedule: must be 'linear', 'cosine' or 'constant', got 'cosin'; did you"):
+        TrainingFields.parse({"schedule": "cosin"}, "test")
+
+
+def test_what_is_wrong_between_keys_explains_both():
+    with pytest.raises(ConfigError, match="steps and tokens both") as caught:
+        TrainingFields.parse({"steps": 3, "tokens": 4}, "test")
+    assert "steps: Optimizer steps" in caught.value.remedy
+    assert "tokens: Training tokens" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", sorted(stages()))
+def test_every_number_of_every_stage_refuses_a_truth_value(name):
+    config = CONFIGS[name]
+    for key, field in config.model_fields.items():
+        kinds = str(field.annotation)
+        if ("int" in kinds or "float" in kinds) and "bool" not in kinds:
+            wrong = [True] if "tuple" in kinds else True
+            with pytest.raises(ConfigError, match=key):
+                config.parse({key: wrong}, "test")

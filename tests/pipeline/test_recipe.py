@@ -69,7 +69,7 @@ def test_set_changes_keys_of_recipe_and_stages(tmp_path):
         ("model: demo\nstages: []", "stages"),
         ("model: demo\nstages: [{data: x}]", "use: missing"),
         ("model: demo\nstages: [{use: lara}]", "did you mean 'lora'"),
-        ("model: demo\nstages: [{use: lora, rank: 0}]", r"stage 1 \(lora\): rank: .*greater than or equal to 1, got 0"),
+        ("model: demo\nstages: [{use: lora, rank: 0}]", r"stage 1 \(lora\): rank: .*must be at least 1, got 0"),
         ("model: demo\nstages: [{use: lora, steps: 1, steps: 2}]", "'steps' is given twice"),
         ("model: demo\ntask: seq2seq\nstages: [{use: lora}]", "works on causal models"),
         ("model: demo\nseed: 5000000000\nstages: [{use: lora}]", "seed"),
