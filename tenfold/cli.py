@@ -67,7 +67,7 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed while working, 2 bad input."""
+    """Run the command line; returns the exit code: 0 done, 1 failed while working, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         _complain("interrupted\n  -> give the same command again to go on from the last checkpoint")
-        return 1
-    except BrokenPipeError:  # `tenfold ls | head`
+        return 130
+    except BrokenPipeError:  # `tenfold ls | head` has what it wanted
         sys.stderr.close()
-        return 1
+        return 0
     except Exception as error:
         if debug:
             raise

@@ -54,3 +54,9 @@ class MissingDependencyError(TenfoldError, ImportError):
 
 class RunError(TenfoldError, RuntimeError):
     """A run folder or a running stage failed."""
+
+
+class FolderError(RunError):
+    """A folder that is no run, or that is not ours to write into."""
+
+    exit_code = 2

@@ -6,6 +6,7 @@ The run folder:
     environment.json    versions and machine of the last invocation
     01-lora/            a finished stage: summary.json, metrics.jsonl, artefact
     .02-evaluate/       the stage at work; it takes its name when it is complete
+    .tenfold.json       what runs have written here: they write over nothing else
     report.html         written anew after each stage
 """
 
@@ -31,12 +32,13 @@ from tenfold.config.base import Config
 from tenfold.config.data import DataFields
 from tenfold.config.pasta import SteeringFields
 from tenfold.config.r3m import AuditConfig, R3MConfig
-from tenfold.errors import RunError, TenfoldError
+from tenfold.errors import FolderError, RunError, TenfoldError
 from tenfold.files import replace_folder, write_text
 from tenfold.models.embedded import DEMO_HUB_ID
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.checking import check_stage, trusted_rows
 from tenfold.pipeline.context import Context, StageOutput
+from tenfold.pipeline.ownership import LOCK, Owned, check_out, owned
 from tenfold.pipeline.progress import Progress
 from tenfold.pipeline.recipe import Plan, Step
 from tenfold.pipeline.stages import stage
@@ -79,27 +81,32 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
         The summaries of all stages, in order.
 
     Raises:
-        TenfoldError: bad input, a folder in use or not writable, a disk that is full, a loss that is not finite.
+        TenfoldError: bad input, a folder in use, not writable or not ours, a full disk, a loss that is not finite.
     """
+    check_out(out)
     with _writable(out), _locked(out):
+        ours = owned(out)
         _refuse_foreign(plan, out)
+        ours.check_text(out / "recipe.yaml")
         _sweep(out)
         model = model_of(plan)
         jobs = list(_jobs(plan, model))
-        write_text(out / "recipe.yaml", plan.to_yaml())  # once it is known to be good: it describes what lies beside it
+        _refuse_losses(jobs, out, ours)
+        ours.write(out / "recipe.yaml", plan.to_yaml())  # known to be good by now: it describes what lies beside it
         from tenfold.pipeline.environment import environment  # imports torch: only once the input is known to be good
 
         machine = environment()
         write_text(out / "environment.json", json.dumps(machine, indent=2))
         start, summaries = model, []
         for job in jobs:
-            summary = _finished(out, job)
+            summary = _finished(out, job, ours)
             if summary is None:
                 console.print(f"[bold]{job.step.folder}[/bold]", highlight=False)
-                summary = _execute(plan, out, job, start, model, machine, console)
+                summary = _execute(plan, out, job, start, model, machine, console, ours)
             else:
                 console.print(f"[bold]{job.step.folder}[/bold]: finished already", highlight=False)
-            _deliver(job.step.config, out / job.step.folder)
+            for name, target in _delivered(job.step.config):
+                ours.write(target, (out / job.step.folder / name).read_text(encoding="utf-8"))
             summaries.append(summary)
             metrics = {done.folder: load_metrics(out / done.folder / "metrics.jsonl") for done in summaries}
             write_report(out, plan.to_yaml(), summaries, metrics, environment=machine)
@@ -187,12 +194,21 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
         previous = fingerprint
 
 
-def _deliver(config: Config, folder: Path) -> None:
-    """Leave what a stage was asked for outside of the run folder, also where the stage was finished already."""
-    if isinstance(config, AuditConfig):
-        for name, target in (("audit.csv", config.csv), ("cleaned.jsonl", config.clean)):
-            if target is not None:
-                write_text(target, (folder / name).read_text(encoding="utf-8"))
+def _delivered(config: Config) -> list[tuple[str, Path]]:
+    """What a stage was asked to leave outside of the run folder, and its name inside of it."""
+    if not isinstance(config, AuditConfig):
+        return []
+    asked = (("audit.csv", config.csv), ("cleaned.jsonl", config.clean))
+    return [(name, target) for name, target in asked if target is not None]
+
+
+def _refuse_losses(jobs: Sequence[Job], out: Path, ours: Owned) -> None:
+    """Refuse before any work what would end in writing over somebody else's file."""
+    for job in jobs:
+        if _finished(out, job, ours) is None:
+            ours.check_folder(out / job.step.folder)
+        for _, target in _delivered(job.step.config):
+            ours.check_text(target)
 
 
 def _named(config: Config, rows: Rows | None) -> dict[str, Any]:
@@ -212,11 +228,11 @@ def _named(config: Config, rows: Rows | None) -> dict[str, Any]:
     return found
 
 
-def _finished(out: Path, job: Job) -> StageSummary | None:
+def _finished(out: Path, job: Job, ours: Owned) -> StageSummary | None:
     folder = out / job.step.folder
     work = out / f".{job.step.folder}"
     if _summary(work, job) is not None:  # killed just before it took its name
-        _finish(work, folder)
+        _finish(work, folder, ours)
     return _summary(folder, job)
 
 
@@ -241,6 +257,7 @@ def _execute(
     model: ModelRef,
     machine: dict[str, Any],
     console: Console,
+    ours: Owned,
 ) -> StageSummary:
     work = out / f".{job.step.folder}"
     marker = work / "fingerprint"
@@ -282,15 +299,17 @@ def _execute(
             task=start.task,
         )
     write_text(work / "summary.json", summary.model_dump_json(indent=2))
-    _finish(work, out / job.step.folder)
+    _finish(work, out / job.step.folder, ours)
     return summary
 
 
-def _finish(work: Path, final: Path) -> None:
+def _finish(work: Path, final: Path, ours: Owned) -> None:
     """Give a complete working folder its name; what only a resume needs goes first."""
     for path in (*work.glob("checkpoint-*"), *work.glob(".*.partial-*")):
         shutil.rmtree(path)
     (work / "fingerprint").unlink(missing_ok=True)
+    ours.check_folder(final)
+    ours.remember_folder(work, final)
     replace_folder(work, final)
 
 
@@ -308,7 +327,7 @@ def _refuse_foreign(plan: Plan, out: Path) -> None:
     foreign = sorted(path.parent.name for path in out.glob("[0-9][0-9]-*/summary.json"))
     foreign = [name for name in foreign if name not in expected]
     if foreign:
-        raise RunError(
+        raise FolderError(
             f"{out} holds stages of another recipe: {', '.join(foreign)}",
             remedy="choose another folder with --out, or remove this one",
         )
@@ -316,7 +335,7 @@ def _refuse_foreign(plan: Plan, out: Path) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    lock = FileLock(out / ".lock")
+    lock = FileLock(out / LOCK)
     try:
         with lock.acquire(timeout=0):
             yield
@@ -330,9 +349,9 @@ def _locked(out: Path) -> Iterator[None]:
 def _writable(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".lock").touch()
+        (out / LOCK).touch()
     except OSError as error:
-        raise RunError(f"{out}: {error.strerror}", remedy="choose a folder you can write with --out") from error
+        raise FolderError(f"{out}: {error.strerror}", remedy="choose a folder you can write with --out") from error
     try:
         yield
     except TenfoldError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tenfold.errors import RunError
+from tenfold.errors import FolderError, RunError
 from tenfold.report.record import SCHEMA_VERSION, StageSummary
 
 STAGE_FOLDER = re.compile(r"\d{2,}-.+")
@@ -33,8 +33,8 @@ def load_run(folder: Path) -> tuple[str, list[StageSummary], Metrics]:
     """
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
-        problem = "no run: it has no recipe.yaml" if folder.is_dir() else "no such folder"
-        raise RunError(f"{folder}: {problem}", remedy="give a folder that `tenfold run RECIPE --out FOLDER` wrote")
+        problem = "not a run: it has no recipe.yaml" if folder.is_dir() else "no such folder"
+        raise FolderError(f"{folder}: {problem}", remedy="give a folder that `tenfold run RECIPE --out FOLDER` wrote")
     folders = sorted(
         (path for path in folder.iterdir() if path.is_dir() and STAGE_FOLDER.fullmatch(path.name)),
         key=lambda path: (int(path.name.partition("-")[0]), path.name),

@@ -139,7 +139,7 @@ def test_what_only_changes_the_log_makes_nothing_anew(values, tmp_path):
 
 def test_killed_between_the_summary_and_the_name(values, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_finish", lambda work, final: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(runner, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             execute(values, tmp_path)
     (tmp_path / ".01-lora.123.old").mkdir()

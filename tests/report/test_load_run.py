@@ -49,7 +49,7 @@ def damaged(folder, name, content):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(RunError, match="no run: it has no recipe"):
+    with pytest.raises(RunError, match="not a run: it has no recipe"):
         load_run(tmp_path)
     with pytest.raises(RunError, match="no such folder"):
         load_run(tmp_path / "absent")
