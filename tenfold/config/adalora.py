@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tenfold.config.budget import BudgetText, adapter_budget
+from tenfold.config.budget import BudgetText, adapter_budget, parse_budget
+from tenfold.config.shape import Shape
 from tenfold.config.training import TextTrainingFields
 
 
@@ -82,6 +84,26 @@ class AdaLoraConfig(TextTrainingFields):
     targets: tuple[str, ...] = ("all-linear",)
     """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
     regular expressions that match whole names; each must match something. The paper: every linear layer."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """An adapter more."""
+        shape = super().applied_to(shape)
+        for rank in (self.rank, self.initial_rank, self.min_rank):
+            shape.check_rank(rank or 0)
+        return replace(shape, adapted=True)
+
+    def needs_matrices(self, shape: Shape) -> bool:
+        """Targets may match nothing, and a budget may buy no triplet or more than the matrices hold."""
+        if self.targets != type(self).model_fields["targets"].default or self.min_rank or self.max_rank:
+            return True
+        width, rows = shape.hidden or 0, shape.vocabulary or 0
+        if self.budget is None:
+            return (self.rank or 0) > width / 8
+        # A triplet of the attention costs at most twice the width, and a model has more parameters than its embedding;
+        # a wide one has matrices that hold a fiftieth of it many times over.
+        budget = parse_budget(self.budget)
+        fits = budget.unit == "share" and 2 / max(rows, 1) <= budget.amount <= 0.02 and width >= 256
+        return self.initial_rank is not None or not fits
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

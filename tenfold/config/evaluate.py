@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
+from tenfold.config.shape import Shape
 
 TASKS = ("perplexity", "copying", "needle", "speed", "memory", "multiple_choice", "question_answering")
 
@@ -44,6 +45,16 @@ class EvaluateConfig(DataFields):
     """Tokens whose decoding is timed."""
     repeats: Annotated[int, Field(ge=1)] = 5
     """Timed repeats, after one warm-up; the models alternate."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """Windows and passages must be within what the model can read."""
+        if "perplexity" in self.tasks and self.max_length is not None:
+            shape.check_positions("max_length", self.max_length)
+        for task, room in (("copying", self.passage), ("needle", 64)):
+            if task in self.tasks:
+                tokens = self.passage + self.between + room
+                shape.check_positions("between", tokens, f" tokens of {task}, passages of {self.passage} included,")
+        return shape
 
     @model_validator(mode="after")
     def _known_tasks(self) -> Self:

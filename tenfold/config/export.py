@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from tenfold.config.base import Config
+from tenfold.config.shape import Shape
+from tenfold.errors import ConfigError
 
 
 class ExportConfig(Config):
@@ -17,3 +20,25 @@ class ExportConfig(Config):
     """Number format of the merged weights. Default: that of the opened model."""
     push_to_hub: str | None = None
     """Also upload the folder to this hub id (``user/name``)."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """A form must be there to be written."""
+        if self.form == "adapter" and not shape.adapted:
+            raise ConfigError(f"form: {shape.name} carries no adapter", remedy="write form: merged, or adapt it first")
+        if self.form == "native":
+            _check_native(shape)
+        return shape if self.form == "adapter" else replace(shape, adapted=False)
+
+
+def _check_native(shape: Shape) -> None:
+    """What stock transformers has no layers for."""
+    spans, remedy = shape.spans, "write form: merged, which keeps the spans for tenfold"
+    if spans is None:
+        raise ConfigError(f"form: native: {shape.name} has no local spans", remedy="write form: merged")
+    if spans.get("pattern", "sliding") != "sliding":
+        raise ConfigError(f"form: native: stock layers know sliding windows, not pattern {spans['pattern']}", remedy)
+    if spans.get("sinks"):
+        raise ConfigError(
+            f"form: native: a stock sliding window forgets the first tokens, and sinks is {spans['sinks']}",
+            remedy="convert with sinks: 0, or write form: merged, which keeps the spans for tenfold",
+        )

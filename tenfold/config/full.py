@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
 
+from tenfold.config.shape import Shape
 from tenfold.config.training import TextTrainingFields
 
 
@@ -18,3 +20,7 @@ class FullConfig(TextTrainingFields):
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate of AdamW."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """Other weights, earlier adapters among them."""
+        return replace(super().applied_to(shape), adapted=False)

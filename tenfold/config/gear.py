@@ -12,6 +12,7 @@ from tenfold.config.base import Config
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.reading import read_yaml
+from tenfold.config.shape import Shape
 from tenfold.errors import ConfigError
 
 Bits = Literal[2, 3, 4, 8, 16]
@@ -178,6 +179,11 @@ class GearConfig(DataFields):
     """Timed tokens of each turn."""
     repeats: Annotated[int, Field(ge=1)] = 3
     """Turns of each cache; the caches alternate."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """What is read must be within what the model can read."""
+        shape.check_positions("context", self.context + self.scored, " tokens with those that are scored")
+        return shape
 
     @model_validator(mode="after")
     def _caches_are_known(self) -> Self:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.budget import BudgetText, adapter_budget
+from tenfold.config.shape import Shape
 from tenfold.config.training import TextTrainingFields
 
 
@@ -28,6 +30,16 @@ class LoraConfig(TextTrainingFields):
     targets: tuple[str, ...] = ("all-linear",)
     """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
     regular expressions that match whole names; each must match something."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """An adapter more."""
+        shape = super().applied_to(shape)
+        shape.check_rank(self.rank or 0)
+        return replace(shape, adapted=True)
+
+    def needs_matrices(self, shape: Shape) -> bool:
+        """Targets may match nothing, and a budget may buy no rank."""
+        return self.budget is not None or self.targets != type(self).model_fields["targets"].default
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:

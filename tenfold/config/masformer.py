@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
+from tenfold.config.shape import Shape
 from tenfold.errors import ConfigError
 
 
@@ -54,6 +56,28 @@ class MasformerConfig(DataFields):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}: full_layers names the layers already: leave {key} out")
         return self
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """Layers must be there, and passages within what the model can read."""
+        layers = shape.layers
+        if shape.spans is not None:
+            raise ConfigError(f"{shape.name} has local spans already", remedy="start from the model before it got them")
+        if layers is not None:
+            if wrong := [layer for layer in self.full_layers or () if layer >= layers]:
+                raise ConfigError(
+                    f"full_layers: {wrong[0]}; the model has layers 0 to {layers - 1}", remedy="correct the layer"
+                )
+            if self.full_layers is None and (self.by == "layers" or shape.kv_heads is not None):
+                self.count(layers * (shape.kv_heads or 1 if self.by == "heads" else 1))
+        reach = self.window - 1 if self.pattern == "sliding" else (self.previous + 1) * self.window - 1
+        between = self.between or max(self.passage, reach)
+        what = f" tokens, twice and {between} between,"
+        if shape.positions is not None and 2 * self.passage + between > shape.positions:
+            raise ConfigError(
+                f"passage: {self.passage}{what} are more than the {shape.positions} positions that the model has",
+                remedy="give a shorter passage, a smaller window, or between",
+            )
+        return replace(shape, adapted=False, spans={"pattern": self.pattern, "sinks": self.sinks})
 
     def count(self, layers: int) -> int:
         """Layers, or heads, of full attention out of so many: at most what the budget says, one at least.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from tenfold.config.base import Config, yes_or_no
 from tenfold.config.data import DataFields
+from tenfold.config.shape import Shape
 from tenfold.errors import ConfigError
 
 Chat = Annotated[Literal["auto", "yes", "no"], BeforeValidator(yes_or_no)]
@@ -55,6 +57,19 @@ class SteeringFields(Config):
     def steers(self) -> bool:
         """Whether the stage emphasises anything at all."""
         return True
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """Heads must be there; released files name no model and are looked at when it is open."""
+        path = self.profile_file() if self.steers else None
+        made_for = _profiled_model(path) if path is not None else {}
+        here = {"layers": shape.layers, "heads": shape.heads}
+        if any(known is not None and made_for.get(key, known) != known for key, known in here.items()):
+            raise ConfigError(
+                f"profile: made for a {made_for.get('model_type')} model of {made_for.get('layers')} layers with "
+                f"{made_for.get('heads')} heads each, and {shape.name} has {shape.layers} of {shape.heads}",
+                remedy="find this model's own heads: tenfold steer profile MODEL, or a stage `use: profile` before",
+            )
+        return shape
 
     def profile_file(self) -> Path | None:
         """The file that ``profile`` names; None where an earlier stage of the recipe will make it.
@@ -142,6 +157,15 @@ class ProfileConfig(DataFields):
         if not self.tasks and self.data is None:
             raise ValueError("tasks and data are both empty: heads are found by what steering them does to a task")
         return self
+
+
+def _profiled_model(path: Path) -> dict[str, Any]:
+    """What a profile says of the model that it was found on."""
+    try:
+        model = json.loads(path.read_text(encoding="utf-8")).get("model", {})
+    except (OSError, ValueError, AttributeError):  # what is wrong with it is said when it is loaded
+        return {}
+    return model if isinstance(model, dict) else {}
 
 
 def untagged(prompt: str, tags: tuple[str, str]) -> str | None:

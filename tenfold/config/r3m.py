@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -11,7 +12,9 @@ from pydantic import Field, model_validator
 from tenfold.config.base import Config
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
+from tenfold.config.shape import Shape
 from tenfold.config.training import TrainingFields
+from tenfold.errors import ConfigError
 
 _CAPPED = ("r3m", "trimmed")
 _SMOOTHED = ("cdpo", "rdpo")
@@ -154,6 +157,17 @@ class R3MConfig(RobustFields, TrainingFields):
             parse_noise(self.noise)
         return self
 
+    def applied_to(self, shape: Shape) -> Shape:
+        """An adapter or other weights, with the head that the target needs."""
+        shape = super().applied_to(shape)
+        shape.check_rank(self.rank)
+        task = "reward" if self.target == "reward" else shape.task
+        return replace(shape, adapted=self.rank > 0, task=task)
+
+    def needs_matrices(self, shape: Shape) -> bool:
+        """Targets may match nothing."""
+        return self.rank > 0 and self.targets != type(self).model_fields["targets"].default
+
     def _choosable(self) -> None:
         if len(set(self.lams)) != len(self.lams) or len(self.lams) == 1:
             raise ValueError(f"lams: {list(self.lams)} leaves nothing to choose from: give two caps or more, each once")
@@ -210,3 +224,12 @@ class AuditConfig(DataFields):
     keeps all with a column ``weight``, for trainers that weigh rows (those here do not)."""
     clean: Path | None = None
     """Also write the cleaned rows to this file (.jsonl)."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """A policy is judged against what it started from."""
+        if shape.task == "causal" and not shape.adapted and self.reference is None:
+            raise ConfigError(
+                f"reference: missing, and {shape.name} has no adapter that could be switched off",
+                remedy="give the model that the policy started from as reference, or a reward model as the model",
+            )
+        return shape

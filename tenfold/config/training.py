@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
+from tenfold.config.shape import Shape
+from tenfold.errors import ConfigError
 
 
 class TrainingFields(DataFields):
@@ -43,6 +45,11 @@ class TrainingFields(DataFields):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also log to these, as the transformers Trainer does."""
 
+    def applied_to(self, shape: Shape) -> Shape:
+        """Sequences must be within what the model can read."""
+        shape.check_positions("max_length", self.max_length)
+        return shape
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
@@ -61,3 +68,12 @@ class TextTrainingFields(TrainingFields):
     distil: Annotated[float, Field(ge=0, le=1)] = 0.0
     """For models with local spans: share of the loss that is the distance to the hidden states that the model has with
     full attention; 1 needs no label at all. The rest is the loss on the text."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """A model without local spans has nothing to teach itself."""
+        if self.distil and shape.model_type and shape.spans is None:
+            raise ConfigError(
+                "distil: the model has no local spans, so it has nothing to learn from itself",
+                remedy="put a stage masformer before this one, or leave distil out",
+            )
+        return super().applied_to(shape)

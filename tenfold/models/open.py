@@ -117,15 +117,22 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """Where a model goes: what the caller asked for, else a GPU where there is one.
 
     Raises:
-        ConfigError: no such kind of device.
+        ConfigError: no such device, or none on this machine.
 
     >>> resolve_device("cpu")
     device(type='cpu')
     """
     try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise ConfigError(f"device: {device!r} is no device", remedy="give cpu, cuda or cuda:1") from None
+        raise ConfigError(f"device: unknown device {device!r}", remedy="give cpu, cuda or cuda:1") from None
+    devices = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= devices:
+        what = f"has {devices} GPU{'s' * (devices > 1)}" if devices else "has no GPU that this torch can use"
+        raise ConfigError(
+            f"device: {str(device)!r}, and this machine {what}", remedy="leave device out to take what there is"
+        )
+    return place
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device | None) -> str | torch.dtype:
@@ -227,11 +234,11 @@ def _load(
         model, report = builder.from_pretrained(folder, config=config, output_loading_info=True, **options, **placing)
         check_loaded(model, report["missing_keys"], folder)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise _explain(located, folder, error) from error
+        raise explain(located, folder, error) from error
     return model, tokenizer
 
 
-def _explain(located: Located, folder: str, error: Exception) -> Exception:
+def explain(located: Located, folder: str, error: Exception) -> Exception:
     """Turn what ``transformers`` raised into what it means."""
     text = str(error)
     if isinstance(error, ModelError):

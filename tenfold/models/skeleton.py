@@ -8,7 +8,7 @@ import torch
 
 from tenfold.models.gguf import converted
 from tenfold.models.heads import auto_class
-from tenfold.models.open import resolve_device, resolve_dtype
+from tenfold.models.open import explain, resolve_device, resolve_dtype
 from tenfold.models.reference import ModelRef
 from tenfold.models.source import hub_commit, resolve
 from tenfold.models.tiny import tiny_model
@@ -36,7 +36,10 @@ def skeleton(ref: ModelRef) -> Any:
         hub_commit(folder, ref.revision)  # the clear error for one that cannot be had
     else:
         options["revision"] = None
-    config = AutoConfig.from_pretrained(folder, **options)
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise explain(located, folder, error) from error
     if ref.task == "reward":
         config.num_labels = 1
     dtype = resolve_dtype(ref.dtype, resolve_device(ref.device))

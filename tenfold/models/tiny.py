@@ -117,6 +117,20 @@ def tiny_model(kind: str = "llama", *, task: str | None = None, seed: int = 0, *
     return Opened(model, tokenizer, describe(model, source, source, weights))
 
 
+def tiny_configuration(kind: str) -> dict[str, Any]:
+    """The fields of a tiny model's configuration as its ``config.json`` would hold them.
+
+    Raises:
+        ConfigError: unknown kind.
+
+    >>> tiny_configuration("gpt2")["model_type"]
+    'gpt2'
+    """
+    tiny_identity(kind)  # the error for an unknown one
+    model_type, fields = _KINDS[kind]
+    return {"model_type": model_type, **fields}
+
+
 def tiny_identity(kind: str, seed: int = 0, **overrides: Any) -> str:
     """The hash that stands for a tiny model's weights: of everything they are made from, the task's head apart.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,13 @@ from tenfold.config.masformer import MasformerConfig
 from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields, untagged
 from tenfold.config.r3m import AuditConfig, R3MConfig
 from tenfold.config.training import TrainingFields
-from tenfold.errors import ConfigError, DataError, MissingDependencyError
+from tenfold.errors import ConfigError, DataError, MissingDependencyError, ModelError
+from tenfold.pipeline.recipe import Plan, Step
+from tenfold.pipeline.stages import stage
 
 if TYPE_CHECKING:
     from tenfold.data.read import Rows
+    from tenfold.models.reference import ModelRef
 
 TRAINED_ROWS = ("text", "completion", "chat")
 """Kinds of rows that a causal model is trained on by its next token."""
@@ -77,6 +81,63 @@ def check_stage(config: Config, rows: Rows | None, where: str) -> None:
                 _check_kind(rows, (MEASURED_ROWS[task],), f"{where}: tasks: {task}")
         if rows is not None and config.split == "held-out":
             rows.split(config.holdout)
+
+
+def check_model(plan: Plan) -> list[str]:
+    """Refuse what a plan asks of its model and cannot have, by configurations alone; no weight is read.
+
+    Returns:
+        Notes on what could not be looked at.
+
+    Raises:
+        ConfigError: a length, layer, budget, target, form, profile or device that this model or machine does not have.
+        ModelError: no such model, or an architecture that a stage does not know.
+    """
+    from tenfold.models.families import FAMILIES
+    from tenfold.models.shape import HubAwayError, shape_of
+
+    ref = model_of(plan)
+    if ref.device is not None and ref.device != "cpu":
+        from tenfold.models.open import resolve_device
+
+        resolve_device(ref.device)
+    try:
+        shape = shape_of(ref)
+    except HubAwayError as error:
+        return [f"{error.problem}: what its stages ask of it was not checked"]
+    for step in plan.steps:
+        try:
+            after = step.config.applied_to(shape)
+            unknown = "targets" in type(step.config).model_fields and shape.model_type not in FAMILIES
+            if unknown or step.config.needs_matrices(shape):
+                _check_matrices(step, dataclasses.replace(ref, task=after.task))
+        except (ConfigError, ModelError) as error:
+            raise type(error)(f"{step.folder}: {error.problem}", error.remedy) from None
+        shape = after
+    return []
+
+
+def _check_matrices(step: Step, ref: ModelRef) -> None:
+    """Attach a stage's adapter to a model without storage: what does not fit is refused as it will be in the run."""
+    import torch
+
+    from tenfold.models.layer_map import layer_map
+    from tenfold.models.skeleton import skeleton
+
+    model, attach = skeleton(ref), stage(step.name).attach_function()
+    if attach is None:
+        layer_map(model).select(step.config.model_dump()["targets"])
+        return
+    with torch.device("meta"):
+        attach(model, step.config, task=ref.task)
+
+
+def model_of(plan: Plan) -> ModelRef:
+    """The model that a plan starts from."""
+    from tenfold.models.reference import ModelRef
+
+    fields = plan.recipe.model_dump(exclude={"stages", "seed", "model"})
+    return ModelRef(source=plan.recipe.model, **fields)
 
 
 def _check_tagged(config: PastaConfig | ProfileConfig, rows: Rows, where: str) -> None:

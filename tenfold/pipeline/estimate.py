@@ -23,8 +23,8 @@ from tenfold.config.training import TrainingFields
 from tenfold.models.open import resolve_device
 from tenfold.models.reference import ModelRef
 from tenfold.models.skeleton import skeleton
+from tenfold.pipeline.checking import check_model, model_of
 from tenfold.pipeline.recipe import Plan
-from tenfold.pipeline.run import model_of
 from tenfold.pipeline.stages import stage
 
 CPU_HEAP = 1.6
@@ -62,6 +62,7 @@ def estimate(plan: Plan) -> list[Estimate]:
         One estimate for the model, then one for each stage whose needs are known.
     """
     ref = model_of(plan)
+    check_model(plan)
     model = skeleton(ref)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     amounts = {"parameters": sum(p.numel() for p in model.parameters()), "weights": weights}

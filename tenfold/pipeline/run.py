@@ -36,7 +36,7 @@ from tenfold.errors import FolderError, RunError, TenfoldError
 from tenfold.files import replace_folder, write_text
 from tenfold.models.embedded import DEMO_HUB_ID
 from tenfold.models.reference import ModelRef
-from tenfold.pipeline.checking import check_stage, trusted_rows
+from tenfold.pipeline.checking import check_model, check_stage, model_of, trusted_rows
 from tenfold.pipeline.context import Context, StageOutput
 from tenfold.pipeline.ownership import LOCK, Owned, check_out, owned
 from tenfold.pipeline.progress import Progress
@@ -132,7 +132,7 @@ def check(plan: Plan) -> list[str]:
         check_stage(step.config, rows, step.folder)
         found = f": {len(rows)} {rows.kind} rows from {rows.source}" if rows is not None else ""
         lines.append(f"{step.folder}{found}")
-    return lines
+    return [*lines, *check_model(plan)]
 
 
 def continued(model: ModelRef, folder: Path, summary: StageSummary) -> ModelRef:
@@ -149,14 +149,6 @@ def continued(model: ModelRef, folder: Path, summary: StageSummary) -> ModelRef:
     return ModelRef(source=str(artefact), task=task, dtype=model.dtype, device=model.device)
 
 
-def model_of(plan: Plan) -> ModelRef:
-    """The model that a plan starts from."""
-    from tenfold.models.reference import ModelRef
-
-    fields = plan.recipe.model_dump(exclude={"stages", "seed", "model"})
-    return ModelRef(source=plan.recipe.model, **fields)
-
-
 def _rows(step: Step) -> Rows | None:
     config = step.config
     if not isinstance(config, DataFields) or config.data is None:
@@ -171,6 +163,7 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
 
     All data is read first: a bad row in the last stage must not surface after hours of training.
     """
+    check_model(plan)
     data = [_rows(step) for step in plan.steps]
     for step, rows in zip(plan.steps, data, strict=True):
         check_stage(step.config, rows, step.folder)

@@ -1,0 +1,66 @@
+"""What a model's configuration says without a weight: enough to see whether a stage can work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tenfold.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as a stage finds it; None where its configuration does not say.
+
+    Args:
+        name: as the user calls it.
+        model_type: as transformers names the architecture.
+        layers: blocks of the decoder.
+        hidden: width of the residual stream.
+        heads: query heads of a layer.
+        kv_heads: key and value heads of a layer.
+        vocabulary: rows of the embedding.
+        positions: tokens that the model was built for.
+        task: what its head is for.
+        adapted: whether an adapter is on it.
+        spans: the table of local spans of a converted model.
+    """
+
+    name: str
+    model_type: str = ""
+    layers: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    vocabulary: int | None = None
+    positions: int | None = None
+    task: str = "causal"
+    adapted: bool = False
+    spans: Mapping[str, Any] | None = None
+
+    def check_positions(self, key: str, tokens: int, what: str = "") -> None:
+        """Refuse more tokens than the model was built for.
+
+        Raises:
+            ConfigError: naming the key and the most that is possible.
+
+        >>> Shape("tiny", positions=512).check_positions("max_length", 512)
+        """
+        if self.positions is not None and tokens > self.positions:
+            raise ConfigError(
+                f"{key}: {tokens}{what} is above the {self.positions} positions that the model has",
+                remedy=f"give {self.positions} or less" if not what else f"give a smaller {key}",
+            )
+
+    def check_rank(self, rank: float) -> None:
+        """Refuse a rank that no matrix of the model can have.
+
+        Raises:
+            ConfigError: naming the width.
+        """
+        if self.hidden is not None and rank > self.hidden:
+            raise ConfigError(
+                f"rank: {rank:g} is above the width of the model, {self.hidden}, where an update is free of any limit",
+                remedy="give a rank far below it, such as 8, or train all weights (use: full)",
+            )
