@@ -232,7 +232,7 @@ def ls(folder: Positional[Path | None] = None) -> int:
             "methods and stages (`use:` in a recipe, `--method` on the command line)", ("name", "verb", "what"), rows
         )
         return 0
-    from tenfold.pipeline.run import headline
+    from tenfold.pipeline.run import figures
     from tenfold.report.load import load_run
 
     found = sorted({path.parent for path in folder.glob("**/recipe.yaml")})
@@ -241,10 +241,12 @@ def ls(folder: Positional[Path | None] = None) -> int:
     runs: list[tuple[str, ...]] = []
     for path in found:
         _, summaries, _ = load_run(path)
-        figures = [
-            f"{name} {_number(before)} -> {_number(after)}" for name, before, after, _ in headline(summaries)[:1]
-        ]
-        runs.append((str(path), " ".join(summary.stage for summary in summaries), *(figures or [""])))
+        _, rows = figures(summaries)
+        first = ""
+        if rows:
+            name, *values, unit = rows[0]
+            first = f"{name} {' -> '.join(filter(None, values))} {unit}".rstrip()
+        runs.append((str(path), " ".join(summary.stage for summary in summaries), first))
     _table(f"runs in {folder}", ("run", "finished stages", "first figure"), runs)
     return 0
 
@@ -270,8 +272,11 @@ def compare(first: Positional[Path], second: Positional[Path]) -> int:
 def env() -> int:
     """Show versions and machine, for bug reports."""
     from tenfold.pipeline.environment import environment
+    from tenfold.report.numbers import quantity
 
     found = environment()
+    memory = found.pop("memory_bytes")
+    found |= {"memory": quantity(memory, "bytes"), "devices": ", ".join(found["devices"])}
     for key, value in {**found.pop("versions"), **found}.items():
         print(f"{key:<14}{value}")
     return 0
@@ -386,7 +391,7 @@ def _execute(plan: Any, out: Path) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from tenfold.pipeline.run import headline
+    from tenfold.pipeline.run import figures
     from tenfold.pipeline.run import run as execute
 
     console = Console(soft_wrap=True)
@@ -400,9 +405,9 @@ def _execute(plan: Any, out: Path) -> int:
             console.print(f"{summary.stage}: {note}", markup=False, highlight=False)
         if summary.artefact:
             console.print(f"{summary.stage}: {out / f'{summary.index:02d}-{summary.stage}' / summary.artefact}")
-    rows = [(name, *map(_number, values), unit) for name, *values, unit in headline(summaries)]
+    columns, rows = figures(summaries)
     if rows:
-        _table("figures", ("what", "before", "after", "unit"), rows)
+        _table("figures", columns, rows)
     console.print(f"report: {out / 'report.html'}", highlight=False)
     return 0
 
@@ -418,10 +423,6 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
     for row in rows:
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     Console(soft_wrap=False).print(table)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def _complain(text: str) -> None:

@@ -26,6 +26,7 @@ from tenfold.models.skeleton import skeleton
 from tenfold.pipeline.checking import check_model, model_of
 from tenfold.pipeline.recipe import Plan
 from tenfold.pipeline.stages import stage
+from tenfold.report.numbers import quantity
 
 CPU_HEAP = 1.6
 """Resident over live bytes of a training step on a CPU. The C library keeps freed blocks as holes between live ones;
@@ -45,14 +46,9 @@ class Estimate:
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """For the terminal: counts as they are, sizes in MiB."""
-        return [(name, _show(name, value)) for name, value in self.amounts.items()]
-
-
-def _show(name: str, value: float) -> str:
-    if "parameters" in name:
-        return f"{value:,.0f}"
-    return f"{value / 2**20:,.1f} MiB" if value >= 2**17 else f"{value / 2**10:,.1f} KiB"
+        """For the terminal: counts as they are, sizes as the report shows them."""
+        units = {name: "" if "parameters" in name else "bytes" for name in self.amounts}
+        return [(name, quantity(value, units[name])) for name, value in self.amounts.items()]
 
 
 def estimate(plan: Plan) -> list[Estimate]:

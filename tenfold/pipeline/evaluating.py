@@ -99,7 +99,9 @@ def _left_out(results: Sequence[Result]) -> list[str]:
 def _measure(
     task: str, config: EvaluateConfig, context: Context, subjects: Callable[[], Subjects], rows: Rows | None
 ) -> Sequence[Result]:
-    return _MEASURES.get(task, _standard)(task, config, context, subjects(), rows)
+    opened = subjects()
+    context.progress.begin(task)
+    return _MEASURES.get(task, _standard)(task, config, context, opened, rows)
 
 
 def run_generate(config: GenerateConfig, context: Context) -> StageOutput:

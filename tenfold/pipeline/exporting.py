@@ -24,11 +24,15 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
         save_adapter(opened.model, opened.tokenizer, folder)
     else:
         folder = context.folder / "model"
+        if adapted:
+            context.progress.begin("merging the adapter")
         model = merge(opened.model) if adapted else opened.model
         if config.save_dtype is not None:
             model = model.to(getattr(torch, config.save_dtype))
+        context.progress.begin("writing the model")
         (save_native if config.form == "native" else save_model)(model, opened.tokenizer, folder)
     if config.push_to_hub:
+        context.progress.begin(f"uploading to {config.push_to_hub}")
         push_to_hub(folder, config.push_to_hub)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return StageOutput(

@@ -44,6 +44,7 @@ from tenfold.pipeline.recipe import Plan, Step
 from tenfold.pipeline.stages import stage
 from tenfold.report.card import write_card
 from tenfold.report.load import load_metrics
+from tenfold.report.numbers import fit
 from tenfold.report.page import write_report
 from tenfold.report.record import StageSummary
 
@@ -90,7 +91,9 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
         ours.check_text(out / "recipe.yaml")
         _sweep(out)
         model = model_of(plan)
-        jobs = list(_jobs(plan, model))
+        with Progress(console) as progress:
+            progress.begin("reading the data and the files of the model")
+            jobs = list(_jobs(plan, model))
         _refuse_losses(jobs, out, ours)
         ours.write(out / "recipe.yaml", plan.to_yaml())  # known to be good by now: it describes what lies beside it
         from tenfold.pipeline.environment import environment  # imports torch: only once the input is known to be good
@@ -260,6 +263,7 @@ def _execute(
         write_text(marker, job.fingerprint)
     began = time.perf_counter()
     with Progress(console) as progress:
+        progress.begin(f"opening {model.source}")
         context = Context(work, start, model, job.rows, plan.recipe.seed, plan.to_yaml(), progress)
         output: StageOutput = stage(job.step.name).function()(job.step.config, context)
     summary = StageSummary(
@@ -368,16 +372,34 @@ def _is_full(error: Exception, out: Path) -> bool:
     return shutil.disk_usage(out).free < 2**20 and ("inline_container" in text or "iostream" in text)
 
 
-def headline(summaries: Sequence[StageSummary]) -> list[tuple[str, float | None, float | None, str]]:
-    """What the run bought, for the terminal: ``(metric, before, after, unit)`` of everything measured on both."""
-    # A model that is measured alone stands in the column `after`.
-    rows: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
+def figures(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column titles and rows of what was measured, for the terminal: values as the report shows them.
+
+    >>> from tenfold.evaluate.results import Metric, Result
+    >>> result = Result(task="speed", subject="model", metrics=(Metric(name="prefill", value=0.0312, unit="s"),))
+    >>> summary = StageSummary(tenfold_version="", index=1, stage="", fingerprint="", config={}, seed=0,
+    ...                        results=(result,))
+    >>> figures([summary])
+    (('what', 'model', 'unit'), [('speed: prefill', '31.2', 'ms')])
+    """
+    found: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
     for summary in summaries:
         for result in summary.results:
             for metric in result.metrics:
-                rows.setdefault((result.task, metric.name), ({}, metric.unit))[0][result.subject] = metric.value
-    return [
-        (f"{task}: {name}", values.get("before"), values.get("after", values.get("model")), unit)
-        for (task, name), (values, unit) in rows.items()
-        if "after" in values or "model" in values
+                found.setdefault((result.task, metric.name), ({}, metric.unit))[0][result.subject] = metric.value
+    shown = {key: kept for key, (values, unit) in found.items() if (kept := _sides(values, unit))}
+    compared = any(before for before, _, _ in shown.values())
+    rows = [
+        (f"{task}: {name}", *((before, after) if compared else (after,)), unit)
+        for (task, name), (before, after, unit) in shown.items()
     ]
+    return ("what", *(("before", "after") if compared else ("model",)), "unit"), rows
+
+
+def _sides(values: dict[str, float], unit: str) -> tuple[str, str, str] | None:
+    """Before, after and unit as text; a model that is measured alone counts as after."""
+    before, after = values.get("before"), values.get("after", values.get("model"))
+    if after is None:
+        return None
+    scale = fit([before, after], unit, finest=None if before is None else after - before)
+    return "" if before is None else scale.text(before), scale.text(after), scale.unit

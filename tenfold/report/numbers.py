@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeGuard
 
-KIB, MIB = 2**10, 2**20
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 MOST_DIGITS = 6
 
 
@@ -80,9 +80,13 @@ def fit(values: Iterable[float | None], unit: str = "", *, finest: float | None 
 def _unit(unit: str, largest: float) -> tuple[float, str]:
     base, slash, per = unit.partition("/")
     if base == "s":
+        if largest >= 7200 and not slash:
+            return 1 / 3600, "h"
         if largest >= 120 and not slash:
             return 1 / 60, "min"
         return (1000.0, f"ms{slash}{per}") if largest < 1 else (1.0, unit)
+    if base == "bytes" and largest >= GIB:
+        return 1 / GIB, f"GiB{slash}{per}"
     if base == "bytes" and largest >= KIB:
         # MiB on screen; below a tenth of one the digits would be zeros
         return (1 / KIB, f"KiB{slash}{per}") if largest < MIB / 10 else (1 / MIB, f"MiB{slash}{per}")

@@ -183,3 +183,46 @@ def test_estimate_and_env(recipe, capsys):
     assert "trainable parameters" in capsys.readouterr().out
     assert cli.main(["env"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def summary(index=1, **subjects):
+    """A stage summary with one value for each subject and metric."""
+    from tenfold.evaluate.results import Metric, Result
+    from tenfold.report.record import StageSummary
+
+    results = tuple(
+        Result(
+            task="measured", subject=subject.replace("_", " "), metrics=tuple(Metric(**metric) for metric in metrics)
+        )
+        for subject, metrics in subjects.items()
+    )
+    return StageSummary(
+        tenfold_version="", index=index, stage="evaluate", fingerprint="", config={}, seed=0, results=results
+    )
+
+
+def test_figures_are_shown_for_people():
+    from tenfold.pipeline.run import figures
+
+    def measured(seconds, size, loss):
+        return [
+            {"name": "time", "value": seconds, "unit": "s"},
+            {"name": "cache", "value": size, "unit": "bytes"},
+            {"name": "loss", "value": loss},
+        ]
+
+    found = summary(before=measured(0.0312, 3 * 2**20, 2.0), after=measured(0.0298, 2**20, 2.0004))
+    columns, rows = figures([found])
+    assert columns == ("what", "before", "after", "unit")
+    assert rows == [
+        ("measured: time", "31.2", "29.8", "ms"),
+        ("measured: cache", "3.00", "1.00", "MiB"),
+        ("measured: loss", "2.00000", "2.00040", ""),
+    ]
+
+
+def test_a_single_model_is_called_model():
+    from tenfold.pipeline.run import figures
+
+    columns, rows = figures([summary(model=[{"name": "weights", "value": 16e9, "unit": "bytes"}])])
+    assert (columns, rows) == (("what", "model", "unit"), [("measured: weights", "14.9", "GiB")])
