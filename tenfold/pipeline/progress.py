@@ -15,8 +15,8 @@ from tenfold.report.numbers import quantity
 
 LOG_INTERVAL = 10.0
 """Seconds between two lines where there is no terminal."""
-SILENCE = 5.0
-"""Seconds without a line after which one says what is at work."""
+SILENCE, LONGEST_SILENCE = 5.0, 60.0
+"""Seconds without a line after which one says what is at work; twice as many after each, up to the second."""
 
 
 class Progress:
@@ -87,7 +87,7 @@ class Progress:
             self.console.print(f"  {self._label}: for {quantity(now - self._began, 's')}", highlight=False)
 
     def _tell(self) -> None:
-        self._told, self._patience = time.monotonic(), LOG_INTERVAL
+        self._told, self._patience = time.monotonic(), min(2 * self._patience, LONGEST_SILENCE)
 
     def _at_work(self, label: str) -> float:
         now = time.monotonic()

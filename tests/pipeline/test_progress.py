@@ -37,7 +37,11 @@ def test_a_part_without_steps_is_named_after_five_seconds(told):
     assert at(5) == ["  opening demo: for 5.00 s"]
     assert len(at(14)) == 1
     assert at(15)[1:] == ["  opening demo: for 15.0 s"]
+    assert len(at(34)) == 2
+    assert at(35)[2:] == ["  opening demo: for 35.0 s"]
     assert at(615)[-1] == "  opening demo: for 10.2 min"
+    assert len(at(674)) == 4
+    assert len(at(675)) == 5, "once a minute in the end"
 
 
 def test_a_quick_part_says_nothing(told):
@@ -73,7 +77,8 @@ def test_a_terminal_has_a_bar_for_a_part_without_steps(clock):
 def test_the_watch_ends_with_the_block():
     import threading
 
-    before = threading.active_count()
-    with Progress(Console(file=io.StringIO())) as progress:
-        assert threading.active_count() == before + 1
-    assert progress._stop.is_set()
+    before = set(threading.enumerate())
+    with Progress(Console(file=io.StringIO())):
+        (watch,) = set(threading.enumerate()) - before
+    watch.join(10)
+    assert not watch.is_alive()
