@@ -166,10 +166,10 @@ def _jobs(plan: Plan, model: ModelRef) -> Iterator[Job]:
 
     All data is read first: a bad row in the last stage must not surface after hours of training.
     """
-    check_model(plan)
     data = [_rows(step) for step in plan.steps]
     for step, rows in zip(plan.steps, data, strict=True):
         check_stage(step.config, rows, step.folder)
+    check_model(plan)
     identity = model.identity()
     previous = ""
     for step, rows in zip(plan.steps, data, strict=True):

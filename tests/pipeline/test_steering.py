@@ -238,7 +238,7 @@ def test_bad_flags_of_steer_are_one_clear_error(flags, message, tmp_path, capsys
 
 def test_a_first_word_that_is_no_method_is_named(capsys):
     assert cli.main(["steer", "profil", "tiny:llama"]) == 2
-    assert "'profil' is no method of steer\n  -> methods: profile" in capsys.readouterr().err
+    assert "unknown method 'profil' of steer; did you mean 'profile'?\n  -> methods: profile" in capsys.readouterr().err
 
 
 def test_the_method_may_be_the_first_word(monkeypatch):
