@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +23,7 @@ import tenfold
 from tenfold.compat import quiet_upstream
 from tenfold.config.base import Config
 from tenfold.errors import ConfigError, TenfoldError
-from tenfold.flags import in_our_words
+from tenfold.flags import in_our_words, readable_help
 
 MODEL_VERBS = {
     "adapt": ("adalora", "fine-tune within a parameter budget"),
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
     if arguments[0] == "--version":
@@ -136,11 +138,10 @@ def _parse(
     elsewhere: Mapping[str, str] = types.MappingProxyType({}),
 ) -> int:
     examples = EXAMPLES[verb].splitlines()
-    description = f"{(command.__doc__ or '').strip()}{note}\n\nexamples:\n" + "".join(
-        f"  {line}\n" for line in examples
-    )
+    summary = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0]
+    description = f"{summary}{note}\n\nexamples:\n" + "".join(f"  {line}\n" for line in examples)
     try:
-        with in_our_words(verb, arguments, classes, examples[0], elsewhere):
+        with in_our_words(verb, arguments, classes, examples[0], elsewhere), readable_help(arguments):
             return tyro.cli(command, prog=f"tenfold {verb}", description=description, args=arguments)
     except _RefusedError as refused:
         raise refused.error from None
@@ -158,7 +159,7 @@ def _checked(config_class: Any, where: str) -> Any:
     """The class with errors in our words."""
 
     class Checked(config_class):
-        __doc__ = config_class.__doc__
+        __doc__ = _plain(config_class.__doc__ or "")
 
         def __init__(self, **values: Any) -> None:
             try:
@@ -167,11 +168,18 @@ def _checked(config_class: Any, where: str) -> Any:
                 raise _RefusedError(error) from None
             super().__init__(**values)
 
+    for field in Checked.model_fields.values():
+        field.description = _plain(field.description or "")
     return Checked
 
 
+def _plain(text: str) -> str:
+    """Help without the marks that only the reference shows."""
+    return re.sub(r",? ?:math:`[^`]*`", "", inspect.cleandoc(text)).lstrip(", ").replace("``", "")
+
+
 def run(
-    recipe: Positional[Path],
+    recipe: Annotated[Positional[Path], tyro.conf.arg(metavar="RECIPE")],
     out: Path | None = None,
     set: UseAppendAction[tuple[str, ...]] = (),
 ) -> int:
@@ -180,13 +188,13 @@ def run(
     Args:
         recipe: YAML file with a model and stages.
         out: the run folder; default runs/NAME-OF-THE-RECIPE.
-        set: change keys of the recipe: ``model=...``, ``seed=1``, ``adalora.budget=1%``.
+        set: change keys of the recipe: model=demo, seed=1, adalora.budget=1%.
     """
     return _execute(_read(recipe, set), out or Path("runs") / recipe.stem)
 
 
 def validate(
-    recipe: Positional[Path],
+    recipe: Annotated[Positional[Path], tyro.conf.arg(metavar="RECIPE")],
     set: UseAppendAction[tuple[str, ...]] = (),
 ) -> int:
     """Check a recipe and its data without loading a model.
@@ -204,7 +212,7 @@ def validate(
 
 
 def estimate(
-    recipe: Positional[Path],
+    recipe: Annotated[Positional[Path], tyro.conf.arg(metavar="RECIPE")],
     set: UseAppendAction[tuple[str, ...]] = (),
 ) -> int:
     """Predict trainable parameters, memory and cache of a recipe from the model's configuration alone.
@@ -312,14 +320,18 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
         near = next(iter(difflib.get_close_matches(method, methods, n=1)), None)
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"--method: unknown method {method!r} of {verb}{hint}", remedy=_listed(methods))
+    use = method
     source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")
     config_class = _checked(stage(method).config_class(), f"tenfold {verb}")
     model_class = _checked(
-        create_model("Model", __base__=ModelFields, model=(Positional[str], source)), f"tenfold {verb}"
+        create_model(
+            "Model", __base__=ModelFields, model=(Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")], source)
+        ),
+        f"tenfold {verb}",
     )
 
-    def command(opened: Any, config: Any, out: Path | None = None) -> int:
-        values = {**opened.model_dump(), "stages": [{"use": method, **config.model_dump(exclude_unset=True)}]}
+    def command(model: Any, method: Any, out: Path | None = None) -> int:
+        values = {**model.model_dump(), "stages": [{"use": use, **method.model_dump(exclude_unset=True)}]}
         if verb == "audit" and out is not None and out.suffix == ".csv":  # the table, and its run folder beside it
             if values["stages"][0].get("csv") is not None:
                 raise ConfigError(f"--out {out} and --csv both name the table", remedy="give one of them")
@@ -330,11 +342,11 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
         plan = resolve(values, where=f"tenfold {verb}")
         # The same command finds its own folder again; another one never writes over it.
         settings = hashlib.sha256(plan.to_yaml().encode()).hexdigest()[:6]
-        return _execute(plan, out or Path("runs") / f"{method}-{settings}")
+        return _execute(plan, out or Path("runs") / f"{use}-{settings}")
 
     command.__annotations__ = {
-        "opened": Annotated[model_class, OmitArgPrefixes],
-        "config": Annotated[config_class, OmitArgPrefixes],
+        "model": Annotated[model_class, OmitArgPrefixes],
+        "method": Annotated[config_class, OmitArgPrefixes],
         "out": Annotated[Path | None, tyro.conf.arg(help="The run folder. Default: runs/METHOD-HASH.")],
         "return": int,
     }

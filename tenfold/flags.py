@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import io
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 from tenfold.config.base import Config
@@ -135,3 +138,32 @@ def _read(text: str) -> Any:
         return read_yaml(text)
     except Exception:  # not YAML, then it is text
         return text
+
+
+@contextmanager
+def readable_help(arguments: Sequence[str]) -> Iterator[None]:
+    """While the block runs, ``--help`` is printed without the type that stands for "nothing given"."""
+    if not {"-h", "--help"} & set(arguments):
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        sys.stdout.write(without_none(text.getvalue()))
+
+
+def without_none(text: str) -> str:
+    """Help whose boxes keep their width.
+
+    >>> without_none("│ --out {None}|PATH  Where. (default: None) │")
+    '│ --out PATH         Where.                 │'
+    >>> without_none("│ --rows {None,text}  What. │")
+    '│ --rows {text}       What. │'
+    """
+    usage, blank, text = text.partition("\n\n") if text.startswith("usage:") else ("", "", text)
+    text = re.sub(r"\{None\}\|(\S+)", lambda found: found[1] + " " * len("{None}|"), text)
+    text = re.sub(r"\{None,(\S+)", lambda found: "{" + found[1] + " " * len("None,"), text)
+    text = re.sub(r"\(default:(\s*(?:│\n│)?\s*)None\)", lambda found: f"         {found[1]}     ", text)
+    return usage.replace("{None}|", "").replace("{None,", "{") + blank + text

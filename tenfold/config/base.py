@@ -124,7 +124,7 @@ _KINDS = {
     "bool": "true or false is asked for",
     "string": "text is asked for",
     "tuple": "a list is asked for",
-    "dict": "names with values, such as {prompt: question}, are asked for",
+    "dict": "names and values are asked for, as in {name: value}",
     "path": "a path is asked for",
 }
 

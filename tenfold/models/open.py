@@ -253,6 +253,11 @@ def explain(located: Located, folder: str, error: Exception) -> Exception:
             f"{folder}: unknown architecture: {_first_line(error)}",
             remedy="upgrade transformers, or pass trust_remote_code=True if the model brings its own code",
         )
+    if "tokenizer" in text and located.kind != "hub" and not any(Path(folder).glob("*token*")):
+        return ModelError(
+            f"{folder}: holds no tokenizer (no tokenizer.json or tokenizer_config.json)",
+            remedy="copy the tokenizer's files from the model that it was made of: tokenizer.save_pretrained(folder)",
+        )
     if located.kind == "hub" and isinstance(error, OSError):
         return hub_error(folder, error)
     return ModelError(f"{folder}: cannot be opened: {_first_line(error)}", remedy="save or download the folder again")
@@ -266,4 +271,6 @@ def _move(model: Any, device: torch.device) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """The first line of an error, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__

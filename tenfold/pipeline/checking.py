@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,11 +202,15 @@ def _check_kind(rows: Rows | None, kinds: tuple[str, ...], what: str) -> None:
     if rows is None:
         first = "step-audit" if kinds == ("preference",) else "python-reference"
         raise ConfigError(
-            f"{what} needs {' or '.join(kinds)} rows, and data is missing",
-            remedy=f"name a file, a folder or a hub id under `data`, or {first} for a first try",
+            f"{what} needs {_listed(kinds)} rows, and data is missing",
+            remedy=f"name a file, a folder or a hub id under `data` (--data), or {first} for a first try",
         )
     if rows.kind not in kinds:
         raise ConfigError(
-            f"{what} needs {' or '.join(kinds)} rows, but {rows.source} holds {rows.kind} rows",
+            f"{what} needs {_listed(kinds)} rows, but {rows.source} holds {rows.kind} rows",
             remedy="choose other tasks or data, or say what the rows are with `rows` and `columns`",
         )
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))

@@ -18,7 +18,7 @@ from tenfold.config.reading import read_yaml, write_yaml
 from tenfold.config.recipe import Recipe
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
-from tenfold.pipeline.stages import stage
+from tenfold.pipeline.stages import stage, stages
 
 STEERING = (ProfileConfig, PastaConfig, AutoPastaConfig)
 
@@ -98,6 +98,7 @@ def _change(values: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text}: no value", remedy="write --set KEY=VALUE, e.g. --set lora.rank=4")
     target, dot, key = name.partition(".")
     if not dot:
+        _refuse_bare_key(name, values, text)
         values[name] = _yaml(value, f"--set {text}")
         return
     found = [entry for entry in values.get("stages") or () if isinstance(entry, dict) and entry.get("use") == target]
@@ -106,6 +107,16 @@ def _change(values: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text}: the recipe has no stage {target!r}", remedy=f"stages: {', '.join(uses)}")
     for entry in found:
         entry[key] = _yaml(value, f"--set {text}")
+
+
+def _refuse_bare_key(name: str, values: Mapping[str, Any], text: str) -> None:
+    """A key of a stage that is written without the stage."""
+    if name in Recipe.model_fields:
+        return
+    for entry in values.get("stages") or ():
+        use = entry.get("use") if isinstance(entry, dict) else None
+        if isinstance(use, str) and use in stages() and name in stage(use).config_class().model_fields:
+            raise ConfigError(f"--set {text}: {name} is a key of the stage {use}", remedy=f"write --set {use}.{text}")
 
 
 def resolve(values: Mapping[str, Any], where: str) -> Plan:

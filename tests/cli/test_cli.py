@@ -42,6 +42,14 @@ def test_every_help_has_examples(verb, capsys):
         assert " ".join(line.split()[:3]) in out
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_for_people(verb, capsys):
+    cli.main([verb, "--help"])
+    out = capsys.readouterr().out
+    for noise in ("None", "``", ":math:", "Args:", "config", "typing"):
+        assert noise not in out.replace("adapter_config.json", "").replace("configuration", ""), noise
+
+
 def test_overview_names_every_verb(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
@@ -99,6 +107,7 @@ def test_validate_says_what_it_read(recipe):
         (["lengthen", "demo", "--full-layers", "0", "b"], "a whole number is asked for, got 'b'"),
         (["run", "a.yaml", "b.yaml"], "'b.yaml' belongs to no flag"),
         (["compare", "one"], "SECOND is missing"),
+        (["adapt", "demo"], "needs text, completion or chat rows, and data is missing"),
         (["adapt", "demo", "--rank", "0"], "must be above 0"),
         (["adapt", "demo", "--rank", "3", "--budget", "1%"], "rank and budget"),
         (["adapt", "demo", "--budget", "much"], "cannot be read as a budget"),

@@ -116,7 +116,7 @@ class Numbers(Config):
         ("packing: 'no'", "packing: true or false is asked for, got 'no'"),
         ("name: 3", "name: text is asked for, got 3"),
         ("name: yes", "name: text is asked for, got True"),
-        ("columns: [a]", "columns: names with values"),
+        ("columns: [a]", "columns: names and values are asked for, as in {name: value}"),
     ],
 )
 def test_numbers_and_truth_values_are_strict(text, message):

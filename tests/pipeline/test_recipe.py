@@ -91,6 +91,14 @@ def test_absent_recipe(tmp_path):
         read_recipe(tmp_path / "none.yaml")
 
 
+def test_a_key_of_a_stage_without_the_stage_says_whose_it_is(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(ConfigError, match="rank is a key of the stage lora") as caught:
+        read_recipe(path, ["rank=3"])
+    assert caught.value.remedy == "write --set lora.rank=3"
+
+
 @pytest.mark.parametrize("change", ["lora.rank", "nothing.rank=3", "lora.rank=["])
 def test_bad_changes(tmp_path, change):
     path = tmp_path / "recipe.yaml"
