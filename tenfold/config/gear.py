@@ -72,7 +72,7 @@ class CacheConfig(Config):
         if self.budget is not None:
             amount = parse_budget(self.budget)
             if amount.unit not in ("bits", "bytes/token") or amount.amount <= 0:
-                raise ValueError(f"budget: {self.budget} is none of a cache: write 3.5bits or 9KiB/token")
+                raise ValueError(f"budget: {self.budget} is not what a cache may cost: write 3.5bits or 9KiB/token")
             given = [name for name in ("bits", "key_bits", "value_bits", "layer_bits") if getattr(self, name)]
             if given or self.variant != "best":
                 raise ValueError(f"budget chooses the format: leave out {', '.join(given) or 'variant'}")
@@ -120,7 +120,7 @@ def parse_kv(text: str) -> CacheConfig:
     name, _, amount = head.partition(":")
     if name not in VARIANTS or not amount or not all("=" in option for option in options):
         raise ConfigError(
-            f"{text!r} is no cache",
+            f"unknown cache {text!r}",
             remedy="write gear:4, gear:K4V3, gear:3.5bits, gear:9KiB/token, gear-full:4, gear-l:2, plain:4, or one of "
             "them with keys: gear-full:2,backbone=kcvt",
         )
@@ -141,7 +141,7 @@ def parse_kv(text: str) -> CacheConfig:
 
 
 def checked_kv(key: str, text: str) -> None:
-    """Refuse what is no cache, for a validator.
+    """Refuse an unknown cache, for a validator.
 
     Raises:
         ValueError: naming the key.

@@ -47,7 +47,7 @@ class MasformerConfig(DataFields):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if parse_budget(self.budget).unit not in ("share", "count"):
-            raise ValueError(f"budget: {self.budget} is no share of layers: write 25% or a count such as 6")
+            raise ValueError(f"budget: {self.budget} is not an amount of layers: write 25% or a count such as 6")
         if self.by == "heads" and (self.full_layers is not None or self.placement != "profile"):
             raise ValueError("by: heads are found by placement profile: leave full_layers and placement out")
         if self.full_layers is not None and ("placement" in self.model_fields_set or "budget" in self.model_fields_set):

@@ -47,7 +47,7 @@ class RobustFields(Config):
         if self.budget is not None:
             budget = parse_budget(self.budget)
             if budget.unit != "share" or not 0 < budget.amount <= 0.5:
-                raise ValueError(f"budget: {self.budget} is no share of wrong labels: write above 0% and up to 50%")
+                raise ValueError(f"budget: {self.budget} is not a share of wrong labels: write above 0% and up to 50%")
         # A resolved recipe spells defaults out, so what counts is whether a value is another one.
         idle: tuple[str, ...] = () if self.loss in _CAPPED else ("lam", "budget", "lam_warmup")
         idle += () if self.loss in _SMOOTHED else ("smoothing",)
@@ -105,7 +105,7 @@ def parse_noise(text: str) -> Noise:
         number = math.nan
     if kind not in NOISES or not 0 < number < math.inf:
         forms = ", ".join(f"{name}:{example}" for name, example in NOISES.items())
-        raise ValueError(f"noise: {text!r} is none: write {forms}")
+        raise ValueError(f"unknown noise {text!r}: write {forms}")
     if number > 1 and kind != "stochastic":
         raise ValueError(f"noise: {text!r} is too strong: {kind} goes up to 1, as in {kind}:{NOISES[kind]}")
     return Noise(kind, number)
@@ -128,11 +128,11 @@ class R3MConfig(RobustFields, TrainingFields):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate of AdamW."""
     noise: str | None = None
-    """Turn training labels over on purpose, to see whether they are found: ``uniform:20%``, ``stochastic:2``,
+    """Flip training labels on purpose, to see whether they are found: ``uniform:20%``, ``stochastic:2``,
     ``myopic:0.5``, ``irrational:1/2``; all but the first need true rewards per step (``step-audit`` has them)."""
     folds: Annotated[int, Field(ge=0)] = 0
     """Judge each training pair by a model that has not seen it: so many further trainings, 2 or more; 0 judges by the
-    trained model, which may know wrong labels by heart."""
+    trained model, which may have memorised wrong labels."""
     lams: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     """Instead of ``lam``: train with each of these caps, and keep the one whose model explains best the pairs that it
     has not seen, such as ``[1, 0.75, 0.5, 0.25]``. Without ``trusted`` a fifth of the training pairs judges, and their
@@ -220,7 +220,7 @@ class AuditConfig(DataFields):
     csv: Path | None = None
     """Also write the ranked table to this file; on the command line ``--out NAME.csv`` says the same."""
     action: Literal["drop", "flip", "weights"] = "drop"
-    """What the cleaned data does with suspects: leaves them out, turns those over that are almost surely wrong, or
+    """What the cleaned data does with suspects: leaves them out, flips those that are almost surely wrong, or
     keeps all with a column ``weight``, for trainers that weigh rows (those here do not)."""
     clean: Path | None = None
     """Also write the cleaned rows to this file (.jsonl)."""

@@ -174,7 +174,7 @@ def _check_outputs(config: AuditConfig, where: str) -> None:
             continue
         if path.suffix != suffix or path.is_dir():
             raise ConfigError(
-                f"{where}: {key}: {path} is no {suffix} file", remedy=f"give a name that ends in {suffix}"
+                f"{where}: {key}: {path} is not a {suffix} file", remedy=f"give a name that ends in {suffix}"
             )
         if not path.absolute().parent.is_dir():
             raise ConfigError(

@@ -457,9 +457,9 @@ def test_labels_are_doubted_by_who_gave_them(tmp_path):
     [
         (["--by", "author"], "has no column 'author'"),
         (["--csv", "nowhere/a.csv"], "no folder nowhere"),
-        (["--csv", "a.txt"], "is no .csv file"),
+        (["--csv", "a.txt"], "is not a .csv file"),
         (["--clean", "nowhere/a.jsonl"], "no folder nowhere"),
-        (["--clean", "a.csv"], "is no .jsonl file"),
+        (["--clean", "a.csv"], "is not a .jsonl file"),
         (["--out", "a.csv", "--csv", "b.csv"], "both name the table"),
         (["--task", "reward"], "has no reward head"),
     ],

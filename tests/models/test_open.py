@@ -202,18 +202,12 @@ def test_code_of_the_model_runs_only_by_name(folder):
 def test_no_tokenizer(folder):
     for file in folder.glob("*token*"):
         file.unlink()
-    with pytest.raises(ModelError, match="cannot be opened"):
+    with pytest.raises(ModelError, match=r"holds no tokenizer \(no tokenizer\.json") as caught:
         open_model(folder, device="cpu")
+    assert "save_pretrained" in caught.value.remedy
 
 
 @pytest.mark.usefixtures("offline")
 def test_hub_that_cannot_be_reached():
     with pytest.raises(ModelError, match="nobody/nothing: no such folder, and not to be had from the hub"):
         open_model("nobody/nothing", device="cpu")
-
-
-def test_a_folder_without_a_tokenizer_is_a_whole_sentence(tmp_path):
-    tiny_model("llama").model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"holds no tokenizer \(no tokenizer.json") as caught:
-        open_model(tmp_path)
-    assert "save_pretrained" in caught.value.remedy
