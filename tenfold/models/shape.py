@@ -53,6 +53,9 @@ def shape_from(config: dict[str, Any], name: str, task: str = "causal", *, adapt
     values = {**config, **inner} if isinstance(inner, dict) else config
     found = {key: next((_whole(values[one]) for one in names if one in values), None) for key, names in _NAMES.items()}
     spans = values.get("tenfold_span")
+    heads = [str(one) for one in config.get("architectures") or ()]
+    if task == "causal" and any("ForSequenceClassification" in one or "Reward" in one for one in heads):
+        task = "reward"  # a saved one, whatever the recipe calls it
     return Shape(name, str(values.get("model_type", "")), task=task, adapted=adapted, spans=spans, **found)
 
 

@@ -160,6 +160,13 @@ def test_a_folder_is_looked_at(folder, number_rows):
         runner.check(plan_of([{**TRAIN, "max_length": 600}], number_rows, model=str(folder)))
 
 
+def test_a_saved_reward_model_needs_no_reference(tmp_path, number_rows):
+    opened = tiny_model("llama", task="reward")
+    opened.model.save_pretrained(tmp_path / "model")
+    opened.tokenizer.save_pretrained(tmp_path / "model")
+    runner.check(plan_of([{"use": "audit"}], number_rows, model=str(tmp_path / "model")))
+
+
 def test_an_architecture_that_nobody_knows(folder, number_rows):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "quux"}))
