@@ -251,10 +251,10 @@ def ls(folder: Positional[Path | None] = None) -> int:
     runs: list[tuple[str, ...]] = []
     for path in found:
         _, summaries, _ = load_run(path)
-        _, rows = figures(summaries)
+        _, measured = figures(summaries)
         first = ""
-        if rows:
-            name, *values, unit = rows[0]
+        if measured:
+            name, *values, unit = measured[0]
             first = f"{name} {' -> '.join(filter(None, values))} {unit}".rstrip()
         runs.append((str(path), " ".join(summary.stage for summary in summaries), first))
     _table(f"runs in {folder}", ("run", "finished stages", "first figure"), runs)
@@ -322,11 +322,10 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
         raise ConfigError(f"--method: unknown method {method!r} of {verb}{hint}", remedy=_listed(methods))
     use = method
     source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")
+    positional: Any = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     config_class = _checked(stage(method).config_class(), f"tenfold {verb}")
     model_class = _checked(
-        create_model(
-            "Model", __base__=ModelFields, model=(Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")], source)
-        ),
+        create_model("Model", __base__=ModelFields, model=(positional, source)),
         f"tenfold {verb}",
     )
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tenfold.config.autopasta import AutoPastaConfig
 from tenfold.config.base import Config
@@ -106,12 +106,14 @@ def check_model(plan: Plan) -> list[str]:
         shape = shape_of(ref)
     except HubAwayError as error:
         return [f"{error.problem}: what its stages ask of it was not checked"]
+    task: Any
     for step in plan.steps:
         try:
             after = step.config.applied_to(shape)
             unknown = "targets" in type(step.config).model_fields and shape.model_type not in FAMILIES
             if unknown or step.config.needs_matrices(shape):
-                _check_matrices(step, dataclasses.replace(ref, task=after.task))
+                task = after.task
+                _check_matrices(step, dataclasses.replace(ref, task=task))
         except (ConfigError, ModelError) as error:
             raise type(error)(f"{step.folder}: {error.problem}", error.remedy) from None
         shape = after
