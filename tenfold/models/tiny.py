@@ -127,7 +127,7 @@ def tiny_configuration(kind: str) -> dict[str, Any]:
     'gpt2'
     """
     tiny_identity(kind)  # the error for an unknown one
-    model_type, fields = _KINDS[kind]
+    model_type, fields = KINDS[kind]
     return {"model_type": model_type, **fields}
 
 
