@@ -195,9 +195,10 @@ class RunningKink:
     """The kink as a share of the pairs: it follows the margin below which that share lies, while margins grow.
 
     A quantile of a few margins is a bad one (of 8 margins the lowest tenth would flag 19%), so margins wait until
-    enough have come to expect five below it; then the kink moves halfway to their quantile. Following comes late, and
-    an average of quantiles is a little too low: what was flagged too little or too much so far is made up for, so that
-    the share is that of the whole run. Until the first time the kink is minus infinity, which flags nothing.
+    enough have come to expect five below it; then the kink moves once, halfway to the quantile of all that wait.
+    Following comes late, and an average of quantiles is a little too low: what was flagged too little or too much so
+    far is made up for little by little, so that the share is that of the whole run and about that of every batch.
+    Until the first time the kink is minus infinity, which flags nothing.
 
     Args:
         share: of the pairs that shall be flagged, in (0, 0.5].
@@ -213,17 +214,17 @@ class RunningKink:
     >>> for start in (-2, -1.5, -2.5):
     ...     running.observe(torch.linspace(start, start + 9.8, 50).tolist())
     >>> round(running.value, 2), round(running.lam, 2)
-    (-1.1, 0.75)
+    (-1.08, 0.75)
     """
 
     RATE = 0.5
     """How far the kink moves towards the quantile of the last margins: 1 would forget all before them."""
     BELOW = 5
     """Margins that are expected below the quantile when it is taken."""
-    ROUNDS = 2
-    """Quantiles over which what is owed is spread."""
-    MOST = 3
-    """No quantile is taken above this many times the share, however much is owed."""
+    ROUNDS = 3
+    """Moves over which what is owed is spread: fewer than the kink needs to follow would make it swing."""
+    MOST = 0.5
+    """No quantile is taken further from the share than this part of it, however much is owed."""
 
     def __init__(self, share: float) -> None:
         if not 0 < share <= 0.5:
@@ -254,11 +255,13 @@ class RunningKink:
         if judged:
             self._owed += self.share * len(margins) - sum(margin < self.value for margin in margins)
         self._waiting.extend(margins)
-        while len(self._waiting) >= self.enough:
-            level = min(self.share + self._owed / (self.enough * self.ROUNDS), self.MOST * self.share)
-            found = _quantile(self._waiting[: self.enough], level)
-            self._waiting = self._waiting[self.enough :]
-            self.value = found if math.isinf(self.value) else self.value + self.RATE * (found - self.value)
+        if len(self._waiting) < self.enough:
+            return
+        # One move, however many wait: what is owed does not change until the next batch is judged.
+        most = self.MOST * self.share
+        level = self.share + min(max(self._owed / (self.ROUNDS * len(self._waiting)), -most), most)
+        found, self._waiting = _quantile(self._waiting, level), []
+        self.value = found if math.isinf(self.value) else self.value + self.RATE * (found - self.value)
 
     def state_dict(self) -> dict[str, Any]:
         """What makes another one go on from here; plain values, fit for JSON."""

@@ -246,7 +246,7 @@ def test_resumed_it_ends_as_if_it_never_stopped(tmp_path, make):
     lams = [line["r3m/lam"] for line in steps(whole)]
     assert lams[:3] == [1, 1, 1]
     assert 0 < lams[-1] < 1
-    assert len(set(lams)) > 3
+    assert len(set(lams)) == 3  # no cap yet, and two moves, of which the second comes after the checkpoint
     for line, expected in zip(steps(again), steps(whole), strict=True):
         assert line == expected
     assert again.margins() == whole.margins()
@@ -468,42 +468,6 @@ def test_the_envelope_is_the_infimum():
     ]:
         infimum = (loss(m[:, None] + grid) + lam * grid).min(1).values
         torch.testing.assert_close(lipschitz_envelope(loss, m, lam, threshold), infimum, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("share", "pairs"), [(0.02, 20_000), (0.1, 2000), (0.3, 2000)])
-@pytest.mark.parametrize("batch", [4, 32])
-@pytest.mark.parametrize(("start", "growth", "spread"), [(1, 0, 2), (1, 3, 2), (1, -1, 2), (0, 3, 0)])
-def test_the_running_kink_flags_the_share_that_was_asked_for(share, pairs, batch, start, growth, spread):
-    generator = torch.Generator().manual_seed(0)
-    running, flagged = RunningKink(share), 0
-    for done in range(0, pairs, batch):
-        middle = start + growth * done / pairs
-        # Without a spread of their own margins spread as they grow, as those of a model that has just begun to learn.
-        margins = middle + (spread or middle + 0.02) * torch.randn(batch, generator=generator)
-        flagged += int((perturbation(margins, running.lam) > 0).sum())
-        running.observe(margins.tolist())
-    assert flagged / pairs == pytest.approx(share, rel=0.1)
-
-
-def test_the_running_kink_bears_margins_that_are_all_the_same():
-    running = RunningKink(0.1)
-    for _ in range(50):
-        running.observe([0.0] * 8)
-    assert (running.value, running.lam) == (0, 0.5)
-
-
-def test_a_running_kink_goes_on_where_it_was_saved():
-    generator = torch.Generator().manual_seed(0)
-    whole, again = RunningKink(0.1), RunningKink(0.1)
-    for _ in range(20):
-        margins = torch.randn(7, generator=generator).tolist()
-        whole.observe(margins)
-        again.observe(margins)
-        stored = json.loads(json.dumps(again.state_dict(), allow_nan=False))
-        again = RunningKink(0.1)
-        again.load_state_dict(stored)
-        assert again.value == whole.value
-    assert whole.value > -math.inf
 
 
 @BOTH
