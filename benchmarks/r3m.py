@@ -45,7 +45,8 @@ from tenfold.align.r3m import PairLoss, pair_loss, perturbation, r3m_loss
 from tenfold.compat import quiet_upstream
 from tenfold.config.lora import LoraConfig
 from tenfold.config.r3m import AUDIT_LAM, RobustFields
-from tenfold.data.read import hash_share, read_rows
+from tenfold.data.groups import hash_share
+from tenfold.data.read import read_rows
 from tenfold.data.rows import Preference
 from tenfold.data.step_audit import preference_values, step_audit
 from tenfold.evaluate.compare import t_quantile

@@ -32,7 +32,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -297,11 +297,11 @@ def _cleaned(
     for row in rows:
         verdict, further = verdicts.get(row.id), others.get(row.id, {})
         if action == "weights":
-            yield {**further, **asdict(row), "weight": 1.0 if verdict is None else 1.0 - verdict.p_wrong}
+            yield {**further, **row.columns(), "weight": 1.0 if verdict is None else 1.0 - verdict.p_wrong}
         elif verdict is None or not verdict.suspect:
-            yield {**further, **asdict(row)}
+            yield {**further, **row.columns()}
         elif verdict.suggestion == action == "flip":
-            yield {**_exchanged(further), **asdict(flipped(row))}
+            yield {**_exchanged(further), **flipped(row).columns()}
 
 
 def _exchanged(further: Mapping[str, Any]) -> dict[str, Any]:

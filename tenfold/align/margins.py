@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from tenfold.align.known import KnownMargins, fingerprint, tokenizer_hash
-from tenfold.align.preferences import without_label
 from tenfold.data.encode import pad_id
-from tenfold.data.read import hash_share
+from tenfold.data.groups import kept_together, places
 from tenfold.data.rows import Preference
 from tenfold.data.templates import render, require_chat_template
 from tenfold.data.tokens import shared, tokens
@@ -230,10 +229,6 @@ def cross_fit(
     )
 
 
-_PROMPTS = 10
-"""Prompts that each fold needs for whole prompts to be kept together."""
-
-
 def complete_folds(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     """The fold of each row, as `folds_of` gives it, where every fold has some.
 
@@ -250,9 +245,10 @@ def complete_folds(rows: Sequence[Preference], folds: int) -> dict[str, int]:
 def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     """The fold of each row, by a hash that stays when rows come and go.
 
-    Rows of one prompt share a fold, since what is learnt of one pair tells of the others. Where there are fewer than
-    ten prompts for each fold, which could not fill them evenly, or a prompt has more than a fold's share of the rows,
-    only rows with the same two answers do, in either order.
+    Rows of one prompt share a fold, since what is learnt of one pair tells of the others (`tenfold.data.groups`). Where
+    prompts are so few or so uneven that folds would not be about equal, they are laid out evenly, in the order of their
+    hashes. Of a prompt that has more than a fold's share of the rows, only those with the same two answers share a
+    fold, in either order.
 
     Args:
         rows: all pairs.
@@ -269,17 +265,14 @@ def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     >>> all(found[str(n)] == found[str(n + 1)] for n in range(0, 40, 2))
     True
     """
-    sizes = Counter(row.prompt for row in rows)
-    most = len(rows) / folds if len(sizes) >= _PROMPTS * folds else 0
-    first: dict[tuple[str, ...], str] = {}
-    fold_of: dict[str, int] = {}
-    for row in rows:
-        if row.id in fold_of:
-            raise DataError(f"id {row.id!r} comes twice", remedy="give each row an id of its own")
-        group = (row.prompt,) if sizes[row.prompt] <= most else without_label(row)
-        # Not the hash that holds rows out: of what is trained on, it has only the upper part.
-        fold_of[row.id] = int(hash_share(f"fold|{first.setdefault(group, row.id)}") * folds)
-    return fold_of
+    ids = [row.id for row in rows]
+    if len(set(ids)) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise DataError(f"id {twice!r} comes twice", remedy="give each row an id of its own")
+    edges = [fold / folds for fold in range(folds + 1)]
+    # Not the hash that holds rows out: of what is trained on, it has only the upper part.
+    found = places(ids, kept_together(rows, len(rows) / folds), edges, salt="fold|")
+    return {id: int(place * folds) for id, place in zip(ids, found, strict=True)}
 
 
 def _score(

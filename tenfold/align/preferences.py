@@ -13,11 +13,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tenfold.data.read import Rows, hash_share
+from tenfold.data.groups import hash_share
+from tenfold.data.read import Rows
 from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError
 from tenfold.files import write_text
@@ -165,8 +166,8 @@ def corrupt(rows: Sequence[Preference], mask: Sequence[bool]) -> list[Preference
     Raises:
         DataError: the lengths differ.
 
-    >>> corrupt([Preference("1", "p", "good", "bad")], [True])
-    [Preference(id='1', prompt='p', chosen='bad', rejected='good')]
+    >>> [(row.chosen, row.rejected) for row in corrupt([Preference("1", "p", "good", "bad")], [True])]
+    [('bad', 'good')]
     """
     _check_lengths(len(rows), len(mask), "flags")
     return [flipped(row) if flip else row for row, flip in zip(rows, mask, strict=True)]
@@ -174,13 +175,7 @@ def corrupt(rows: Sequence[Preference], mask: Sequence[bool]) -> list[Preference
 
 def flipped(row: Preference) -> Preference:
     """The pair with the other label."""
-    return Preference(row.id, row.prompt, row.rejected, row.chosen)
-
-
-def without_label(row: Preference) -> tuple[str, str, str]:
-    """Prompt and answers, equal for pairs that differ in nothing but the label and the id."""
-    first, second = sorted((row.chosen, row.rejected))
-    return row.prompt, first, second
+    return replace(row, chosen=row.rejected, rejected=row.chosen)
 
 
 def write_corrupted(path: Path, rows: Sequence[Preference], mask: Sequence[bool]) -> None:
@@ -196,7 +191,7 @@ def write_corrupted(path: Path, rows: Sequence[Preference], mask: Sequence[bool]
         OSError: the file cannot be written.
     """
     lines = [
-        json.dumps({**asdict(row), "flipped": flip}, ensure_ascii=False)
+        json.dumps({**row.columns(), "flipped": flip}, ensure_ascii=False)
         for row, flip in zip(corrupt(rows, mask), mask, strict=True)
     ]
     write_text(path, "".join(line + "\n" for line in lines))

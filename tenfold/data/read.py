@@ -12,6 +12,7 @@ from typing import Any, overload
 
 from tenfold.config.data import Kind
 from tenfold.data.check import build, kind_of, unknown_kind, wrong
+from tenfold.data.groups import DIVIDED, kept_together, places, subject, twin
 from tenfold.data.rows import KINDS, OUR_COLUMNS, Classification, Row, content
 from tenfold.data.sources import Record, open_source
 from tenfold.data.turns import as_texts
@@ -74,6 +75,11 @@ class Rows(Sequence[Row]):
         kept and a note says so. Otherwise a row is held out when the hash of its id falls below ``holdout``: the choice
         needs no seed and stays the same when rows are added or reordered.
 
+        Rows of one prompt (one first question, one text; `tenfold.data.groups`) go to one side, that of the smallest of
+        their ids. Where such groups are so few or so uneven that much more or less than ``holdout`` would be held out,
+        groups are taken in the order of their hashes until it is reached. Where that takes too few prompts to be
+        possible, rows of one prompt are divided but for those that say the same, and a note says so.
+
         Args:
             holdout: share of the rows to hold out, between 0 and 1.
 
@@ -90,13 +96,25 @@ class Rows(Sequence[Row]):
         if own is not None:
             held, note = own
         else:
-            # Rows of the same content go to one side, that of the first of them.
-            first: dict[str, str] = {}
-            hashes = [hash_share(first.setdefault(content(row), row.id)) for row in self.items]
-            held, note = [h < holdout for h in hashes], ""
+            found, note = self._places(holdout)
+            held = [place < holdout for place in found]
             if len(set(held)) < 2:
-                raise self._one_sided(hashes, holdout)
+                raise self._one_sided(found, holdout)
         return self._subset([not h for h in held], note), self._subset(held, note)
+
+    def _places(self, holdout: float) -> tuple[list[float], str]:
+        """Where each row falls in [0, 1), and a note where prompts had to be divided."""
+        total, smaller = len(self), min(holdout, 1 - holdout)
+        # A prompt with more rows would make twice of a part, so it goes to the larger one, if others fill the smaller.
+        most = round(min(2 * smaller, 0.75) * total, 6)
+        groups = kept_together(self.items, most, rest=round(smaller * total, 6))
+        found = places([row.id for row in self.items], groups, (0, holdout, 1), most=most)
+        divided = sum(group.startswith(DIVIDED) for group in groups)
+        note = (
+            f"{self.source}: {divided} rows share too few prompts to keep each on one side of the split; of them, only "
+            "rows that say the same but for their label are kept together."
+        )
+        return found, note if divided else ""
 
     def _own_split(self) -> tuple[list[bool], str] | None:
         """Which rows are held out by their own split column, with a note; None where it cannot divide the rows."""
@@ -107,11 +125,17 @@ class Rows(Sequence[Row]):
         rest = [name for name in names if name not in train]
         if not train or not rest:
             return None
+        held = [split not in train for split in self.splits]
         note = (
             f"The rows' own split column decides: trained on {', '.join(train)}, held out {', '.join(rest)}; "
             "the setting holdout is not used."
         )
-        return [split not in train for split in self.splits], note
+        subjects = [subject(row) for row in self.items]
+        known = {name for name, out in zip(subjects, held, strict=True) if not out}
+        shared = sum(out and name in known for name, out in zip(subjects, held, strict=True))
+        if shared:
+            note += f" {shared} of {sum(held)} held-out rows share their prompt or text with a training row."
+        return held, note
 
     def _subset(self, keep: list[bool], note: str) -> Rows:
         return replace(
@@ -128,21 +152,17 @@ class Rows(Sequence[Row]):
                 f"{self.source}: has {len(self)} row, which cannot be split into training and held-out text",
                 remedy="give two rows or more: one document per line of a .jsonl file, or per file of a folder",
             )
+        if len({twin(row) for row in self.items}) < 2:
+            return DataError(
+                f"{self.source}: its {len(self)} rows all say the same, so none can be held out from the others",
+                remedy="give rows of different texts, or rows with a column split (train, test)",
+            )
         low, high = sorted(hashes)[0], sorted(hashes)[-1]
         empty, bound = ("held-out", f"above {low:.4f}") if holdout <= low else ("training", f"below {high:.4f}")
         return DataError(
             f"{self.source}: none of its {len(self)} rows is a {empty} row with holdout {holdout}",
             remedy=f"give a holdout {bound}, more rows, or rows with a column split (train, test)",
         )
-
-
-def hash_share(key: str) -> float:
-    """Where in [0, 1) a key falls, evenly and for ever the same.
-
-    >>> round(hash_share("a"), 4)
-    0.2899
-    """
-    return int(hashlib.sha256(f"tenfold-v1|{key}".encode()).hexdigest()[:8], 16) / 2**32
 
 
 def read_rows(

@@ -50,12 +50,37 @@ class Chat:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, of which ``chosen`` is the better."""
+    """Two answers to one prompt, of which ``chosen`` is the better.
+
+    ``history`` are the messages before the prompt, where it is the last question of a conversation or has a system
+    message; it needs a chat template.
+    """
 
     id: str
     prompt: str
     chosen: str
     rejected: str
+    history: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages that are answered: the history, and the prompt as the user's."""
+        return [*self.history, {"role": "user", "content": self.prompt}]
+
+    def columns(self) -> dict[str, Any]:
+        """As a row of a file or of TRL's: texts, or conversations where there is a history.
+
+        >>> Preference("1", "1+1=", "2", "3").columns()
+        {'id': '1', 'prompt': '1+1=', 'chosen': '2', 'rejected': '3'}
+        """
+        if not self.history:
+            return {"id": self.id, "prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+        return self.conversations()
+
+    def conversations(self) -> dict[str, Any]:
+        """As a row of TRL's conversational form."""
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (self.chosen, self.rejected))
+        return {"id": self.id, "prompt": self.turns, "chosen": chosen, "rejected": rejected}
 
 
 @dataclass(frozen=True)
@@ -126,6 +151,8 @@ OUR_COLUMNS = (*dict.fromkeys(c for spec in KINDS.values() for c in spec.needed 
 def content(row: Row) -> str:
     """A row without its id, as canonical JSON: equal for equal rows whatever file they came from."""
     fields = {name: value for name, value in asdict(row).items() if name != "id" and value is not None}
+    if not fields.get("history"):
+        fields.pop("history", None)  # rows without one keep their ids
     return json.dumps(fields, sort_keys=True, ensure_ascii=False)
 
 

@@ -34,13 +34,13 @@ from tenfold.align.preferences import (
     stochastic,
     true_rewards,
     uniform,
-    without_label,
     write_corrupted,
 )
 from tenfold.align.r3m import RunningKink
 from tenfold.config.full import FullConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.config.r3m import R3MConfig, parse_noise
+from tenfold.data.groups import twin
 from tenfold.data.read import Rows
 from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError
@@ -233,14 +233,7 @@ def _last_loss(trainer: Any) -> float:
 
 def _example(row: Preference, chat: bool) -> dict[str, Any]:
     """A row as TRL reads it: plain texts, or turns for the chat template."""
-    if not chat:
-        return dataclasses.asdict(row)
-    return {
-        "id": row.id,
-        "prompt": [{"role": "user", "content": row.prompt}],
-        "chosen": [{"role": "assistant", "content": row.chosen}],
-        "rejected": [{"role": "assistant", "content": row.rejected}],
-    }
+    return row.conversations() if chat else row.columns()
 
 
 def _scorer(config: R3MConfig, opened: Opened, **keys: Any) -> Callable[[Any, Sequence[Preference]], Scored]:
@@ -308,8 +301,8 @@ def _chosen(
         return config, [], []
     if config.trusted is not None:
         judges = preferences(trusted_rows(config))
-        known = {without_label(row) for row in judges}
-        rows = [row for row in pairs if without_label(row) not in known]
+        known = {twin(row) for row in judges}
+        rows = [row for row in pairs if twin(row) not in known]
         if not rows:
             raise DataError(
                 f"trusted: {config.trusted} holds all the training pairs", remedy="keep trusted pairs out of the data"

@@ -13,7 +13,8 @@ import torch
 from tenfold.align import margins as scoring
 from tenfold.align.known import tokenizer_hash
 from tenfold.align.margins import Scored, cross_fit, folds_of, score_pairs, score_policy_pairs
-from tenfold.data.read import hash_share, read_rows
+from tenfold.data.groups import hash_share
+from tenfold.data.read import read_rows
 from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.tiny import tiny_model
@@ -490,7 +491,10 @@ class TestCrossFit:
         assert all(len({fold_of[str(n)] for n in range(first, first + 4)}) == 1 for first in range(0, 200, 4))
         few = [Preference(str(n), f"prompt {n % 6}", str(n), "-") for n in range(120)]
         for folds in (2, 5):
-            assert set(folds_of(few, folds).values()) == set(range(folds)), "six prompts cannot fill folds"
+            fold_of = folds_of(few, folds)
+            assert set(fold_of.values()) == set(range(folds)), "six prompts can fill folds"
+            assert all(fold_of[str(n)] == fold_of[str(n % 6)] for n in range(120))
+            assert folds_of(few[::-1], folds) == fold_of
         alone = [Preference(str(n), "the only prompt", str(n // 2), "-") for n in range(200)]
         fold_of = folds_of(alone, 5)
         assert set(fold_of.values()) == set(range(5))

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.data.read import hash_share, read_rows
+from tenfold.data.groups import hash_share
+from tenfold.data.read import read_rows
 from tenfold.data.rows import Chat, Choice, Classification, Completion, Preference, Question, Text
 from tenfold.errors import ConfigError, DataError
 
