@@ -407,20 +407,21 @@ def _tokenised(key: str, row: Preference, tokenizer: Any, chat: bool) -> _Pair:
 def _whole(row: Preference, answer: str, tokenizer: Any, chat: bool) -> list[int]:
     """Tokens of prompt and answer, as TRL makes them: with its eos token, or by the chat template."""
     if chat:
-        return _rendered(row, [_asked(row), {"role": "assistant", "content": answer}], tokenizer, ask=False)
+        return _rendered(row, [*row.turns, {"role": "assistant", "content": answer}], tokenizer, ask=False)
+    if row.history:
+        raise DataError(
+            f"row {row.id!r} has a system message or several turns, which need a chat template",
+            remedy="use an instruction-tuned model, set tokenizer.chat_template, or write the whole prompt as text",
+        )
     end = "" if answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
     return tokens(tokenizer, row.prompt + answer + end)
 
 
 def _prompt(row: Preference, tokenizer: Any, chat: bool) -> list[int]:
-    return _rendered(row, [_asked(row)], tokenizer, ask=True) if chat else tokens(tokenizer, row.prompt)
+    return _rendered(row, row.turns, tokenizer, ask=True) if chat else tokens(tokenizer, row.prompt)
 
 
-def _asked(row: Preference) -> dict[str, str]:
-    return {"role": "user", "content": row.prompt}
-
-
-def _rendered(row: Preference, turns: list[dict[str, str]], tokenizer: Any, *, ask: bool) -> list[int]:
+def _rendered(row: Preference, turns: list[dict[str, Any]], tokenizer: Any, *, ask: bool) -> list[int]:
     return tokens(tokenizer, render(tokenizer, turns, f"row {row.id!r}", ask=ask), special=False)
 
 

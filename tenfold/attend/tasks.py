@@ -184,7 +184,7 @@ def items_of(rows: Iterable[Preference], tags: tuple[str, str] = ("<mark>", "</m
     """Items from rows of one's own: a tagged prompt, the continuation to prefer, one to avoid.
 
     Raises:
-        DataError: a prompt without a mark.
+        DataError: a prompt without a mark, or with messages before it.
 
     >>> row = Preference("1", "Say <mark>yes</mark>.", " yes", " no")
     >>> items_of([row])[0].foils
@@ -192,6 +192,10 @@ def items_of(rows: Iterable[Preference], tags: tuple[str, str] = ("<mark>", "</m
     """
     items = []
     for row in rows:
+        if row.history:
+            raise DataError(
+                f"row {row.id}: its prompt has a system message or further turns", remedy="give marked prompts as text"
+            )
         prompt = from_tags(row.prompt, tags)
         if not prompt.spans:
             raise DataError(f"row {row.id}: its prompt has no {tags[0]}...{tags[1]}", remedy="mark what to emphasise")

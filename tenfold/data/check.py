@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import string
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ def build(kind: Kind, record: Record, values: Mapping[str, Any]) -> Row:
             raise _missing(kind, column, record, values)
         if record.flat:
             value = cells[column] = _from_cell(column, value)
+        if kind == "preference" and column == "prompt" and _is_asked(value):
+            fields["history"], value = _history(record, value[:-1]), value[-1]["content"]
         try:
             fields[column] = _answer(value, cells["options"]) if column == "answer" else _PARSERS[column](value)
         except _UnfitError as unfit:
@@ -61,6 +64,19 @@ def build(kind: Kind, record: Record, values: Mapping[str, Any]) -> Row:
     row = spec.row(id=_own_id(record, values), **fields)
     _check_together(row, record)
     return row if row.id else spec.row(id=content_id(row), **fields)
+
+
+def _is_asked(prompt: Any) -> bool:
+    """Whether a prompt is a conversation that ends with a question."""
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
+    return isinstance(last, dict) and last.get("role") == "user" and "content" in last
+
+
+def _history(record: Record, messages: list[Any]) -> tuple[dict[str, Any], ...]:
+    try:
+        return _messages(messages) if messages else ()
+    except _UnfitError as unfit:
+        raise wrong(record, "prompt", str(unfit), remedy=f"mend or remove the row; {_EXPECTED['messages']}") from None
 
 
 def wrong(record: Record, column: str, problem: str, remedy: str) -> DataError:
@@ -98,12 +114,24 @@ def unknown_kind(record: Record, values: Mapping[str, Any]) -> DataError:
     table = "\n".join(f"  {kind}: {', '.join(spec.needed)}" for kind, spec in KINDS.items())
     needed = dict.fromkeys(column for spec in KINDS.values() for column in spec.needed)
     guesses = {column: difflib.get_close_matches(column, list(record.values), n=1, cutoff=0.8) for column in needed}
+    for ours, names in _KNOWN_AS.items():
+        guesses[ours] = guesses[ours] or [name for name in names if name in record.values]
     mapping = ", ".join(f"{ours}: {near[0]}" for ours, near in guesses.items() if near and ours not in values)
+    # Alpaca's input belongs to the prompt, and a mapping cannot join the two.
+    joined = "; put `input` behind the instruction first where it is not empty" if "input" in record.values else ""
     return DataError(
         f"{record.place}: the columns {', '.join(record.values) or '(none)'} are no known kind of row; "
         f"known are\n{table}\n  row: {show(record.values)}",
-        remedy=f"say which of your columns is which: columns: {{{mapping or 'prompt: question, completion: answer'}}}",
+        remedy="say which of your columns is which: "
+        f"columns: {{{mapping or 'prompt: question, completion: answer'}}}{joined if 'instruction' in mapping else ''}",
     )
+
+
+_KNOWN_AS = {
+    "prompt": ("instruction", "question", "query", "input"),
+    "completion": ("output", "response", "answer", "solution"),
+}
+"""Other names of columns that a remedy may point to."""
 
 
 def _own_id(record: Record, values: Mapping[str, Any]) -> str:
@@ -111,8 +139,8 @@ def _own_id(record: Record, values: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     try:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+            return str(int(value))  # 1.0 is what pandas makes of 1 where other ids are missing
         return _text(value)
     except _UnfitError as unfit:
         raise wrong(record, "id", f"{unfit} or a whole number", remedy="mend or drop the id") from None
@@ -247,13 +275,17 @@ def _label(value: Any) -> str | int | float:
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise _UnfitError(f"{value} is not finite")
         return value
     return _text(value)
 
 
 def _from_cell(column: str, cell: Any) -> Any:
-    """What a CSV cell holds: lists as JSON, whole numbers in ``label`` and ``answer``, else text."""
-    if column in ("label", "answer"):
+    """What a CSV cell holds: lists as JSON, whole numbers in ``answer``, else text; of labels see `labels`."""
+    if not isinstance(cell, str):
+        return cell
+    if column == "answer":
         return int(cell) if re.fullmatch(r"-?(0|[1-9][0-9]*)", cell) else cell
     if column == "gold" or (column in _LISTS and cell.startswith(("[", "{"))):
         try:

@@ -22,7 +22,7 @@ NEAR = 0.15
 DIVIDED = "\0"
 """How the group of rows begins whose subject is divided."""
 
-_HH_ANSWER = "\n\nAssistant:"
+HH_ANSWER = "\n\nAssistant:"
 """Where the answer begins in the transcripts of HH-RLHF, whose prompts are whole dialogues."""
 
 
@@ -48,7 +48,7 @@ def subject(row: Row) -> str:
     if isinstance(row, Chat):
         return _first_question(row.messages) or _folded(content(row))
     if isinstance(row, Preference):
-        return _first_question(row.history) or _folded(row.prompt.split(_HH_ANSWER)[0])
+        return _first_question(row.history) or _folded(row.prompt.split(HH_ANSWER)[0])
     if isinstance(row, Completion | Choice):
         return _folded(row.prompt)
     if isinstance(row, Question):

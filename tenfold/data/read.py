@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,9 +14,10 @@ from typing import Any, overload
 from tenfold.config.data import Kind
 from tenfold.data.check import build, kind_of, unknown_kind, wrong
 from tenfold.data.groups import DIVIDED, kept_together, places, subject, twin
+from tenfold.data.labels import with_labels
 from tenfold.data.rows import KINDS, OUR_COLUMNS, Classification, Row, content
 from tenfold.data.sources import Record, open_source
-from tenfold.data.turns import as_texts
+from tenfold.data.turns import as_texts, in_messages
 from tenfold.errors import ConfigError, DataError
 
 _TRAIN = "train"
@@ -197,8 +199,9 @@ def read_rows(
     _check_columns(columns)
     opened = open_source(source)
     reading = _Reading(kind=rows)
-    for record in itertools.islice(opened.records, limit):
-        values = as_texts(record, _rename(record, columns))
+    renamed = ((record, _rename(record, columns)) for record in itertools.islice(opened.records, limit))
+    for record, named in with_labels(renamed, classification=rows == "classification"):
+        values = as_texts(record, in_messages(record, named), reading.told)
         if not opened.editable and _is_blank_text(values):
             reading.blank += 1
             continue
@@ -225,6 +228,7 @@ class _Reading:
         self.others: list[Mapping[str, Any]] = []
         self.repeated: list[str] = []
         self.blank = 0
+        self.told: Counter[str] = Counter()
         self._seen: dict[str, tuple[str, bool]] = {}
         self._first_label: tuple[type, str] | None = None
 
@@ -277,6 +281,15 @@ class _Reading:
             )
         if self.blank:
             notes.append(f"{source}: {self.blank} rows with empty text were left out.")
+        if self.told["implicit"]:
+            notes.append(
+                f"{source}: {self.told['implicit']} rows without a prompt: it is what both answers begin with."
+            )
+        if self.told["differs"]:
+            notes.append(
+                f"{source}: {self.told['differs']} prompts differ from the questions of their conversations, which "
+                "count; these prompts are not used."
+            )
         if self.splits and any(self.splits) and self.own_splits() is None:
             notes.append(f"{source}: the column split holds other values than train, dev, valid, test; it is not used.")
         return tuple(notes)

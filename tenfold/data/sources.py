@@ -5,11 +5,13 @@ Nothing here knows what a row means; torch is never imported, so that data is ch
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import gzip
 import itertools
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,17 +112,54 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                if number == 1 or b"\0" in line:
+                    _refuse_wide(path, line, number)
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        # Latin-1 with letters where it has none: quotation marks and dashes of Windows.
+        encoding = "LATIN1" if set(error.object) & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else "WINDOWS-1252"
         raise DataError(
-            f"{path}, line {number}, byte {error.start + 1}: not UTF-8 (byte 0x{error.object[error.start]:02x})",
-            remedy=f"convert it: iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
+            f"{path}, line {number}, byte {error.start + 1}: not UTF-8 (byte 0x{byte:02x})",
+            remedy=f"convert it: {_conversion(path, encoding)}",
         ) from None
     except (OSError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(
             f"{path}, after line {number}: cannot be read: {reason}", remedy="copy the file again and check its rights"
         ) from None
+
+
+_WIDE = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # first, since one begins like UTF-16
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+
+
+def _refuse_wide(path: Path, line: bytes, number: int) -> None:
+    """Name the encoding of a file of two or four bytes a character, as Excel and PowerShell write them."""
+    mark = next((mark for mark in _WIDE if number == 1 and line.startswith(mark)), b"")
+    if mark:
+        found = _WIDE[mark]
+    elif b"\0" not in line:
+        return
+    elif number == 1 and (line[1:2] == b"\0" or line[:1] == b"\0"):
+        found = "UTF-16LE" if line[1:2] == b"\0" else "UTF-16BE"
+    else:
+        raise DataError(
+            f"{path}, line {number}, byte {line.index(0) + 1}: a zero byte, expected text",
+            remedy="copy the file again, or write it anew",
+        )
+    raise DataError(f"{path}: {found}, not UTF-8", remedy=f"convert it: {_conversion(path, found)}")
+
+
+def _conversion(path: Path, encoding: str) -> str:
+    """A command that writes the file as UTF-8 beside it."""
+    packed = path.suffix.lower() == ".gz"
+    target = path.with_name(f"utf8-{path.stem if packed else path.name}")
+    source = f"gzip -dc {shlex.quote(str(path))} | " if packed else ""
+    file = "" if packed else f" {shlex.quote(str(path))}"
+    return f"{source}iconv -f {encoding} -t UTF-8{file} > {shlex.quote(str(target))}"
 
 
 def _jsonl(path: Path) -> Iterator[Record]:

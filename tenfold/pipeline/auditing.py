@@ -167,10 +167,16 @@ def audited(
         results=[Result(task="audit", subject="after", metrics=tuple(metrics), settings={"lam": lam})],
         tables=[_table(shown, flips)],
         figures=[_histogram(found)],
-        samples=[Sample(prompt=row.prompt, outputs={f"chosen (margin {verdict.margin:.2f})": row.chosen,
+        samples=[Sample(prompt=_asked(row), outputs={f"chosen (margin {verdict.margin:.2f})": row.chosen,
                                                     "rejected": row.rejected}) for verdict, row in shown],
         notes=notes,
     )  # fmt: skip
+
+
+def _asked(row: Preference) -> str:
+    """The prompt as a reader sees it."""
+    said = [f"{message['role']}: {message.get('content') or ''}" for message in row.turns]
+    return "\n".join(said) if row.history else row.prompt
 
 
 def _said(found: Audit) -> str:

@@ -27,6 +27,11 @@ ROWS = [
     Preference("same start", "Count: ", "one two three", "one two four"),
     *list(read_rows("step-audit:9:1")),
 ]
+TURNS = Preference(
+    "turns", "And 2 + 2? ", "It is 4.", "No idea.",
+    ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"},
+     {"role": "assistant", "content": "2"}),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -174,23 +179,14 @@ def test_tokens_are_those_of_trl(reward):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     for chat in (False, True):
-        if chat:
-            lines = [
-                {
-                    "prompt": [{"role": "user", "content": row.prompt}],
-                    "chosen": [{"role": "assistant", "content": row.chosen}],
-                    "rejected": [{"role": "assistant", "content": row.rejected}],
-                }
-                for row in ROWS
-            ]
-        else:
-            lines = [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in ROWS]
+        rows = [*ROWS, TURNS] if chat else ROWS
+        lines = [row.conversations() if chat else row.columns() for row in rows]
         args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
         host = SimpleNamespace(_tokenizer=reward.tokenizer)
         data = datasets.Dataset.from_list(lines)
         theirs = trl.RewardTrainer._prepare_dataset(host, data, reward.tokenizer, args, "train")
         dpo = trl.DPOTrainer._prepare_dataset(host, data, reward.tokenizer, args, "train")
-        for row, line, split in zip(ROWS, theirs, dpo, strict=True):
+        for row, line, split in zip(rows, theirs, dpo, strict=True):
             pair = scoring._tokenised("key", row, reward.tokenizer, chat)
             assert (pair.chosen, pair.rejected) == (line["chosen_ids"], line["rejected_ids"])
             start = scoring._prompt_length(pair, reward.tokenizer, chat)
@@ -230,6 +226,11 @@ def test_a_template_that_refuses_a_pair_names_it(reward):
     )
     with pytest.raises(DataError, match="row 'é': the chat template refuses these messages: not so familiar"):
         score_pairs(reward.model, reward.tokenizer, ROWS)
+
+
+def test_several_turns_need_a_chat_template(reward):
+    with pytest.raises(DataError, match="row 'turns' has a system message or several turns"):
+        score_pairs(reward.model, reward.tokenizer, [*ROWS, TURNS], chat=False)
 
 
 def test_the_chat_template_is_used_where_there_is_one(reward):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 
 import pytest
 
@@ -23,8 +24,8 @@ def error(tmp_path, content: bytes | str, name: str = "d.jsonl", **options) -> s
     return str(caught.value).replace(str(tmp_path) + "/", "")
 
 
-def jsonl(*rows) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def jsonl(*rows, **options) -> str:
+    return "".join(json.dumps(row, **options) + "\n" for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,26 @@ def test_csv_errors_name_the_line_where_the_row_begins(tmp_path, content, parts)
 def test_not_utf8_names_the_line_and_byte(tmp_path):
     message = error(tmp_path, b'{"text": "a"}\n{"text": "caf\xe9"}\n')
     assert "line 2, byte 14: not UTF-8 (byte 0xe9)" in message
-    assert "iconv" in message
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d 1.jsonl", "d.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_what_is_not_utf8_is_named_and_the_remedy_works(tmp_path, encoding, name):
+    texts = ["café", "a\n“b” – c" if encoding != "latin-1" else "b"]
+    content = jsonl(*({"id": str(n), "text": text} for n, text in enumerate(texts)), ensure_ascii=False)
+    path = tmp_path / name
+    raw = content.encode(encoding)
+    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    with pytest.raises(DataError) as caught:
+        read_rows(str(path))
+    assert ("UTF-" in str(caught.value)) or ("not UTF-8" in str(caught.value))
+    subprocess.run(["sh", "-c", caught.value.remedy.removeprefix("convert it: ")], check=True)
+    converted = tmp_path / f"utf8-{name.removesuffix('.gz')}"
+    assert [row.text for row in read_rows(str(converted))] == texts
+
+
+def test_a_zero_byte_in_text_is_named(tmp_path):
+    assert "line 2, byte 13: a zero byte" in error(tmp_path, b'{"text": "a"}\n{"text": "bc\0"}\n')
 
 
 def test_truncated_gzip(tmp_path):

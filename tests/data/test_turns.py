@@ -1,11 +1,13 @@
 """Preferences written as conversations."""
 
+import csv
 import json
+import re
 
 import pytest
 
 from tenfold.data.read import read_rows
-from tenfold.data.rows import Preference
+from tenfold.data.rows import Chat, Completion, Preference
 from tenfold.errors import DataError
 
 
@@ -15,6 +17,18 @@ def user(text):
 
 def answer(text):
     return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def from_value(sender, text):
+    return {"from": sender, "value": text}
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
 
 
 def read(tmp_path, **row):
@@ -32,8 +46,14 @@ def read(tmp_path, **row):
         {"prompt": "q", "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]},
         {"prompt": "q", "chosen": [answer("a")], "rejected": [answer("b")]},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
+        # The prompt as messages, and again in both conversations.
+        {"prompt": [user("q")], "chosen": [user("q"), answer("a")], "rejected": [user("q"), answer("b")]},
+        {"chosen": [user(parts("q")), answer(parts("a"))], "rejected": [user(parts("q")), answer(parts("b"))]},
+        # As LLaMA-Factory has it.
+        {"conversations": [from_value("human", "q")], "chosen": from_value("gpt", "a"),
+         "rejected": from_value("gpt", "b")},
     ],
-)
+)  # fmt: skip
 def test_one_pair_in_all_its_forms(tmp_path, row):
     rows = read(tmp_path, **row, score=3)
     assert rows.kind == "preference"
@@ -45,11 +65,12 @@ def test_one_pair_in_all_its_forms(tmp_path, row):
     ("row", "said"),
     [
         ({"chosen": [user("q"), answer("x"), user("r"), answer("a")],
-          "rejected": [user("q"), answer("x"), user("r"), answer("b")]}, "messages of user, assistant, user"),
+          "rejected": [user("q"), answer("y"), user("r"), answer("b")]}, "3 messages that are not in both"),
         ({"chosen": [user("q"), answer("a")], "rejected": [user("r"), answer("b")]}, "2 messages that are not in both"),
         ({"chosen": [user("q"), user("a")], "rejected": [user("q"), answer("b")]}, "role 'user', expected one answer"),
-        ({"prompt": [{**user("s"), "role": "system"}, user("q")], "chosen": [answer("a")], "rejected": [answer("b")]},
-         "of system, user"),
+        ({"prompt": [system("s")], "chosen": [answer("a")], "rejected": [answer("b")]}, "is of 'system', expected one"),
+        ({"prompt": [{"role": "narrator", "content": "s"}, user("q")], "chosen": [answer("a")],
+          "rejected": [answer("b")]}, "unknown role 'narrator'"),
         ({"prompt": [user("q")], "chosen": [answer("a")], "rejected": [answer("a")]}, "the same text as 'chosen'"),
         ({"prompt": [user("q")], "chosen": [answer(None)], "rejected": [answer("b")]}, "empty"),
     ],
@@ -71,3 +92,109 @@ def test_other_columns_follow_their_rows(tmp_path):
     train, held = rows.split(0.1)
     assert [other["n"] for other in train.others] == [0, 2, 4]
     assert [other["n"] for other in held.others] == [1, 3, 5]
+
+
+BEFORE = [system("Be nice."), user("q"), answer("x")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [*BEFORE, user("r"), answer("a")], "rejected": [*BEFORE, user("r"), answer("b")]},
+        {"prompt": [*BEFORE, user("r")], "chosen": [answer("a")], "rejected": [answer("b")]},
+        {"prompt": "r", "chosen": [*BEFORE, user("r"), answer("a")], "rejected": [*BEFORE, user("r"), answer("b")]},
+    ],
+)
+def test_system_messages_and_earlier_turns_are_kept_and_come_back_from_a_file(tmp_path, row):
+    rows = read(tmp_path, **row)
+    assert list(rows) == [Preference("7", "r", "a", "b", tuple(BEFORE))]
+    assert rows.notes == ()
+    assert list(read(tmp_path, **rows[0].columns())) == list(rows)
+    assert rows[0].turns == [*BEFORE, user("r")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("\n\nHuman: hi\n\nAssistant: yes", "\n\nHuman: hi\n\nAssistant: no"),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+         "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e"),
+        ("The sky is blue.", "The sky is green."),
+        ("Q: 1+1=\nA: 2", "Q: 1+1=\nA: 22"),
+    ],
+)  # fmt: skip
+def test_the_prompt_of_whole_texts_is_that_of_trl(tmp_path, chosen, rejected):
+    from trl import extract_prompt
+
+    rows = read(tmp_path, chosen=chosen, rejected=rejected, score=0.5, source="hh-rlhf")
+    expected = extract_prompt({"chosen": chosen, "rejected": rejected})
+    assert {name: getattr(rows[0], name) for name in expected} == expected
+    assert "1 rows without a prompt" in rows.notes[0]
+
+
+def test_a_transcript_is_cut_where_its_last_answer_begins(tmp_path):
+    # TRL would cut inside the word: the tokens of the whole are the same, and what both share falls out of the margin.
+    (row,) = read(tmp_path, chosen="\n\nHuman: hi\n\nAssistant: yes", rejected="\n\nHuman: hi\n\nAssistant: yeah")
+    assert (row.prompt, row.chosen, row.rejected) == ("\n\nHuman: hi\n\nAssistant:", " yes", " yeah")
+
+
+@pytest.mark.parametrize("row", [
+    {"question": "What colour is the sky?", "chosen": "It is blue", "rejected": "It is green"},
+    {"chosen": "Blue", "rejected": "green"},
+])  # fmt: skip
+def test_a_prompt_that_stands_elsewhere_is_asked_for(tmp_path, row):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, **row)
+    assert "columns: {prompt:" in caught.value.remedy
+
+
+def test_a_prompt_that_differs_from_the_conversation_gives_way_and_a_note_says_so(tmp_path):
+    rows = read(tmp_path, prompt="OTHER", chosen=[user("q"), answer("a")], rejected=[user("q"), answer("b")])
+    assert list(rows) == [Preference("7", "q", "a", "b")]
+    assert "1 prompts differ" in rows.notes[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [system("s"), user("q"), answer("a")]},
+        {"conversations": [system("s"), user("q"), answer("a")]},
+        {"conversations": [from_value("system", "s"), from_value("human", "q"), from_value("gpt", "a")]},
+        {"messages": [from_value("system", "s"), user(parts("q")), answer(parts("a"))]},
+        {"prompt": [system("s"), user("q")], "completion": [answer("a")]},
+    ],
+)
+def test_one_conversation_in_all_its_forms(tmp_path, row):
+    rows = read(tmp_path, **row, score=3)
+    assert list(rows) == [Chat("7", (system("s"), user("q"), answer("a")))]
+    assert rows.others == ({"score": 3},)
+
+
+def test_a_conversation_may_stand_in_a_cell_of_a_table(tmp_path):
+    path = tmp_path / "d.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["conversations"], [json.dumps([from_value("human", "q"), from_value("gpt", "a")])]]
+        )
+    assert read_rows(str(path))[0].messages == (user("q"), answer("a"))
+
+
+def test_a_completion_may_be_a_conversation(tmp_path):
+    assert list(read(tmp_path, prompt=[user("q")], completion=[answer("a")])) == [Completion("7", "q", "a")]
+    with pytest.raises(DataError, match="the assistant's only message"):
+        read(tmp_path, prompt=[user("q"), answer("a"), user("r")], completion=[answer("b")])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": [from_value("narrator", "q")]}, "message 1: unknown 'from' 'narrator'"),
+        ({"messages": [user([*parts("q"), {"type": "image", "url": "a.png"}]), answer("a")]},
+         "message 1, part 2: a part of type 'image', expected text"),
+        ({"messages": [user(["q"]), answer("a")]}, 'part 1: "q", expected text'),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_of_a_conversation_is_named(tmp_path, row, said):
+    with pytest.raises(DataError, match=re.escape(said)) as caught:
+        read(tmp_path, **row)
+    assert "line 1" in str(caught.value)
