@@ -8,7 +8,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from tenfold.config.data import Kind
 from tenfold.data.rows import KINDS, Choice, Preference, Question, Row, content_id
@@ -66,7 +66,7 @@ def build(kind: Kind, record: Record, values: Mapping[str, Any]) -> Row:
     return row if row.id else spec.row(id=content_id(row), **fields)
 
 
-def _is_asked(prompt: Any) -> bool:
+def _is_asked(prompt: Any) -> TypeGuard[list[dict[str, Any]]]:
     """Whether a prompt is a conversation that ends with a question."""
     last = prompt[-1] if isinstance(prompt, list) and prompt else None
     return isinstance(last, dict) and last.get("role") == "user" and "content" in last

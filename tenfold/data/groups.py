@@ -128,7 +128,8 @@ def places(
     >>> [sum(place < share for place in places(ids, groups, (0, share, 1))) for share in (0.2, 0.4)]
     [12, 24]
     """
-    sizes, first = Counter(groups), {}
+    sizes = Counter(groups)
+    first: dict[Hashable, str] = {}
     for id, group in zip(ids, groups, strict=True):
         first[group] = min(first.get(group, id), id)
     place = {group: hash_share(f"{salt}{id}") for group, id in first.items()}
