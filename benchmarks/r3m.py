@@ -4,7 +4,7 @@
     python -m benchmarks.r3m overhead  # a training step beside TRL's, taking turns
     python -m benchmarks.r3m bandit    # recovery of true rewards against pairs and wrong labels
     python -m benchmarks.r3m embed     # hidden states of real pairs, kept outside the repository; needs TENFOLD_DATA
-    python -m benchmarks.r3m heads     # reward heads on them, labels turned over; needs `embed`
+    python -m benchmarks.r3m heads     # reward heads on them, labels flipped; needs `embed`
     python -m benchmarks.r3m dpo       # a tiny policy on StepAudit
     python -m benchmarks.r3m adapter   # the embedded model with an adapter on real pairs; slow
     python -m benchmarks.r3m table     # what docs/methods/r3m.md shows
@@ -386,7 +386,7 @@ NOISES = ("none", "uniform 10%", "uniform 20%", "uniform 30%", "uniform 40%", "i
           "irrational 2/3", "irrational 1/2 model", "stochastic 1", "stochastic 0.5")  # fmt: skip
 TRUTHS = ("judge", "teacher")
 MEMORISING = 1e-5
-"""A weight decay at which a head learns its training labels by heart."""
+"""A weight decay at which a head memorises its training labels."""
 
 
 class RealPairs:
@@ -488,7 +488,7 @@ def heads(seeds: int = 5) -> None:
     """Linear heads on standardised hidden states; knobs by four-fold agreement with held-out (wrong) training labels.
 
     Weight decay is chosen the same way, for Bradley-Terry, and then used for every loss. `memorise` is the same with
-    next to no weight decay, where a head learns most labels by heart.
+    next to no weight decay, where a head memorises most labels.
     """
     for truth in TRUTHS:
         real = RealPairs(truth)
@@ -532,7 +532,7 @@ def _clean(margins: Tensor) -> dict[str, float]:
 
 
 def _found(margins: Tensor, mask: list[bool], method: str, knob: float) -> dict[str, float]:
-    """How well margins find the labels that were turned over, and how many an audit takes for wrong."""
+    """How well margins find the labels that were flipped, and how many an audit takes for wrong."""
     ids = [str(index) for index in range(len(mask))]
     found = judge(margins, ids, AUDIT_LAM)
     result = {"flags": found.flags, "excess": found.excess, "low": found.interval[0], "high": found.interval[1]}
@@ -564,11 +564,11 @@ TUNED = (("bt", RobustFields(loss="bt")), ("r3m .75", RobustFields(lam=0.75)), (
          ("cdpo .2", RobustFields(loss="cdpo", smoothing=0.2)),
          ("rdpo .2", RobustFields(loss="rdpo", smoothing=0.2)))  # fmt: skip
 STEPS, SHARE, BETA = 3, 0.2, 0.5
-"""Operations of a problem, share of labels turned over, DPO's beta; at 0.1 nothing would ever be flagged."""
+"""Operations of a problem, share of flipped labels, DPO's beta; at 0.1 nothing would ever be flagged."""
 
 
 def dpo(seeds: int = 3) -> None:
-    """A tiny policy, all weights trained, that first read right solutions: labels turned over, five losses.
+    """A tiny policy, all weights trained, that first read right solutions: labels flipped, five losses.
 
     cDPO and rDPO are told the true share of wrong labels.
     """
@@ -676,7 +676,7 @@ def _judged(start: Any, policy: Any, pairs: list[Preference]) -> Tensor:
 
 
 def adapter(pairs: int = 500, held: int = 300) -> None:
-    """The embedded model as a reward model, LoRA of rank 8, one epoch, 20 % of the labels turned over, one seed.
+    """The embedded model as a reward model, LoRA of rank 8, one epoch, 20 % of the labels flipped, one seed.
 
     Wrong labels are looked for by the margins of the training itself, each from before its own step.
     """
@@ -792,7 +792,7 @@ def _heads_table() -> None:
                 if found["bt"] and (name == "accuracy" or path[-1] in COUNTS or noise != "none"):
                     wrong = statistics.mean([row["wrong"] for row in found["bt"]])
                     cells = " | ".join(_cell(found[method], found["bt"], path) for method in METHODS)
-                    print(f"| {noise}{', by heart' if part == 'memorise' else ''} | {wrong:.0f} | {cells} |")
+                    print(f"| {noise}{', memorised' if part == 'memorise' else ''} | {wrong:.0f} | {cells} |")
 
 
 FIGURES = {"accuracy": ("accuracy",), "nll": ("nll",), "AUC, cross-fitted": ("crossed", "margin auc"),

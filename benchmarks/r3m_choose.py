@@ -4,7 +4,7 @@
     python -m benchmarks.r3m_choose    # heads on them, and synthetic rewards; resumable, then prints its table
 
 Heads are linear, on hidden states of real pairs, with the weight decay that serves Bradley-Terry best, or with hardly
-any, so that they learn labels by heart. The synthetic reward is the linear one of oracle 15. 100 right labels are
+any, so that they memorise labels. The synthetic reward is the linear one of oracle 15. 100 right labels are
 trusted, others measure; doubtful judges are the training pairs themselves, each by a head that has not seen it.
 """
 
@@ -47,7 +47,7 @@ ByLam = Callable[[float], Tensor]
 
 
 def linear(setting: str, noise: str, pairs: int, share: float, seed: int) -> None:
-    """A linear reward of 10 features, its labels drawn by Bradley-Terry, a share of them turned over."""
+    """A linear reward of 10 features, its labels drawn by Bradley-Terry, a share of them flipped."""
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     truth = draw(10)
@@ -80,7 +80,7 @@ def linear(setting: str, noise: str, pairs: int, share: float, seed: int) -> Non
 
 
 def real(setting: str, noise: str, pairs: RealPairs, by_heart: bool, seed: int) -> None:
-    """Heads on hidden states of real pairs, labels turned over."""
+    """Heads on hidden states of real pairs, labels flipped."""
     x, _ = turned(pairs, noise, seed)
     decay = MEMORISING if by_heart else pairs.decay(x, seed)
     measure(setting, noise, seed, lambda lam: head_of(x, "r3m", lam, decay),

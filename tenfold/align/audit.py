@@ -4,7 +4,7 @@ A pair is flagged where the model gives its label less than ``1 - lam`` (its mar
 loss). Clean labels are flagged, too, now and then; what goes beyond their expected number estimates the wrong ones.
 
 What to do with a pair is read from the probability that its label is wrong. With the margin's temperature T and the
-share e of labels that were turned over, the most likely ones (`tenfold.align.recalibrate`), let p be sigma(m / T), what
+share e of flipped labels, the most likely ones (`tenfold.align.recalibrate`), let p be sigma(m / T), what
 the model thinks of the label by itself. By Bayes' rule
 
 .. math:: P(\text{wrong}) = \frac{e (1 - p)}{e (1 - p) + (1 - e) p}
@@ -21,7 +21,7 @@ suggestion  when                          why
 =========== ============================= ===================================================================
 
 Flags and their excess take the margins at their word, as the specification has it: a model that is too sure has too
-many. The probabilities do not; but a model that knows wrong labels by heart hides them from both. Margins of
+many. The probabilities do not; but a model that has memorised wrong labels hides them from both. Margins of
 `tenfold.align.margins.cross_fit` are free of that.
 
 Source: R3M specification, sections 2.7 and 8.4; the probability that a label is wrong, and the suggestions, are ours.
@@ -50,7 +50,7 @@ Suggestion = Literal["keep", "review", "drop", "flip"]
 Action = Literal["drop", "flip", "weights"]
 
 DROP, FLIP = 0.5, 0.9
-"""Probabilities of a wrong label from which a pair should go, and from which it should be turned over."""
+"""Probabilities of a wrong label from which a pair should go, and from which its label should be flipped."""
 
 _NORMAL_95 = 1.959964
 
@@ -69,7 +69,7 @@ class Verdict:
         p_wrong: the probability that the label is wrong; see the head of this file.
         suggestion: what to do with the pair.
         epoch_margin: its mean margin in training, each from before that step, in training mode; None where the model
-            was not just trained. A pair that was learnt by heart late has a low one.
+            was not just trained. A pair that was memorised late has a low one.
     """
 
     id: str
@@ -100,7 +100,7 @@ class Audit:
         expected_stderr: standard deviation of that number of flags.
         excess: ``flags - expected``, the estimate of wrong labels among the flagged; chance can bring it below 0.
         interval: its 95 % interval, for a calibrated model; with 0 inside, the flags may all be chance.
-        share_wrong: most likely share of labels that were turned over, 0 to 0.5.
+        share_wrong: most likely share of flipped labels, 0 to 0.5.
         share_interval: its 95 % interval.
         temperature: by which the margins are divided; above 1 they were too large.
     """
@@ -268,11 +268,11 @@ def cleaned_rows(
     Args:
         rows: the rows; read once.
         found: their audit.
-        action: ``drop`` leaves out the rows whose suggestion is ``drop`` or ``flip``; ``flip`` turns over those of
+        action: ``drop`` leaves out the rows whose suggestion is ``drop`` or ``flip``; ``flip`` flips those of
             ``flip`` and leaves out those of ``drop``; ``weights`` keeps all and adds the column ``weight``, the
             probability that the label is right.
         others: further columns by id, which stay with their rows. What has ``chosen`` or ``rejected`` as a word of its
-            name, and a counterpart, changes places with the answers; ``flipped`` turns over.
+            name, and a counterpart, changes places with the answers; ``flipped`` is negated.
 
     Raises:
         ConfigError: unknown action.

@@ -245,10 +245,10 @@ def complete_folds(rows: Sequence[Preference], folds: int) -> dict[str, int]:
 def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     """The fold of each row, by a hash that stays when rows come and go.
 
-    Rows of one prompt share a fold, since what is learnt of one pair tells of the others (`tenfold.data.groups`). Where
-    prompts are so few or so uneven that folds would not be about equal, they are laid out evenly, in the order of their
-    hashes. Of a prompt that has more than a fold's share of the rows, only those with the same two answers share a
-    fold, in either order.
+    Rows of one prompt share a fold, that of the first of them, since what is learnt of one pair tells of the others
+    (`tenfold.data.groups`). Where prompts are so few or so uneven that a fold would have 30 % more rows than it should,
+    or fewer, they are laid out evenly, in the order of their hashes. Of a prompt that has more than a
+    fold's share of the rows, only those with the same two answers share a fold, in either order.
 
     Args:
         rows: all pairs.
@@ -269,9 +269,12 @@ def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     if len(set(ids)) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
         raise DataError(f"id {twice!r} comes twice", remedy="give each row an id of its own")
+    groups = kept_together(rows, len(rows) / folds)
+    first: dict[str, str] = {}
+    heads = [first.setdefault(group, id) for group, id in zip(groups, ids, strict=True)]
     edges = [fold / folds for fold in range(folds + 1)]
     # Not the hash that holds rows out: of what is trained on, it has only the upper part.
-    found = places(ids, kept_together(rows, len(rows) / folds), edges, salt="fold|")
+    found = places(heads, groups, edges, salt="fold|", near=0.3)
     return {id: int(place * folds) for id, place in zip(ids, found, strict=True)}
 
 

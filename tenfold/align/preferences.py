@@ -1,6 +1,6 @@
 """Preference labels made wrong on purpose, in the ways that people are: noise whose truth is known.
 
-Each noise model says of every pair whether its label turns over: a flip mask, which is stored with the data. What is
+Each noise model says of every pair whether its label is flipped: a flip mask, which is stored with the data. What is
 drawn for a pair comes from the seed and the pair's id alone, so neither the order of rows nor their number changes it
 (but for `irrational` and `uniform`, which choose among all pairs given).
 
@@ -50,7 +50,7 @@ def stochastic(ids: Sequence[str], rewards: Sequence[StepRewards], tau: float, *
         seed: of the draws.
 
     Returns:
-        Which labels turn over, [pairs].
+        Which labels are flipped, [pairs].
 
     Raises:
         ConfigError: ``tau`` is not above 0.
@@ -73,7 +73,7 @@ def myopic(rewards: Sequence[StepRewards], gamma: float) -> list[bool]:
         gamma: above 0 and at most 1; the paper has 0.3, 0.5 and 0.7. The smaller, the noisier; 1 gives the true label.
 
     Returns:
-        Which labels turn over, [pairs]; a label stays where both answers seem equally good.
+        Which labels are flipped, [pairs]; a label stays where both answers seem equally good.
 
     Raises:
         ConfigError: ``gamma`` is out of its range.
@@ -94,7 +94,7 @@ def myopic(rewards: Sequence[StepRewards], gamma: float) -> list[bool]:
 def irrational(
     ids: Sequence[str], rewards: Sequence[StepRewards], p: float, *, seed: int, batch: int = BATCH
 ) -> list[bool]:
-    """An adversary: in each mini-batch B, the ``round(|B|**p)`` pairs with the largest true gap turn over.
+    """An adversary: in each mini-batch B, the ``round(|B|**p)`` pairs with the largest true gap are flipped.
 
     Batches are drawn by the seed, over all pairs given; among equal gaps the seed decides. The last batch may be
     smaller, and its number of flips with it.
@@ -107,7 +107,7 @@ def irrational(
         batch: pairs of a batch.
 
     Returns:
-        Which labels turn over, [pairs].
+        Which labels are flipped, [pairs].
 
     Raises:
         ConfigError: ``p`` or ``batch`` is out of its range.
@@ -132,7 +132,7 @@ def irrational(
 
 
 def uniform(ids: Sequence[str], share: float, *, seed: int) -> list[bool]:
-    """Labels turned over at random: exactly ``round(share * pairs)`` of them.
+    """Labels flipped at random: exactly ``round(share * pairs)`` of them.
 
     Args:
         ids: of the pairs, [pairs].
@@ -140,7 +140,7 @@ def uniform(ids: Sequence[str], share: float, *, seed: int) -> list[bool]:
         seed: of the choice.
 
     Returns:
-        Which labels turn over, [pairs]; with a larger share, the same ones and more.
+        Which labels are flipped, [pairs]; with a larger share, the same ones and more.
 
     Raises:
         ConfigError: ``share`` is out of its range.
@@ -157,11 +157,11 @@ def uniform(ids: Sequence[str], share: float, *, seed: int) -> list[bool]:
 
 
 def corrupt(rows: Sequence[Preference], mask: Sequence[bool]) -> list[Preference]:
-    """The rows with the chosen labels turned over: chosen and rejected change places, ids stay.
+    """The rows with the chosen labels flipped: chosen and rejected change places, ids stay.
 
     Args:
         rows: [pairs].
-        mask: which to turn over, [pairs]; the same mask once more gives the rows back.
+        mask: which to flip, [pairs]; the same mask once more gives the rows back.
 
     Raises:
         DataError: the lengths differ.
@@ -184,7 +184,7 @@ def write_corrupted(path: Path, rows: Sequence[Preference], mask: Sequence[bool]
     Args:
         path: of the file; written whole or not at all.
         rows: the right ones, [pairs].
-        mask: which labels turn over, [pairs].
+        mask: which labels to flip, [pairs].
 
     Raises:
         DataError: the lengths differ.
@@ -198,7 +198,7 @@ def write_corrupted(path: Path, rows: Sequence[Preference], mask: Sequence[bool]
 
 
 def flip_mask(rows: Rows) -> dict[str, bool]:
-    """The mask that is stored with corrupted rows: row id -> whether its label was turned over.
+    """The mask that is stored with corrupted rows: row id -> whether its label was flipped.
 
     Args:
         rows: preferences with the column ``flipped``: true or false, or 1 or 0.

@@ -1,7 +1,7 @@
 r"""What margins say of labels once they are recalibrated, and how many of the labels are wrong.
 
 A model may be too sure (one trained with a small ``lam`` is), or not sure enough (a policy after little DPO is). With a
-temperature T, and a share e of labels that were turned over,
+temperature T, and a share e of flipped labels,
 
 .. math:: P(\text{label}) = e + (1 - 2e)\,\sigma(m / T)
 

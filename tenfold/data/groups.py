@@ -109,6 +109,7 @@ def places(
     edges: Sequence[float],
     *,
     salt: str = "",
+    near: float = NEAR,
     most: float = math.inf,
 ) -> list[float]:
     """Where in [0, 1) each row falls, at one place with all of its group.
@@ -122,6 +123,7 @@ def places(
         groups: of the rows, [rows].
         edges: of the parts, from 0 to 1, [parts + 1].
         salt: makes a hash that is independent of others.
+        near: how far the size of a part may stray from its share, as a part of it.
         most: rows from which a group is laid out in the largest part.
 
     >>> ids, groups = [str(n) for n in range(60)], [n // 12 for n in range(60)]
@@ -133,7 +135,7 @@ def places(
     for id, group in zip(ids, groups, strict=True):
         first[group] = min(first.get(group, id), id)
     place = {group: hash_share(f"{salt}{id}") for group, id in first.items()}
-    if len(sizes) < len(ids) and not _near(place, sizes, edges):
+    if len(sizes) < len(ids) and not _near(place, sizes, edges, near):
         widths = [upper - lower for lower, upper in itertools.pairwise(edges)]
         side = 1 if widths[-1] >= max(widths) else -1  # where the largest part is: behind, or in front
         order = sorted(place, key=lambda group: (side * (sizes[group] > most), place[group], first[group]))
@@ -144,10 +146,10 @@ def places(
     return [place[group] for group in groups]
 
 
-def _near(place: dict[Hashable, float], sizes: Counter[Hashable], edges: Sequence[float]) -> bool:
+def _near(place: dict[Hashable, float], sizes: Counter[Hashable], edges: Sequence[float], near: float) -> bool:
     """Whether every part has about its share of the rows."""
     for lower, upper in itertools.pairwise(edges):
         due = (upper - lower) * sizes.total()
-        if abs(sum(sizes[group] for group, at in place.items() if lower <= at < upper) - due) > NEAR * due:
+        if abs(sum(sizes[group] for group, at in place.items() if lower <= at < upper) - due) > near * due:
             return False
     return True

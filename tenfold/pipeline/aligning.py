@@ -118,7 +118,7 @@ def _level(scored: Scored, share: float | None) -> float:
 
 
 def _mask(rows: Rows, config: R3MConfig, seed: int) -> list[bool]:
-    """Which training labels turn over."""
+    """Which training labels are flipped."""
     pairs = preferences(rows)
     if config.noise is None:
         return [False] * len(pairs)
@@ -135,7 +135,7 @@ def _mask(rows: Rows, config: R3MConfig, seed: int) -> list[bool]:
             mask = (stochastic if kind == "stochastic" else irrational)(ids, steps, strength, seed=seed)
     if not any(mask):
         raise ConfigError(
-            f"noise: {config.noise} turns over none of {len(ids)} labels", remedy="make it stronger, or leave it out"
+            f"noise: {config.noise} flips none of {len(ids)} labels", remedy="make it stronger, or leave it out"
         )
     return mask
 

@@ -198,7 +198,7 @@ def _table(shown: Sequence[tuple[Verdict, Preference]], flips: dict[str, bool]) 
          ("yes" if flips[verdict.id] else "no") if flips else "unknown")
         for verdict, _ in shown
     ]  # fmt: skip
-    columns = ("rank", "id", "margin", "probability of the label", "delta", "suggestion", "turned over")
+    columns = ("rank", "id", "margin", "probability of the label", "delta", "suggestion", "flipped")
     return Table(title="The most doubtful labels", columns=columns, rows=tuple(rows))
 
 

@@ -26,7 +26,7 @@ def sigma(x):
 
 
 def simulated(seed, share, count=4000, spread=3.0):
-    """Margins of a perfect model on labels drawn by Bradley-Terry, of which a share was turned over; and which."""
+    """Margins of a perfect model on labels drawn by Bradley-Terry, of which a share was flipped; and which."""
     generator = torch.Generator().manual_seed(seed)
     better = torch.randn(count, generator=generator, dtype=torch.float64) * spread
     label = torch.rand(count, generator=generator, dtype=torch.float64) < torch.sigmoid(better)

@@ -13,7 +13,7 @@ from tenfold.errors import ConfigError, DataError
 
 
 def drawn(seed, count, share, spread=3.0):
-    """True margins of labels drawn by Bradley-Terry, of which a share was turned over."""
+    """True margins of labels drawn by Bradley-Terry, of which a share was flipped."""
     generator = torch.Generator().manual_seed(seed)
     better = torch.randn(count, generator=generator, dtype=torch.float64) * spread
     label = torch.rand(count, generator=generator, dtype=torch.float64) < torch.sigmoid(better)

@@ -9,7 +9,7 @@ from tenfold.align.recalibrate import recalibrate, wrong_interval
 
 
 def labelled(better, share, seed):
-    """Margins of labels drawn by Bradley-Terry, of which a share was turned over."""
+    """Margins of labels drawn by Bradley-Terry, of which a share was flipped."""
     rng = np.random.default_rng(seed)
     right = np.where(rng.random(len(better)) < 0.5 * (1 + np.tanh(better / 2)), 1, -1)
     return torch.tensor(np.where(rng.random(len(better)) < share, -1, 1) * right * better)

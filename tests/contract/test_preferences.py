@@ -377,8 +377,8 @@ def test_the_verb_audit_finds_what_the_stage_found(target, tmp_path):
 
 
 def turned_over(summary):
-    (table,) = (table for table in summary.tables if "turned over" in table.columns)
-    where = table.columns.index("turned over")
+    (table,) = (table for table in summary.tables if "flipped" in table.columns)
+    where = table.columns.index("flipped")
     return {row[1]: row[where] for row in table.rows}
 
 
