@@ -246,9 +246,9 @@ def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     """The fold of each row, by a hash that stays when rows come and go.
 
     Rows of one prompt share a fold, that of the first of them, since what is learnt of one pair tells of the others
-    (`tenfold.data.groups`). Where prompts are so few or so uneven that a fold would have 30 % more rows than it should,
-    or fewer, they are laid out evenly, in the order of their hashes. Of a prompt that has more than a
-    fold's share of the rows, only those with the same two answers share a fold, in either order.
+    (`tenfold.data.groups`). Where prompts are so few or so uneven that a fold would have 30 % more or fewer rows than
+    it should, they are laid out evenly, in the order of their hashes. Of a prompt that has more than a fold's share of
+    the rows, only those with the same two answers share a fold, in either order.
 
     Args:
         rows: all pairs.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from tenfold.data.check import wrong
+from tenfold.data.check import kind_of, wrong
 from tenfold.data.groups import HH_ANSWER
 from tenfold.data.sources import Record, shorten
 
@@ -181,7 +181,7 @@ def _from_conversations(record: Record, values: Mapping[str, Any], told: Counter
 def _has_implicit_prompt(values: Mapping[str, Any]) -> bool:
     """Whether both answers are texts that begin with their prompt, and no other column can hold it."""
     both: list[Any] = [values.get(column) for column in ("chosen", "rejected")]
-    if "prompt" in values or not all(isinstance(text, str) for text in both):
+    if kind_of(values) is not None or "prompt" in values or not all(isinstance(text, str) for text in both):
         return False
     if HH_ANSWER in _beginning(*both):
         return True

@@ -30,8 +30,9 @@ from rich.console import Console
 import tenfold
 from tenfold.config.base import Config
 from tenfold.config.data import DataFields
-from tenfold.config.pasta import SteeringFields
+from tenfold.config.pasta import ProfileConfig, SteeringFields
 from tenfold.config.r3m import AuditConfig, R3MConfig
+from tenfold.config.training import TrainingFields
 from tenfold.errors import FolderError, RunError, TenfoldError
 from tenfold.files import replace_folder, write_text
 from tenfold.models.embedded import DEMO_HUB_ID
@@ -245,6 +246,17 @@ def _summary(folder: Path, job: Job) -> StageSummary | None:
     return summary if summary.fingerprint == job.fingerprint and there else None
 
 
+def _data_notes(job: Job) -> tuple[str, ...]:
+    """What a reader must know of the rows, and of how they were divided."""
+    if job.rows is None:
+        return ()
+    config = job.step.config
+    divides = isinstance(config, TrainingFields | ProfileConfig) or getattr(config, "split", None) == "held-out"
+    if isinstance(config, DataFields) and divides:
+        return job.rows.split(config.holdout)[1].notes
+    return job.rows.notes
+
+
 def _execute(
     plan: Plan,
     out: Path,
@@ -280,7 +292,7 @@ def _execute(
         figures=tuple(output.figures),
         tables=tuple(output.tables),
         samples=tuple(output.samples),
-        notes=(*(job.rows.notes if job.rows is not None else ()), *output.notes),
+        notes=(*_data_notes(job), *output.notes),
         artefact=output.artefact,
         continues_with=output.continues_with,
         timings={**output.timings, "stage": time.perf_counter() - began},

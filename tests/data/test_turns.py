@@ -148,6 +148,10 @@ def test_a_prompt_that_stands_elsewhere_is_asked_for(tmp_path, row):
     assert "columns: {prompt:" in caught.value.remedy
 
 
+def test_rows_of_another_kind_may_have_two_such_columns(tmp_path):
+    assert read(tmp_path, text="word", chosen="Sky: blue", rejected="Sky: green").kind == "text"
+
+
 def test_a_prompt_that_differs_from_the_conversation_gives_way_and_a_note_says_so(tmp_path):
     rows = read(tmp_path, prompt="OTHER", chosen=[user("q"), answer("a")], rejected=[user("q"), answer("b")])
     assert list(rows) == [Preference("7", "q", "a", "b")]

@@ -4,15 +4,22 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from tenfold.config.evaluate import EvaluateConfig
+from tenfold.config.full import FullConfig
+from tenfold.data.read import Rows
+from tenfold.data.rows import Text
 from tenfold.errors import ConfigError, DataError, MissingDependencyError, ModelError, RunError
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.recipe import resolve
+from tenfold.pipeline.run import Job, _data_notes
 from tenfold.report.load import load_run
 
 QUIET = Console(quiet=True)
@@ -303,3 +310,20 @@ def test_a_second_adapter_goes_on_top_of_the_first(values, tmp_path):
         expected = opened(ids).logits
         torch.testing.assert_close(exported(ids).logits, expected, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(base(ids).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (FullConfig(data="here"), True),
+        (EvaluateConfig(data="here", split="held-out"), True),
+        (EvaluateConfig(data="here", split="all"), False),
+    ],
+)
+def test_what_is_said_of_a_division_of_the_rows_is_in_the_summary(config, said):
+    rows = Rows(tuple(Text(str(n), f"text {n}") for n in range(4)), "text", "here", ("read",), ("train", "test") * 2)
+    job = Job(SimpleNamespace(config=config), replace(rows, others=({},) * 4), "", "", {})
+    notes = _data_notes(job)
+    assert notes[0] == "read"
+    assert any("own split column decides" in note for note in notes) is said
+    assert _data_notes(replace(job, rows=None)) == ()
