@@ -247,8 +247,8 @@ def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
 
     Rows of one prompt share a fold, that of the first of them, since what is learnt of one pair tells of the others
     (`tenfold.data.groups`). Where prompts are so few or so uneven that a fold would have 30 % more or fewer rows than
-    it should, they are laid out evenly, in the order of their hashes. Of a prompt that has more than a fold's share of
-    the rows, only those with the same two answers share a fold, in either order.
+    it should, they are laid out evenly, in the order of their hashes. Of a prompt with more rows than a fold's share,
+    only those with the same two answers share a fold, in either order.
 
     Args:
         rows: all pairs.
@@ -266,9 +266,8 @@ def folds_of(rows: Sequence[Preference], folds: int) -> dict[str, int]:
     True
     """
     ids = [row.id for row in rows]
-    if len(set(ids)) < len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
-        raise DataError(f"id {twice!r} comes twice", remedy="give each row an id of its own")
+    if twice := [id for id, times in Counter(ids).items() if times > 1]:
+        raise DataError(f"id {twice[0]!r} comes twice", remedy="give each row an id of its own")
     groups = kept_together(rows, len(rows) / folds)
     first: dict[str, str] = {}
     heads = [first.setdefault(group, id) for group, id in zip(groups, ids, strict=True)]
