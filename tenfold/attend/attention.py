@@ -17,19 +17,30 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from tenfold.errors import ConfigError, ModelError
-from tenfold.kernels.biased import KeyBias, biased_mask, has_fused, lift, merge, split_heads, with_key_channel
+from tenfold.kernels.biased import (
+    KeyBias,
+    biased_mask,
+    has_fused,
+    in_parts,
+    lift,
+    merge,
+    split_heads,
+    with_key_channel,
+)
 from tenfold.kernels.view import View, attend
 
 PREFIX = "tenfold_"
@@ -78,7 +89,11 @@ def _on_interface(module: nn.Module) -> bool:
 def installed(model: nn.Module) -> Iterator[None]:
     """Put the function in front of the model's own implementation while the block runs.
 
-    Nested blocks share one installation. Leaving restores the implementation, also after an exception.
+    Blocks that overlap share one installation, in whatever order and thread they end; the last restores the
+    implementation, also after an exception. One that was set within the block stays.
+
+    Raises:
+        ModelError: the implementation was changed within an open block.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> model = tiny_model("llama").model
@@ -88,16 +103,82 @@ def installed(model: nn.Module) -> Iterator[None]:
     >>> model.config._attn_implementation
     'sdpa'
     """
-    configs = {id(module.config): module.config for module in self_attentions(model).values()}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, name in before:
-            if not name.startswith(PREFIX):
-                config._attn_implementation = _register(name)
+    with ExitStack() as stack:
+        for config in {id(module.config): module.config for module in self_attentions(model).values()}.values():
+            stack.callback(_give_back, _take(config))
         yield
-    finally:
-        for config, name in before:
-            config._attn_implementation = name
+
+
+@dataclass
+class _Installation:
+    """A configuration with our implementation, and how many blocks count on it."""
+
+    config: Any
+    before: str
+    ours: str
+    blocks: int = 0
+
+
+_OPEN: dict[int, _Installation] = {}
+"""By the identity of the configuration, which is kept alive here."""
+_LOCK = threading.Lock()
+
+
+def _take(config: Any) -> _Installation:
+    with _LOCK:
+        found = _OPEN.get(id(config))
+        if found is None:
+            before = str(config._attn_implementation)
+            found = _Installation(config, before, _registered(before))
+            config._attn_implementation = found.ours
+            _OPEN[id(config)] = found
+        elif config._attn_implementation != found.ours:
+            raise _changed(config)
+        found.blocks += 1
+        return found
+
+
+def _give_back(found: _Installation) -> None:
+    with _LOCK:
+        found.blocks -= 1
+        if not found.blocks:
+            del _OPEN[id(found.config)]
+            if found.config._attn_implementation == found.ours:
+                found.config._attn_implementation = found.before
+
+
+def check_installed(module: Any) -> None:
+    """Refuse to hand a layer what its implementation would ignore, or what it would read without a mask.
+
+    Raises:
+        ModelError: the implementation was changed within an open block, or its mask function is gone.
+    """
+    name = str(module.config._attn_implementation)
+    if not name.startswith(PREFIX):
+        raise _changed(module.config)
+    check_mask(name)
+
+
+def check_mask(name: str) -> None:
+    """Refuse an implementation of ours whose mask function was lost: transformers then makes no mask, silently.
+
+    Raises:
+        ModelError: it is not in transformers' registry.
+    """
+    masks = AttentionMaskInterface._global_mapping
+    if name not in masks and (name in _OWN or name.removeprefix(PREFIX) in masks):
+        raise ModelError(
+            f"the mask function of {name} is missing from transformers' AttentionMaskInterface: padding would be read",
+            remedy="leave its entries alone while the model is used, or open the model again",
+        )
+
+
+def _changed(config: Any) -> ModelError:
+    return ModelError(
+        f"the attention implementation was set to {config._attn_implementation!r} within a block that steers the "
+        "model, and that one would ignore the steering",
+        remedy="set it before the block",
+    )
 
 
 def base_implementation(config: Any) -> str:
@@ -110,13 +191,33 @@ def base_implementation(config: Any) -> str:
     return str(config._attn_implementation).removeprefix(PREFIX)
 
 
-def _register(base: str) -> str:
-    name = PREFIX + base
+_OWN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""Implementations of ours that stand in front of none: their function and mask function."""
+
+
+def register(name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Make an implementation known to transformers, with its mask function; `installed` repairs what is lost of it."""
+    _OWN[name] = function, mask
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, mask)
+
+
+def _registered(base: str) -> str:
+    """The name of our function in front of an implementation, with both of its parts in transformers' registries.
+
+    Both are looked at each time: a name without a mask function gets no mask at all, and padding is read.
+    """
+    if base.startswith(PREFIX):
+        if base in _OWN:
+            register(base, *_OWN[base])
+        return base
+    name, masks = PREFIX + base, AttentionMaskInterface._global_mapping
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, partial(attention, base=base))
-        masks = ALL_MASK_ATTENTION_FUNCTIONS
-        if base in masks:  # without an entry of its own a name gets no mask at all, and padding is read
-            AttentionMaskInterface.register(name, eager_mask if base == "eager" else masks[base])
+    if base in masks:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    else:
+        masks.pop(name, None)  # as for the implementation itself
     return name
 
 
@@ -162,6 +263,12 @@ def attention(
         probe(layer, value, read)
     if not key_bias:
         return plain(query, key, value, attention_mask, **arguments)
+    if any(bias.until is not None for bias in key_bias):
+
+        def attend_with(some: tuple[KeyBias, ...]) -> tuple[Tensor, Tensor | None]:
+            return attention(module, query, key, value, attention_mask, base=base, key_bias=some, **arguments)
+
+        return in_parts(key_bias, attend_with)
     _refuse(module, base, key_bias, arguments)
     if any(bias.values.shape[1] != key.shape[2] for bias in key_bias):
         raise ModelError(

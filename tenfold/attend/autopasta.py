@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,9 +26,10 @@ from tenfold.attend.attention import self_attentions
 from tenfold.attend.evidence import Embed, Hit, Stage, bag_of_words, clean_quote, is_refusal, locate
 from tenfold.attend.likelihood import Scores, continuation, likelihood
 from tenfold.attend.marks import Marked, Marks, encode
-from tenfold.attend.pasta import reach, steer
+from tenfold.attend.pasta import steer
 from tenfold.attend.profiles import Profile, all_heads, by_layer, load_profile
 from tenfold.attend.prompts import ANSWER_PROMPT, IDENTIFY_PROMPT, QuestionPrompt
+from tenfold.attend.reach import sights, split
 from tenfold.attend.sentences import sentences
 from tenfold.data.templates import require_chat_template
 from tenfold.errors import ConfigError
@@ -89,14 +91,6 @@ class _Evidence:
     fallback: bool = False
     timings: dict[str, float] = field(default_factory=dict)
     seen: tuple[Tensor, DynamicCache] | None = None
-
-
-class _Group(NamedTuple):
-    """Rows whose marks the same layers can see."""
-
-    rows: list[int]
-    marks: Marks
-    heads: dict[int, tuple[int, ...]]
 
 
 class AutoPasta:
@@ -179,7 +173,7 @@ class AutoPasta:
         with steer(model, encode(tokenizer, ["."], device=input_device(model)), heads=heads, alpha=alpha):
             pass  # nothing is marked: this only refuses heads and alpha that it would refuse later
         self.heads = {layer: tuple(indices) for layer, indices in dict(heads).items()}
-        self._reach = {layer: reach(attention) for layer, attention in self_attentions(model).items()}
+        self.notes: dict[str, None] = {}
 
     def __call__(
         self, question: str, context: str, *, mode: Mode = "autopasta", gold: Sequence[Region] | None = None
@@ -268,12 +262,9 @@ class AutoPasta:
         for part, texts, evidence in zip(*parts, strict=True):
             prompts = self._prompts(part, self._evidence(part, mode) if given is None else evidence)
             tails = [continuation(self.tokenizer, *pair) for pair in zip(prompts, texts, strict=True)]
-            table = torch.zeros(len(part), 2)
-            for group in self._groups(prompts, max(map(len, tails))):
-                with steer(self.model, group.marks, heads=group.heads, alpha=self.alpha):
-                    scores = likelihood(self.model, group.marks, [tails[row] for row in group.rows])
-                table[group.rows] = torch.stack(scores, 1)
-            found.append(table)
+            marks, _ = self._marks(prompts, max(map(len, tails)))
+            with self._steered(marks):
+                found.append(torch.stack(likelihood(self.model, marks, tails), 1))
         return Scores(*torch.cat(found).unbind(1))
 
     def identifying(self, question: str, context: str) -> Marked:
@@ -342,41 +333,36 @@ class AutoPasta:
         return [self.answering(row.question, row.context, e.spans, quote=e.pasted) for row, e in pairs]
 
     def _answer(self, prompts: Sequence[Marked], evidence: Sequence[_Evidence]) -> list[Answer]:
-        texts, blind, reused = [""] * len(prompts), [False] * len(prompts), 0
         start = time.perf_counter()
-        for group in self._groups(prompts, self.max_answer_tokens):
-            cache, reused = _shared(group.marks, evidence[0].seen)
-            with steer(self.model, group.marks, heads=group.heads, alpha=self.alpha):
-                written = self._write(group.marks, self.max_answer_tokens, cache)
-            for row, text in zip(group.rows, written, strict=True):
-                texts[row], blind[row] = text.strip(), bool(self.heads) and not group.heads
+        marks, blind = self._marks(prompts, self.max_answer_tokens)
+        cache, reused = _shared(marks, evidence[0].seen)
+        with self._steered(marks):
+            texts = self._write(marks, self.max_answer_tokens, cache)
         seconds = (time.perf_counter() - start) / len(prompts)
         answers = []
-        for text, unseen, e in zip(texts, blind, evidence, strict=True):
+        for row, (text, e) in enumerate(zip(texts, evidence, strict=True)):
             least = min(e.hits, key=lambda hit: hit.score, default=None)
             score, stage = (least.score, least.stage) if least else (None, None)
-            spans, fallback = () if unseen else e.spans, unseen or e.fallback
-            answers.append(
-                Answer(text, e.quote, spans, score, stage, fallback, reused, {**e.timings, "answer": seconds})
-            )
+            spans, fallback = ((), True) if row in blind else (e.spans, e.fallback)
+            timings = {**e.timings, "answer": seconds}
+            answers.append(Answer(text.strip(), e.quote, spans, score, stage, fallback, reused, timings))
         return answers
 
-    def _groups(self, prompts: Sequence[Marked], tokens: int) -> list[_Group]:
-        """Rows by the layers to steer: a sliding window may have left the marks of some behind."""
+    def _marks(self, prompts: Sequence[Marked], tokens: int) -> tuple[Marks, list[int]]:
+        """Prompts as tokens, and the rows whose marks sliding windows have left behind: nothing is marked there."""
         marks = encode(self.tokenizer, prompts, device=input_device(self.model))
         self._check_room(marks, tokens)
-        length, groups = marks.input_ids.shape[1], {}  # type: ignore[var-annotated]
-        for row in range(len(prompts)):
-            last = min((end for _, end in marks.tokens(row)), default=length)
-            layers = tuple(layer for layer in self.heads if last > length - (self._reach[layer] or length))
-            groups.setdefault(layers, []).append(row)
-        found = []
-        for layers, rows in groups.items():
-            part = marks
-            if len(groups) > 1:
-                part = encode(self.tokenizer, [prompts[row] for row in rows], device=marks.input_ids.device)
-            found.append(_Group(rows, part, {layer: self.heads[layer] for layer in layers}))
-        return found
+        groups = sights(self_attentions(self.model), self.heads, marks)
+        blind = split(groups, marks)[2] if groups else []
+        marked = marks.marked.clone()
+        marked[blind] = False
+        return replace(marks, marked=marked), blind
+
+    def _steered(self, marks: Marks) -> AbstractContextManager[Any]:
+        return steer(self.model, marks, heads=self.heads, alpha=self.alpha, tell=self._note)
+
+    def _note(self, note: str) -> None:
+        self.notes[note] = None
 
     def _check_room(self, marks: Marks, tokens: int) -> None:
         length, most = marks.input_ids.shape[1], max_positions(self.model)

@@ -6,6 +6,7 @@ shortlists the heads of a task, and only those are steered alone: several in one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from tenfold.attend.attention import base_implementation, installed, self_attentions
 from tenfold.attend.likelihood import continuation
 from tenfold.attend.marks import Marked, Marks, encode
-from tenfold.attend.pasta import log_strength, reach, steer
+from tenfold.attend.pasta import log_strength, steer
 from tenfold.attend.profiles import by_layer
+from tenfold.attend.reach import reach
 from tenfold.attend.tasks import Item
 from tenfold.errors import ConfigError, DataError
 from tenfold.evaluate.inference import evaluating, input_device, takes_logits_to_keep
@@ -216,12 +218,12 @@ def _parts(heads: Sequence[Head], size: int, rows: int) -> Iterator[tuple[int, t
 
 
 def rank(values: Mapping[Head, float]) -> list[Head]:
-    """Heads from best to worst; ties by layer and head.
+    """Heads from best to worst; ties by layer and head, and what is not a number last.
 
     >>> rank({(1, 0): 0.5, (0, 1): 0.5, (2, 0): 9.0})
     [(2, 0), (0, 1), (1, 0)]
     """
-    return sorted(values, key=lambda head: (-values[head], head))
+    return sorted(values, key=lambda head: (math.isnan(values[head]), -values[head], head))
 
 
 def intersect(rankings: Mapping[str, Sequence[Head]], k: int) -> tuple[Head, ...]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.layers import odd_layer
-from tenfold.attend.pasta import reach
+from tenfold.attend.reach import reach
 from tenfold.attend.spans import FIELD, NAME, SAVED, by_span, kv_heads, note, spans_in
 from tenfold.errors import ConfigError, ModelError
 from tenfold.evaluate.far import text_loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -60,8 +61,10 @@ def attention_mass(model: Any, marks: Marks) -> Tensor:
 
 @contextmanager
 def _probed(model: Any, attentions: dict[int, Any], probe: Probe) -> Iterator[None]:
-    def hand(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "probe": probe}
+    own = get_ident()
+
+    def hand(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return (args, {**kwargs, "probe": probe}) if get_ident() == own else None
 
     with ExitStack() as stack:
         stack.enter_context(installed(model))

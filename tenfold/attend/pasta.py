@@ -12,9 +12,10 @@ is a bias ``u`` per key before the softmax: 0 on marked tokens (the logarithm of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tenfold.attend.attention import base_implementation, installed, self_attentions
+from tenfold.attend.blocks import Block, LayerHook, PromptBias, reading
 from tenfold.attend.marks import (
     Marked,
     Marks,
@@ -36,10 +38,8 @@ from tenfold.attend.marks import (
     in_chat,
 )
 from tenfold.attend.profiles import Profile, load_profile, save_profile
-from tenfold.attend.spans import head_spans
+from tenfold.attend.reach import Heads, by_layer, sights, split
 from tenfold.errors import ConfigError, ModelError
-from tenfold.kernels.biased import KeyBias
-from tenfold.kernels.local import FULL
 
 __all__ = [
     "Marked",
@@ -63,9 +63,6 @@ __all__ = [
 LIMIT = 30.0
 """Log-strengths are cut here: alpha = 0 is allowed, and a row that sees no marked key still has a softmax."""
 
-FEW = 0.25
-"""Up to this share of raised keys, correcting the plain result beats a dense mask (benchmarks/pasta.py)."""
-
 
 @dataclass(frozen=True)
 class Steered:
@@ -75,11 +72,13 @@ class Steered:
         heads: steered query heads by layer; empty when there is nothing to do, and then nothing was attached.
         marked: marked tokens of each row.
         tokens: length of the padded prompts.
+        blind: query heads by layer that were to be steered and see no mark from the end of any prompt: left alone.
     """
 
     heads: dict[int, tuple[int, ...]]
     marked: tuple[int, ...]
     tokens: int
+    blind: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
         """Counts for reports: layers, heads, marked tokens, all tokens."""
@@ -89,6 +88,10 @@ class Steered:
             "marked tokens": sum(self.marked),
             "prompt tokens": self.tokens * len(self.marked),
         }
+
+
+def _warn(note: str) -> None:
+    warnings.warn(note, stacklevel=4)  # the caller of the block
 
 
 @contextmanager
@@ -102,12 +105,15 @@ def steer(
     generated: Literal["keep", "scale"] = "keep",
     keep_sink: bool = False,
     target_mass: float | None = None,
+    tell: Callable[[str], None] = _warn,
 ) -> Iterator[Steered]:
     """Emphasise marked tokens while the block runs: forward passes and ``generate`` on the inputs of ``marks``.
 
     Works on every implementation (sdpa, flex, flash, eager), with grouped-query heads, left padding, beams and several
     returned sequences, dynamic, static and sliding caches, chunked prefill. Steered keys and values stay in the cache:
     do not reuse it under other marks, except in front of the first mark, where nothing differs. Nested blocks add up.
+    A thread steers itself: others get the plain model, or what their own block says; a thread without a block that
+    reads exactly these prompts, as a streamer's does, is steered too.
 
     Args:
         model: a causal language model whose attention goes through transformers' interface.
@@ -121,13 +127,15 @@ def steer(
         keep_sink: keep the first token, where much idle attention goes, at full weight (not in the paper).
         target_mass: instead of ``alpha``, lift the marks to this share of the attention in every row and steered head
             that gives them less (not in the paper; strengths are ignored). Only on sdpa and eager.
+        tell: called with a note that names heads which see no mark from the end of the prompt, as those of a sliding
+            window may; by default it is a warning. Such heads are left alone.
 
     Yields:
         What is steered.
 
     Raises:
-        ConfigError: a field out of its range, heads the model does not have, a mark that a steered sliding-window layer
-            cannot see any more at the end of its prompt; within the block, inputs other than those of ``marks``.
+        ConfigError: a field out of its range, heads the model does not have, a prompt from whose end none of the heads
+            sees a mark any more; within the block, inputs other than those of ``marks``.
         ModelError: a model outside the attention interface, or one with virtual tokens in front of the prompt.
 
     Source: section 2 of the paper; departures in docs/methods/pasta.md.
@@ -161,17 +169,25 @@ def steer(
     if idle or not chosen:
         yield Steered({}, tuple(marks.marked.sum(1).tolist()), marks.marked.shape[1])
         return
-    _check_reach(attentions, chosen, marks)
-    bias = _PromptBias(marks, strength, grown, target_mass)
     if target_mass is not None:
         _check_target(attentions)
+    groups, blind, unseen = split(sights(attentions, chosen, marks), marks)
+    if unseen:
+        raise _out_of_reach(unseen[0], chosen, marks)
+    found = Steered(by_layer(groups), tuple(marks.marked.sum(1).tolist()), marks.marked.shape[1], blind)
+    if blind:
+        tell(note_of(found))
+    block, biases = Block(marks), {}  # type: Block, dict[tuple[bool, ...], PromptBias]
     with ExitStack() as stack:
         stack.enter_context(installed(model))
-        stack.callback(_reader(model, attentions).register_forward_pre_hook(bias.check_ids, with_kwargs=True).remove)
-        for layer, indices in chosen.items():
-            hook = _LayerHook(bias, torch.tensor(indices))
+        stack.enter_context(reading(_reader(model, attentions), block))
+        for (layer, _), (indices, gone) in groups.items():
+            rows = tuple(place >= marks.marked.shape[1] for place in gone)
+            if rows not in biases:
+                biases[rows] = PromptBias(marks, strength, grown, target_mass, marks.marked.new_tensor(rows))
+            hook = LayerHook(block, biases[rows], torch.tensor(indices), gone)
             stack.callback(attentions[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield Steered(chosen, tuple(marks.marked.sum(1).tolist()), marks.marked.shape[1])
+        yield found
 
 
 def log_strength(marks: Marks, alpha: float, *, keep_sink: bool = False) -> Tensor:
@@ -199,95 +215,24 @@ def log_strength(marks: Marks, alpha: float, *, keep_sink: bool = False) -> Tens
     return torch.where(marked.any(1, keepdim=True), values, 0.0).clamp(-LIMIT, LIMIT)
 
 
-class _PromptBias:
-    """The bias of every key of a batch of prompts, for whatever window of keys a layer has."""
+def note_of(steered: Steered) -> str:
+    """What to tell the user about heads that see no mark.
 
-    def __init__(self, marks: Marks, strength: Tensor, grown: Tensor, target: float | None) -> None:
-        self.ids, self.prompt = marks.input_ids, marks.input_ids.shape[1]
-        self.values, self.grown, self.target = strength, grown, target
-        self.floor = strength.amin(1)
-        raised = marks.marked if target is not None else strength > self.floor[:, None]
-        places = torch.arange(self.prompt, device=strength.device)
-        self.last = torch.where(marks.marked, places, -1).amax(1)
-        self.first = int(raised.any(0).int().argmax())
-        most = int(raised.sum(1).max())
-        self.raised: Tensor | None = None
-        if target is not None or most <= FEW * self.prompt:
-            order = raised.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-            self.raised = torch.where(raised.gather(1, order), order, -1)
-        self._window: tuple[Any, tuple[Tensor, Tensor | None, Tensor]] | None = None
-
-    def layer(self, heads: Tensor, batch: int, queries: int, keys: int, offset: int, seen: int) -> KeyBias:
-        """For the keys ``offset .. offset + keys`` of the whole text, of which ``seen`` were there before this call."""
-        known = (batch, keys, offset, heads.device)
-        # Every layer of a forward pass asks for the same window, except where windows differ.
-        if self._window is None or self._window[0] != known:
-            self._window = (known, self._cut(batch, keys, offset, heads.device))
-        values, raised, floor = self._window[1]
-        if self.target is None and offset + keys > self.prompt and (offset or seen + queries > self.prompt):
-            raised = None  # written tokens are among the keys: they may be above the floor as well
-        return KeyBias(heads, values, raised, floor, self.target, first=max(0, self.first - seen))
-
-    def _cut(self, batch: int, keys: int, offset: int, device: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        rows = len(self.values)
-        if batch % rows:
-            raise ConfigError(
-                f"marks of {rows} rows, but the model got a batch of {batch}",
-                remedy="steer with the marks of this batch",
-            )
-        values = self.values[:, offset : offset + keys]
-        if (missing := keys - values.shape[1]) > 0:
-            values = torch.cat([values, self.grown[:, None].expand(-1, missing)], 1)
-        if offset:
-            # A sliding window that has left the marks behind: the formula would only favour the newest tokens.
-            values = torch.where((self.last >= offset)[:, None], values, 0.0)
-        raised = None if self.raised is None else torch.where(self.raised >= 0, self.raised - offset, -1)
-        # Beams and several returned sequences repeat each row in place.
-        parts = [
-            None if part is None else part.repeat_interleave(batch // rows, 0).to(device)
-            for part in (values, raised, self.floor)
-        ]
-        return parts[0], parts[1], parts[2]  # type: ignore[return-value]
-
-    def check_ids(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse to steer another text than the marked one."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None or torch.compiler.is_compiling() or ids.shape[1] == 1 < self.prompt:
-            return  # embeddings cannot be compared, a graph has no place for it, and decoding shall not wait for a GPU
-        cache = kwargs.get("past_key_values")
-        seen = 0 if cache is None else int(cache.get_seq_length())
-        if seen >= self.prompt or len(ids) % len(self.ids):
-            return  # a wrong batch is refused by the first layer
-        expected = (
-            self.ids[:, seen : seen + ids.shape[1]].repeat_interleave(len(ids) // len(self.ids), 0).to(ids.device)
-        )
-        if not torch.equal(ids[:, : expected.shape[1]], expected):
-            raise ConfigError(
-                "the model reads other tokens than the marks were made for",
-                remedy="pass marks.inputs to the model, or leave the steer block first",
-            )
+    >>> note_of(Steered({1: (0, 3)}, (2,), 40, {3: (0, 2)}))
+    '2 heads are steered; 2 see no mark from the end of the prompt and are left alone: layer 3 heads 0, 2'
+    """
+    count, blind = (sum(map(len, heads.values())) for heads in (steered.heads, steered.blind))
+    named = "; ".join(f"layer {layer} heads {', '.join(map(str, heads))}" for layer, heads in steered.blind.items())
+    return f"{count} heads are steered; {blind} see no mark from the end of the prompt and are left alone: {named}"
 
 
-@dataclass(frozen=True)
-class _LayerHook:
-    """Hands its layer the bias of the keys that this call sees."""
-
-    bias: _PromptBias
-    heads: Tensor
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if kwargs.get("cache") is not None:
-            raise ModelError("continuous batching cannot be steered", remedy="use generate without a paged cache")
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # as GPT-NeoX calls it
-        batch, queries = hidden.shape[:2]
-        keys, offset, seen = queries, 0, 0
-        if cache is not None:
-            keys, offset = cache.get_mask_sizes(queries, module.layer_idx)
-            # Only a prefill asks for it, and on a static cache it is a tensor, for which a GPU would be waited for.
-            seen = int(cache.get_seq_length(module.layer_idx)) if queries > 1 else self.bias.prompt
-        found = self.bias.layer(self.heads.to(hidden.device), batch, queries, int(keys), int(offset), seen)
-        return args, {**kwargs, "key_bias": (*kwargs.get("key_bias", ()), found)}
+def _out_of_reach(row: int, heads: Heads, marks: Marks) -> ConfigError:
+    layer, last = min(heads), int(marks.marked[row].nonzero()[-1])
+    return ConfigError(
+        f"row {row}: head {heads[layer][0]} of layer {layer} does not reach a mark that ends "
+        f"{marks.marked.shape[1] - 1 - last} tokens before the prompt does, nor does any other steered head",
+        remedy="steer heads with full attention, or move the marked text towards the end",
+    )
 
 
 def _reader(model: Any, attentions: Mapping[int, Any]) -> Any:
@@ -318,53 +263,6 @@ def _heads(
                 remedy="correct the head, or use a profile made for this model",
             )
     return {layer: tuple(sorted(set(heads[layer]))) for layer in sorted(heads) if heads[layer]}
-
-
-def reach(module: Any, head: int | None = None) -> int | None:
-    """How many keys, itself included, the last query of an attention module sees; None without a window.
-
-    Args:
-        module: the attention module.
-        head: one of its query heads; None for that which sees least.
-    """
-    spans = head_spans(module.config, module.layer_idx)
-    if head is not None:
-        spans = (spans[head * len(spans) // module.config.num_attention_heads],)
-    least = min(span.reach for span in spans)
-    if least < FULL.reach:
-        return least + 1
-    kinds = getattr(module.config, "layer_types", None)
-    if kinds is not None:
-        fields = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-        name = fields.get(kinds[module.layer_idx])
-        return getattr(module.config, name, None) if name else None
-    return getattr(module, "sliding_window", None) or getattr(module.config, "sliding_window", None)
-
-
-def _check_reach(attentions: Mapping[int, Any], chosen: Mapping[int, Sequence[int]], marks: Marks) -> None:
-    last = marks.marked.shape[1] - 1
-    pads = (1 - marks.attention_mask).sum(1).tolist()
-    for row in range(len(marks.marked)):
-        marked = min((end for _, end in marks.tokens(row)), default=last + 1) - 1
-        for layer, heads in chosen.items():
-            for head in heads:
-                # Positions count real tokens: padding on the left shifts none.
-                if not _reaches(attentions[layer], head, last - pads[row], marked - pads[row]):
-                    raise ConfigError(
-                        f"row {row}: head {head} of layer {layer} does not reach a mark that ends "
-                        f"{last - marked} tokens before the prompt does",
-                        remedy="steer heads with full attention only, or move the marked text towards the end",
-                    )
-
-
-def _reaches(module: Any, head: int, asked: int, marked: int) -> bool:
-    """Whether a query head sees, from one position, another."""
-    spans = head_spans(module.config, module.layer_idx)
-    span = spans[head * len(spans) // module.config.num_attention_heads]
-    if span != FULL:
-        return bool(span.sees(torch.tensor(asked), torch.tensor(marked)))
-    window = reach(module, head)
-    return window is None or asked - marked < window
 
 
 def _check(alpha: float, generated: str, target_mass: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -142,7 +143,7 @@ def choose(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[st
     """The smallest set within one standard error of the best score, among those fluent enough; the plain model is none.
 
     Raises:
-        ConfigError: every size ruins the texts.
+        ConfigError: every size ruins the texts, or has a score that is not a number.
 
     >>> points = [{"heads": n, "score": score, "stderr": 0.03, "fluency": fluency}
     ...           for n, score, fluency in [(0, 0.5, 4.0), (4, 0.7, 3.9), (8, 0.88, 3.9), (16, 0.9, 3.9), (32, 1, 1)]]
@@ -150,7 +151,12 @@ def choose(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[st
     8
     """
     least = min_fluency * curve[0]["fluency"]
-    fluent = [point for point in curve[1:] if point["fluency"] >= least]
+    known = [point for point in curve[1:] if not math.isnan(point["score"])]
+    if not known:
+        raise ConfigError(
+            "score: not a number at any size, as if the model gave none", remedy="look at its logits on these prompts"
+        )
+    fluent = [point for point in known if point["fluency"] >= least]
     if not fluent:
         raise ConfigError(
             f"min_fluency: steered texts have less than {min_fluency:.0%} of the plain model's entropy at every size",

@@ -56,7 +56,8 @@ def coarse_to_fine(
     scores alone.
 
     Args:
-        score: how good it is to steer these heads, higher is better; asked exactly once for each set of heads.
+        score: how good it is to steer these heads, higher is better; asked exactly once for each set of heads. One that
+            is not a number ranks last.
         counts: query heads of each layer that may be steered, as `tenfold.attend.heads.steerable` gives them.
         keep: how many layers to keep, 1 or more; the paper's 3 to 6 of 32 lose little, all of them is exhaustive.
         per_layer: sizes of candidates that take as many heads from each kept layer, each 1 or more.
@@ -67,7 +68,8 @@ def coarse_to_fine(
         The chosen heads and everything that was measured.
 
     Raises:
-        ConfigError: a field out of its range, or a score that is not finite.
+        ConfigError: a field out of its range; a score that raises, with the heads it was asked for; no candidate whose
+            score is a number.
 
     Source: section 3.3 of the paper; the candidates are those of the AutoPASTA specification, section 2.
 
@@ -88,21 +90,43 @@ def coarse_to_fine(
 
     def of(heads: Heads) -> float:
         if heads not in scores:
-            value = float(score(heads))
-            if not math.isfinite(value):
-                raise ConfigError(f"score: {value} for {heads}", remedy="return a finite number")
-            scores[heads] = value
+            try:
+                scores[heads] = float(score(heads))
+            except Exception as error:
+                raise ConfigError(
+                    f"score of {_named(heads)}: {type(error).__name__}: {error}",
+                    remedy="mend the score; with the same dictionary as known the search goes on from here",
+                ) from error
         return scores[heads]
 
     coarse = {layer: of(tuple((layer, head) for head in range(counts[layer]))) for layer in sorted(counts)}
-    layers = tuple(sorted(coarse, key=lambda layer: (-coarse[layer], layer))[:keep])
+    layers = tuple(sorted(coarse, key=lambda layer: (_worse(coarse[layer]), layer))[:keep])
     fine = {(layer, head): of(((layer, head),)) for layer in sorted(layers) for head in range(counts[layer])}
-    ranking = tuple(sorted(fine, key=lambda head: (-fine[head], head)))
+    ranking = tuple(sorted(fine, key=lambda head: (_worse(fine[head]), head)))
     sets = [[head for layer in layers for head in _of_layer(ranking, layer)[:size]] for size in per_layer]
     sets += [list(ranking[:size]) for size in pooled]
     candidates = {heads: of(heads) for heads in (tuple(sorted(chosen)) for chosen in sets)}
-    best = min(candidates, key=lambda heads: (-candidates[heads], len(heads), heads))
+    best = min(candidates, key=lambda heads: (_worse(candidates[heads]), len(heads), heads))
+    if math.isnan(candidates[best]):
+        raise ConfigError(
+            f"score: not a number for any of {len(candidates)} candidates, {_named(best)} the first of them",
+            remedy="return a number; see why it is none there",
+        )
     return Search(best, candidates[best], layers, ranking, coarse, fine, candidates, len(scores) - before)
+
+
+def _worse(score: float) -> tuple[bool, float]:
+    """What scores are sorted by, the best first; what is not a number comes last."""
+    return math.isnan(score), -score
+
+
+def _named(heads: Heads) -> str:
+    """Heads for a message: ``layer 1 head 0``, or the layers and how many they are."""
+    if len(heads) == 1:
+        return f"layer {heads[0][0]} head {heads[0][1]}"
+    layers = list(dict.fromkeys(layer for layer, _ in heads))
+    many = "layer" if len(layers) == 1 else "layers"
+    return f"{len(heads)} heads of {many} {', '.join(map(str, layers))}"
 
 
 def _of_layer(ranking: Heads, layer: int) -> list[Head]:

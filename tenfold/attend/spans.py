@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
-from tenfold.attend.attention import PREFIX, Probe, attention
+from tenfold.attend.attention import PREFIX, Probe, attention, check_mask, register
 from tenfold.compat import captures
 from tenfold.errors import ModelError
-from tenfold.kernels.biased import KeyBias, with_key_channel
+from tenfold.kernels.biased import KeyBias, in_parts, with_key_channel
 from tenfold.kernels.local import (
     FULL,
     Held,
@@ -130,6 +128,7 @@ def spanned(
         ModelError: a mask of four dimensions or a dose of attention for a local layer; a cache made for other spans;
             weights of keys that the cache does not hold; an argument that asks for something else than spans.
     """
+    check_mask(NAME)
     layer: Any = module.layer_idx
     spans = head_spans(module.config, layer)
     full = set(spans) == {FULL}
@@ -154,7 +153,8 @@ def spanned(
 
     if asked:
         places = _places(len(query), query.shape[2], key.shape[2], attention_mask, arguments.get("position_ids"))
-        return _with_weights(module, query, _parts(key, value, spans), places, key_bias, arguments)
+        every = _parts(key, value, spans)
+        return in_parts(key_bias, lambda some: _with_weights(module, query, every, places, some, arguments))
     if gate is not None:
         whole, local = seeing([FULL] * len(spans), value), seeing(spans, value)
         share = gate.to(local).expand(len(spans)).repeat_interleave(query.shape[1] // len(spans))
@@ -318,6 +318,12 @@ def _of_span(
     arguments: dict[str, Any],
 ) -> Tensor:
     """Attention of heads of one span, with biases of keys; ``[batch, queries, heads, head_dim]``."""
+    if any(bias.until is not None for bias in key_bias):
+
+        def of_some(some: tuple[KeyBias, ...]) -> tuple[Tensor, None]:
+            return _of_span(module, query, part, places, some, softmax, arguments), None
+
+        return in_parts(key_bias, of_some)[0]
     if part.span == FULL and softmax.plain:
         mask = _full_mask(query, part.keys.shape[2], *places)
         given = {**arguments, "s_aux": None}
@@ -460,5 +466,4 @@ def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **sizes: Any
     return attention_mask
 
 
-AttentionInterface.register(NAME, spanned)
-AttentionMaskInterface.register(NAME, _padding_mask)
+register(NAME, spanned, _padding_mask)

@@ -74,6 +74,19 @@ def fluency(texts: Sequence[str]) -> float:
     return sum((2 / 3 * _entropy(text, 2) + 4 / 3 * _entropy(text, 3)) / 2 for text in texts) / len(texts)
 
 
+def repeats(text: str) -> bool:
+    """Whether a text goes round in circles: the same four words three times, or a short piece six times in a row.
+
+    A rule for a warning, not a measure: it sees loops as greedy decoding falls into, and may see one in a refrain.
+
+    >>> repeats("The sky is blue. " * 3), repeats("Ha" + "ha" * 6), repeats("| --- | --- |"), repeats("a b c a b c")
+    (True, True, False, False)
+    """
+    words = re.findall(r"\w+", text.casefold())
+    counts = Counter(zip(*(words[start:] for start in range(4)), strict=False))
+    return max(counts.values(), default=0) >= 3 or re.search(r"([^\W\d_]\S{0,7}?)\1{5}", text.casefold()) is not None
+
+
 def _entropy(text: str, n: int) -> float:
     words = re.findall(r"\w+|[^\w\s]", text)
     counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))

@@ -10,6 +10,7 @@ A dense mask says it all but costs ``[batch, heads, queries, keys]`` and the fus
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +37,8 @@ class KeyBias:
         first: no query of this call before this index sees a raised key.
         weights: factors of ``values`` for each head, ``[n]`` or ``[batch, n]``; None is 1. Only `dense` and
             `with_key_channel` know them.
+        until: queries of this call from this index on are not biased, by row, ``[batch]``, int64; None for all are.
+            `in_parts` turns such a bias into some without.
     """
 
     heads: Tensor
@@ -46,6 +49,7 @@ class KeyBias:
     limit: float = 10.0
     first: int = 0
     weights: Tensor | None = None
+    until: Tensor | None = None
 
     def dense(self, heads: int, dtype: torch.dtype) -> Tensor:
         """``u`` for every head of a layer, 0 for those without bias: ``[batch, heads, 1, keys]``."""
@@ -57,6 +61,28 @@ class KeyBias:
     def first_keys(self, keys: int) -> KeyBias:
         """The same for the first so many keys."""
         return replace(self, values=self.values[:, :keys])
+
+
+def in_parts(
+    key_bias: tuple[KeyBias, ...], attend: Callable[[tuple[KeyBias, ...]], tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, Tensor | None]:
+    """Attention where some biases end at a query: computed with and without them, each query from where it belongs.
+
+    Args:
+        key_bias: biases, some with ``until``.
+        attend: from biases without it to an output ``[batch, queries, heads, head_dim]`` and weights ``[batch, heads,
+            queries, keys]`` or None.
+    """
+    for index, bias in enumerate(key_bias):
+        if bias.until is not None:
+            before, after = key_bias[:index], key_bias[index + 1 :]
+            biased, weights = in_parts((*before, replace(bias, until=None), *after), attend)
+            plain, plain_weights = in_parts((*before, *after), attend)
+            here = torch.arange(biased.shape[1], device=biased.device) < bias.until[:, None]
+            if weights is not None and plain_weights is not None:
+                weights = torch.where(here[:, None, :, None], weights, plain_weights)
+            return torch.where(here[..., None, None], biased, plain), weights
+    return attend(key_bias)
 
 
 def biased_mask(mask: Tensor | None, bias: Tensor, queries: int, keys: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What a user of AutoPASTA meets besides the oracles: modes, fallbacks, windows, prompts and refusals."""
 
+import math
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from tenfold.attend.autopasta import MODES, Answer, AutoPasta
+from tenfold.attend.heads import rank
 from tenfold.attend.likelihood import continuation, likelihood
 from tenfold.attend.marks import Marked, encode
 from tenfold.attend.pasta import steer
@@ -273,12 +275,48 @@ def test_refused_batches(opened):
         ({"keep": 3}, "keep: 3 of 2"),
         ({"per_layer": (), "pooled": ()}, "per_layer, pooled"),
         ({"pooled": (0,)}, "per_layer, pooled"),
-        ({"score": lambda heads: float("nan")}, "score: nan"),
+        ({"score": lambda heads: math.nan}, "score: not a number for any of 1 candidates, 2 heads of layer 0"),
     ],
 )
 def test_refused_searches(arguments, words):
     with pytest.raises(ConfigError, match=words):
         coarse_to_fine(**({"score": len, "counts": {0: 2, 1: 2}, "keep": 1} | arguments))
+
+
+def test_the_head_whose_score_raises_is_named_and_the_search_goes_on_from_there():
+    def score(heads):
+        if heads == ((1, 2),) and broken:
+            raise ZeroDivisionError("no items")
+        return float(sum(head for _, head in heads))
+
+    known, broken = {}, True
+    with pytest.raises(ConfigError, match="score of layer 1 head 2: ZeroDivisionError: no items"):
+        coarse_to_fine(score, {0: 1, 1: 3}, 1, per_layer=[1], pooled=[2], known=known)
+    assert set(known) == {((0, 0),), ((1, 0), (1, 1), (1, 2)), ((1, 0),), ((1, 1),)}
+    broken = False
+    found = coarse_to_fine(score, {0: 1, 1: 3}, 1, per_layer=[1], pooled=[2], known=known)
+    assert found.ranking == ((1, 2), (1, 1), (1, 0))
+    with pytest.raises(ConfigError, match="score of 2 heads of layer 0: TypeError"):
+        coarse_to_fine(lambda heads: None, {0: 2}, 1)
+
+
+def test_what_is_not_a_number_ranks_last():
+    """Of layers, of heads and of candidates; infinities keep their place."""
+    scores = {
+        ((0, 0),): math.nan,
+        ((1, 0), (1, 1), (1, 2)): 1.0,
+        ((2, 0), (2, 1)): -math.inf,
+        ((1, 0),): math.nan,
+        ((1, 1),): -math.inf,
+        ((1, 2),): 0.5,
+        ((2, 0),): math.nan,
+        ((2, 1),): 2.0,
+    }
+    found = coarse_to_fine(lambda heads: scores.get(heads, math.nan), {0: 1, 1: 3, 2: 2}, 2, per_layer=[1], pooled=[1])
+    assert found.layers == (1, 2)
+    assert found.ranking == ((2, 1), (1, 2), (1, 1), (1, 0), (2, 0))
+    assert found.heads == ((2, 1),)  # the candidate of both layers is not a number
+    assert rank({(0, 0): math.nan, (0, 1): -1.0, (1, 0): 2.0, (1, 1): math.nan}) == [(1, 0), (0, 1), (0, 0), (1, 1)]
 
 
 def test_search_prefers_fewer_heads():

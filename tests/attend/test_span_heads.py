@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from tenfold import pasta
 from tenfold.attend import masformer, native, spans
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.pasta import reach
+from tenfold.attend.reach import reach
 from tenfold.errors import ConfigError, ModelError
 from tenfold.evaluate.far import repeated
 from tenfold.kernels.biased import KeyBias
@@ -296,12 +296,14 @@ def test_marks_are_refused_only_for_heads_that_cannot_see_them():
     plain = logits(opened.model, marks.input_ids)
     with pasta.steer(opened.model, marks, heads={0: [2, 3]}):
         assert not torch.allclose(logits(opened.model, marks.input_ids), plain, atol=1e-4)
-    for heads, head in (({0: [1]}, 1), ({1: [0], 0: [3, 0]}, 0)):
-        with (
-            pytest.raises(ConfigError, match=f"row 0: head {head} of layer 0 does not reach"),
-            pasta.steer(opened.model, marks, heads=heads),
-        ):
-            pass
+    with pytest.raises(ConfigError, match="row 0: head 1 of layer 0 does not reach"):
+        pasta.steer(opened.model, marks, heads={0: [1]}).__enter__()
+    named = pytest.warns(UserWarning, match="2 heads are steered; 1 see no mark .* layer 0 heads 0")
+    with named, pasta.steer(opened.model, marks, heads={1: [0], 0: [3, 0]}) as found:
+        alone = logits(opened.model, marks.input_ids)
+    assert found.heads == {0: (3,), 1: (0,)}
+    with pasta.steer(opened.model, marks, heads={1: [0], 0: [3]}):
+        assert torch.equal(logits(opened.model, marks.input_ids), alone)
     far_and_near = [pasta.from_tags("Red <mark>it is</mark>"), pasta.from_tags(TEXT)]
     marks = pasta.encode(opened.tokenizer, far_and_near)
     with pytest.raises(ConfigError, match="row 1: head 1 of layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
