@@ -3,6 +3,7 @@
     python -m benchmarks.autopasta cost    # time to an answer, with and without the shared prefix; an idle machine
     python -m benchmarks.autopasta nq      # resumable, batch by batch; needs the real data (TENFOLD_DATA)
     python -m benchmarks.autopasta bench   # the synthetic bench of the specification
+    python -m benchmarks.autopasta words   # finding quotes again, and nonsense; no model
     python -m benchmarks.autopasta table   # what docs/methods/autopasta.md shows
 
 Questions: 200 of the dev split of NQ-Open with distractors, each with as many passages as fit into 384 tokens (passages
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,16 +30,18 @@ from benchmarks import rows_in
 from benchmarks.adalora import alternate, quotient, spread
 from benchmarks.pasta import DATA, interval, keep_steered, shipped
 from tenfold.attend.autopasta import AutoPasta
+from tenfold.attend.evidence import MIN_RARE, bag_of_words, locate, rare_words
 from tenfold.attend.heads import batches_of, margins
 from tenfold.attend.marks import from_spans, from_substrings
 from tenfold.attend.profiles import load_profile
+from tenfold.attend.sentences import sentences
 from tenfold.attend.tasks import Item, colour_questions, evidence_items
 from tenfold.compat import quiet_upstream
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Question
 from tenfold.errors import DataError
 from tenfold.models.open import open_model
-from tenfold.pipeline.answering import Asked, measure
+from tenfold.pipeline.answering import Asked, _holds, measure
 
 RESULTS = Path(__file__).parent / "results" / "autopasta.jsonl"
 QUESTIONS, BATCH, ROOM = 200, 4, 384
@@ -74,6 +78,42 @@ def _lines() -> list[str]:
 
     with gzip.open(DATA / "qa_nq_distractors.jsonl.gz", "rt", encoding="utf-8") as file:
         return file.readlines()
+
+
+def words(count: int = 200) -> None:
+    """How often a made-up quote is found again, and how often fluent text from another question's passages is marked.
+
+    Quotes: half of the words of a sentence that holds an answer; the question without its first word, and the answer.
+    """
+    ways = {"counts, 0.3": (bag_of_words, 0.3), "rare words, 0.25": (rare_words, MIN_RARE)}
+    for split in ("train", "dev"):
+        chosen = [row for row in map(json.loads, _lines()) if row["split"] == split][:count]
+        for way, (embed, least) in ways.items():
+            found: dict[str, list[float]] = {}
+            for number, row in enumerate(chosen):
+                texts = [passage["text"] for passage in row["context"]]
+                gold = next((s for s in _parts(texts[row["gold"][0]]) if _holds(s, row["answers"])), None)
+                if gold is None:
+                    continue
+                other = chosen[(number + 37) % len(chosen)]["context"][0]["text"]
+                foreign = max(_parts(other), key=len)
+                quotes = {
+                    "half of its words": " ".join(random.Random(number).sample(gold.split(), len(gold.split()) // 2)),
+                    "question and answer": f"{row['question'].partition(' ')[2]} {row['answers'][0]}",
+                    "nonsense": foreign,
+                }
+                context = "\n\n".join(texts)
+                for name, quote in quotes.items():
+                    hits = locate(quote, context, embed=embed, min_similarity=least) if foreign not in context else ()
+                    right = any(_holds(context[hit.start : hit.end], row["answers"]) for hit in hits)
+                    found.setdefault(f"{name}, marked", []).append(float(bool(hits)))
+                    found.setdefault(f"{name}, right", []).append(float(right))
+            shares = {name: round(100 * statistics.mean(values), 1) for name, values in found.items()}
+            keep({"part": "words", "split": split, "way": way, "questions": len(found["nonsense, marked"]), **shares})
+
+
+def _parts(text: str) -> list[str]:
+    return [text[lo:hi] for lo, hi in sentences(text)]
 
 
 def bench(count: int = 48) -> None:
@@ -168,11 +208,11 @@ def _mean(values: Sequence[float]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["cost", "nq", "bench", "table"], default=[])
-    parts = parser.parse_args(argv).parts or ["cost", "nq", "bench", "table"]
+    parser.add_argument("parts", nargs="*", choices=["cost", "nq", "bench", "words", "table"], default=[])
+    parts = parser.parse_args(argv).parts or ["cost", "nq", "bench", "words", "table"]
     quiet_upstream()
     for part in parts:
-        {"cost": cost, "nq": nq, "bench": bench, "table": table}[part]()
+        {"cost": cost, "nq": nq, "bench": bench, "words": words, "table": table}[part]()
 
 
 if __name__ == "__main__":

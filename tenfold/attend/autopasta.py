@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.evidence import Embed, Hit, Stage, bag_of_words, clean_quote, is_refusal, locate
+from tenfold.attend.evidence import MIN_RARE, Embed, Hit, Stage, clean_quote, is_refusal, locate, rare_words
 from tenfold.attend.likelihood import Scores, continuation, likelihood
 from tenfold.attend.marks import Marked, Marks, encode
 from tenfold.attend.pasta import steer
@@ -104,6 +104,7 @@ class AutoPasta:
         profile: which heads to steer: the name of a profile that comes with the package, a JSON file, or a `Profile`.
         heads: query heads by layer instead of a profile, or ``"all"``, which the paper found harmful.
         alpha: factor of the attention to the rest of the prompt, 0 or more: the paper's ``exp(-delta)``.
+        target_mass: instead of ``alpha``, the share of attention to lift the sentence to; see `steer`.
         identify_prompt: asks for the sentence; ``{context}`` and ``{question}`` stand in it once each, other braces
             are doubled. The longer its beginning is that of ``answer_prompt``, the more of the first pass is reused.
         answer_prompt: asks for the answer, likewise.
@@ -139,11 +140,12 @@ class AutoPasta:
         profile: Profile | str | Path = "default",
         heads: Mapping[int, Sequence[int]] | Literal["all"] | None = None,
         alpha: float = 0.01,
+        target_mass: float | None = None,
         identify_prompt: str = IDENTIFY_PROMPT,
         answer_prompt: str = ANSWER_PROMPT,
         split: Callable[[str], Sequence[Region]] = sentences,
-        embed: Embed = bag_of_words,
-        min_similarity: float = 0.3,
+        embed: Embed = rare_words,
+        min_similarity: float = MIN_RARE,
         max_spans: int = 1,
         max_quote_tokens: int = 128,
         max_answer_tokens: int = 32,
@@ -155,10 +157,12 @@ class AutoPasta:
             lengths = f"{max_quote_tokens}, {max_answer_tokens}"
             raise ConfigError(f"max_quote_tokens, max_answer_tokens: {lengths}", remedy="give 1 or more")
         locate("", "", embed=embed, min_similarity=min_similarity, max_spans=max_spans)  # refuses what it refuses later
-        self.model, self.tokenizer, self.alpha, self.reuse = model, tokenizer, alpha, reuse
+        self.model, self.tokenizer, self.reuse = model, tokenizer, reuse
+        self.alpha, self.target_mass = alpha, target_mass
         self.split, self.embed = split, embed
         self.min_similarity, self.max_spans = min_similarity, max_spans
         self.max_quote_tokens, self.max_answer_tokens = max_quote_tokens, max_answer_tokens
+        self.notes: dict[str, None] = {}  # about heads that did not see a sentence, each once
         self._ask_sentence = QuestionPrompt("identify_prompt", identify_prompt)
         self._ask_answer = QuestionPrompt("answer_prompt", answer_prompt)
         if chat:
@@ -170,10 +174,9 @@ class AutoPasta:
             heads = found.heads
         elif heads == "all":
             heads = by_layer(all_heads(model))
-        with steer(model, encode(tokenizer, ["."], device=input_device(model)), heads=heads, alpha=alpha):
-            pass  # nothing is marked: this only refuses heads and alpha that it would refuse later
         self.heads = {layer: tuple(indices) for layer, indices in dict(heads).items()}
-        self.notes: dict[str, None] = {}
+        with self._steered(encode(tokenizer, ["."], device=input_device(model))):
+            pass  # nothing is marked: this only refuses heads and doses that it would refuse later
 
     def __call__(
         self, question: str, context: str, *, mode: Mode = "autopasta", gold: Sequence[Region] | None = None
@@ -359,7 +362,8 @@ class AutoPasta:
         return replace(marks, marked=marked), blind
 
     def _steered(self, marks: Marks) -> AbstractContextManager[Any]:
-        return steer(self.model, marks, heads=self.heads, alpha=self.alpha, tell=self._note)
+        dose: Any = {"alpha": self.alpha} if self.target_mass is None else {"target_mass": self.target_mass}
+        return steer(self.model, marks, heads=self.heads, tell=self._note, **dose)
 
     def _note(self, note: str) -> None:
         self.notes[note] = None

@@ -6,6 +6,7 @@ and is never used as text.  A wrong mark costs more than none, so whatever canno
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -23,6 +24,7 @@ Stage = Literal["exact", "normalised", "ratio", "embedding"]
 Embed = Callable[[Sequence[str]], Any]
 
 MIN_RATIO = 0.8
+MIN_RARE = 0.25  # chosen on NQ's train split: nonsense is marked in 1 % (docs/methods/autopasta.md)
 SHORT = 3  # pieces of fewer words are headings and cells: they match anything by accident
 _LAYERS = 20
 _EDGE = " .,;:!?-"  # models end a quote with "..." or drop the full stop
@@ -34,6 +36,15 @@ _TIE = 1e-6  # the same sentence at another place of a padded batch embeds this 
 _APOSTROPHE = re.compile(r"(?<=\w)['’](?=\w)")
 _IDEOGRAPH = r"\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces: each character counts as a word
 _WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+")
+
+_FUNCTION = frozenset(
+    """
+    a an the of in on at to for from by with and or but nor as is are was were be been being am do does did has have had
+    it its this that these those he she they we i you his her their our my your him them us me who whom whose which what
+    when where why how not no so than then there here if while also can could will would shall should may might must
+    about into over under after before between during through
+    """.split()  # noqa: SIM905
+)
 
 # ---- what models put around a quote ---------------------------------------------------------------------------------
 _TAG = r"(?:think|thinking|thought|reasoning)"
@@ -166,6 +177,36 @@ def bag_of_words(texts: Sequence[str]) -> torch.Tensor:
     for row, count in enumerate(counts):
         for word, number in count.items():
             table[row, column[word]] = number
+    return table
+
+
+def rare_words(texts: Sequence[str]) -> torch.Tensor:
+    """Words weighed by how few of the texts have them: what a quote shares with one sentence alone counts most.
+
+    ``(1 + log count) * log((n + 1) / d)`` for a word in ``d`` of ``n`` texts. So words in nearly every sentence count
+    for little, and words of the quote that no sentence has lower its cosine with all of them: fluent text about
+    something else stays below ``MIN_RARE``. English function words count a fifth, since in a context of a few sentences
+    they look rare. Each ideograph is a word.
+
+    Args:
+        texts: any strings; quotes and sentences alike count as texts.
+
+    Returns:
+        float64 ``[texts, words]``; only rows of one call can be compared.
+
+    Example:
+        >>> texts = ["The Nile is long.", "The Nile is in Africa.", "The cat is on the mat.", "The dog is in the hut."]
+        >>> cosine(rare_words(texts)[0], rare_words(texts)[1:]).argmax().item()
+        0
+    """
+    counts = [Counter(_WORD.findall(unicodedata.normalize("NFKC", text).casefold())) for text in texts]
+    having = Counter(word for count in counts for word in count)
+    column = {word: index for index, word in enumerate(having)}
+    table = torch.zeros(len(texts), len(column), dtype=torch.float64)
+    for row, count in enumerate(counts):
+        for word, number in count.items():
+            weight = math.log((len(texts) + 1) / having[word]) * (0.2 if word in _FUNCTION else 1.0)
+            table[row, column[word]] = (1 + math.log(number)) * weight
     return table
 
 

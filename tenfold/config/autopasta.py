@@ -26,12 +26,12 @@ class AutoPastaConfig(SteeringFields, DataFields):
     samples: Annotated[int, Field(ge=2)] = 32
     """Questions that are made where no ``data`` is given."""
     min_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
-    """Least cosine between quote and sentence; below it the answer is not steered. Default: 0.3 for ``words``, 0.87 for
-    ``model``."""
+    """Least cosine between quote and sentence; below it the answer is not steered. Default: 0.25 for ``words``, 0.87
+    for ``model``."""
     max_spans: Annotated[int, Field(ge=1)] = 1
     """Most sentences that are emphasised; the paper marks one."""
     embedder: Literal["words", "model"] = "words"
-    """What finds a quote that is no copy: counts of words, or the model's own last hidden states."""
+    """What finds a quote that is no copy: words, rare ones above all, or the model's own last hidden states."""
     max_quote_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest quote, in tokens."""
     max_answer_tokens: Annotated[int, Field(ge=1)] = 16

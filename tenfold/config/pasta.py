@@ -7,7 +7,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from tenfold.config.base import Config, yes_or_no
 from tenfold.config.data import DataFields
@@ -44,19 +51,59 @@ def profile_path(source: str | Path) -> Path:
     return shipped
 
 
+PAPER_ALPHA = 0.01
+CHAT_ALPHA = 0.3
+"""Chosen on instructions of eight kinds (benchmarks/chats.py, docs/methods/pasta.md)."""
+
+
+def _number_or_name(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError("must be a number of 0 or more, auto or paper") from None
+
+
+Alpha = Annotated[
+    Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "paper"], WrapValidator(_number_or_name)
+]
+
+
 class SteeringFields(Config):
     """How marked text is emphasised."""
 
     profile: str | None = None
     """Which heads: the name of a profile in the package, or a JSON file (also the paper's released ones). Default:
     what an earlier stage ``profile`` found, else ``default``, the embedded model's."""
-    alpha: Annotated[float, Field(ge=0)] = 0.01
-    """Factor of the attention to unmarked prompt tokens: below 1 emphasises the marks. Sensible: 0.001 to 0.3."""
+    alpha: Alpha = "auto"
+    """Factor of the attention to unmarked prompt tokens: below 1 emphasises the marks. ``paper`` is 0.01; ``auto`` is
+    that for completions and a gentler 0.3 for chats, in which 0.01 makes small models repeat themselves."""
+    target_mass: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper)."""
+
+    def dose(self, chat: bool) -> dict[str, float]:
+        """How strongly to steer, as `tenfold.attend.pasta.steer` takes it.
+
+        Args:
+            chat: whether the prompts go through a chat template and are answered at length.
+
+        >>> SteeringFields().dose(chat=True), SteeringFields(alpha="paper").dose(chat=True)
+        ({'alpha': 0.3}, {'alpha': 0.01})
+        """
+        if self.target_mass is not None:
+            return {"target_mass": self.target_mass}
+        named = {"paper": PAPER_ALPHA, "auto": CHAT_ALPHA if chat else PAPER_ALPHA}
+        return {"alpha": named[self.alpha] if isinstance(self.alpha, str) else self.alpha}
 
     @property
     def steers(self) -> bool:
         """Whether the stage emphasises anything at all."""
         return True
+
+    @model_validator(mode="after")
+    def _one_dose(self) -> Self:
+        if self.target_mass is not None and self.alpha != "auto":
+            raise ValueError(f"target_mass takes the place of alpha: leave alpha {self.alpha} or target_mass out")
+        return self
 
     def applied_to(self, shape: Shape) -> Shape:
         """Heads must be there; released files name no model and are looked at when it is open."""
@@ -103,8 +150,6 @@ class PastaConfig(SteeringFields, DataFields):
     unmarked, so that the emphasis does not fade in long texts."""
     keep_sink: bool = False
     """Keep the first token, where idle attention goes, at full weight (not in the paper)."""
-    target_mass: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper)."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 48
     """Longest text written for a prompt, in tokens."""
     chat: Chat = "auto"

@@ -11,7 +11,7 @@ import torch
 
 from tenfold.attend.autopasta import Answer, AutoPasta
 from tenfold.attend.embed import hidden_states
-from tenfold.attend.evidence import bag_of_words
+from tenfold.attend.evidence import MIN_RARE, rare_words
 from tenfold.attend.sentences import sentences
 from tenfold.attend.tasks import colour_questions
 from tenfold.config.autopasta import AutoPastaConfig
@@ -30,7 +30,7 @@ from tenfold.report.record import Sample, Table
 
 SUBJECTS = {"direct": "before", "autopasta": "after"}
 """The mode that the report compares with, and the one that it compares."""
-MIN_SIMILARITY = {"words": 0.3, "model": 0.87}
+MIN_SIMILARITY = {"words": MIN_RARE, "model": 0.87}
 """Least cosine by embedder: a model's hidden states lie close together."""
 SPARE = 64
 """Tokens that a quote in the prompt, or a right answer that is scored, may take beside."""
@@ -45,8 +45,8 @@ def run_autopasta(config: AutoPastaConfig, context: Context) -> StageOutput:
         opened.model,
         opened.tokenizer,
         profile=profile,
-        alpha=config.alpha,
-        embed=hidden_states(opened.model, opened.tokenizer) if config.embedder == "model" else bag_of_words,
+        **config.dose(chat=False),
+        embed=hidden_states(opened.model, opened.tokenizer) if config.embedder == "model" else rare_words,
         min_similarity=MIN_SIMILARITY[config.embedder] if config.min_similarity is None else config.min_similarity,
         max_spans=config.max_spans,
         max_quote_tokens=config.max_quote_tokens,
@@ -71,6 +71,7 @@ def run_autopasta(config: AutoPastaConfig, context: Context) -> StageOutput:
         attached={"heads": profile.size, "layers": len(profile.heads)},
         notes=[
             "before: mode direct; after: mode autopasta. Nothing of the model is changed.",
+            *ask.notes,
             *([f"{dropped} passages were left out so that prompts fit into {room} tokens"] if dropped else []),
         ],
     )
@@ -204,7 +205,7 @@ def _result(values: Mapping[str, Sequence[float]], subject: str, config: AutoPas
             kind="timing",
         )
     )
-    settings = {"questions": len(seconds), "alpha": config.alpha, "probability": "of the first token of an answer"}
+    settings = {"questions": len(seconds), **config.dose(chat=False), "probability": "of the first token of an answer"}
     return Result(task="question answering", subject=subject, metrics=tuple(metrics), settings=settings)
 
 
@@ -244,7 +245,7 @@ def answer_file(config: GenerateConfig, context: Context, subjects: Subjects) ->
                 subjects.tokenizer,
                 profile=profile_of(config, context) if config.find_evidence else "default",
                 heads=heads,
-                alpha=config.alpha,
+                **config.dose(chat=False),
                 max_answer_tokens=config.max_new_tokens,
                 chat={"auto": None, "yes": True, "no": False}[config.chat],
             )
@@ -276,7 +277,7 @@ def read_context(path: Path) -> str:
 
 def _evidence(found: Answer, text: str) -> str:
     if not found.spans:
-        return "none: nothing was emphasised"
+        return f"none: no sentence supports what the model quoted, so nothing was emphasised (quote: {found.quote!r})"
     return " ... ".join(
         f"{text[lo:hi]} [characters {lo} to {hi}, {found.stage}, {found.score:.2f}]" for lo, hi in found.spans
     )

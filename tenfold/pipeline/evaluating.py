@@ -133,14 +133,16 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
                 from tenfold.pipeline.steering import emphasised
 
                 emphasise = partial(emphasised, model, subjects.tokenizer, config, context)
-                written[f"{name}, emphasised"] = emphasise()
+                written[f"{name}, emphasised"], more = emphasise()
+                notes += [f"{name}, {note}" for note in more]
             if config.kv is not None:
                 from tenfold.pipeline.caching import cache_note, packed_caches
 
                 with packed_caches(model, config.kv) as (make, made):
                     written[f"{name}, {config.kv}"] = write(make_cache=make)
                     if config.emphasise:
-                        written[f"{name}, emphasised, {config.kv}"] = emphasise(make)
+                        written[f"{name}, emphasised, {config.kv}"], more = emphasise(make)
+                        notes += [f"{name}, {config.kv}, {note}" for note in more]
                 notes.append(f"{name}, {cache_note(config.kv, made)}")
     samples = [
         Sample(prompt=prompt, outputs={name: texts[index] for name, texts in written.items()})

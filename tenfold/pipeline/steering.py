@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields
 from tenfold.data.rows import Preference
 from tenfold.evaluate.choice import share
 from tenfold.evaluate.compare import t_quantile
+from tenfold.evaluate.formats import repeats
 from tenfold.evaluate.generate import continue_inputs
 from tenfold.evaluate.inference import input_device
 from tenfold.evaluate.results import Metric, Result
@@ -92,16 +93,19 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
     opened = context.model.open()
     model, tokenizer = opened.model, opened.tokenizer
     profile.check_model(model)
-    with steer(model, encode(tokenizer, ["."], device=input_device(model)), heads=profile.heads, alpha=config.alpha):
-        pass  # nothing is marked: this only refuses heads and models that it would refuse later
+    notes: dict[str, None] = {}
     steering = partial(
         steer,
         heads=profile.heads,
-        alpha=config.alpha,
         generated=config.generated,
         keep_sink=config.keep_sink,
-        target_mass=config.target_mass,
+        tell=lambda note: notes.update({note: None}),
     )
+    scored, chatting = (
+        partial(steering, **config.dose(chat)) for chat in (False, uses_template(tokenizer, config.chat))
+    )
+    with scored(model, encode(tokenizer, ["."], device=input_device(model))):
+        pass  # nothing is marked: this only refuses heads and models that it would refuse later
     tasks: dict[str, list[Item]] = {
         name: task_items(name, config.samples, TEST_SEED, tokenizer=tokenizer) for name in config.tasks
     }
@@ -111,15 +115,20 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
     results: list[Result] = []
     for number, (name, items) in enumerate(tasks.items()):
         context.progress("steering", number, len(tasks), name)
-        results += context.remember(name, partial(_measured, model, tokenizer, name, items, steering, config))
-    samples, figures, touched = _prompts(model, tokenizer, prompts, config, steering, context)
+        results += context.remember(name, partial(_measured, model, tokenizer, name, items, scored, config))
+    samples, figures, touched = _prompts(model, tokenizer, prompts, config, chatting, context)
+    texts = {f"prompt {number}": sample.outputs["after"] for number, sample in enumerate(samples, 1)}
     return StageOutput(
         results=results,
         figures=figures,
         tables=[_effect_table(results)] if results else [],
         samples=samples,
         attached=touched or {"heads": profile.size, "layers": len(profile.heads)},
-        notes=["before: the plain model; after: the same model, steered. Nothing of the model is changed."],
+        notes=[
+            "before: the plain model; after: the same model, steered. Nothing of the model is changed.",
+            *notes,
+            *loops(texts),
+        ],
     )
 
 
@@ -129,9 +138,28 @@ def profile_of(config: SteeringFields, context: Context) -> Profile:
     return load_profile(path or context.folder.parent / str(config.profile) / "profile" / "profile.json")
 
 
+def uses_template(tokenizer: Any, chat: str) -> bool:
+    """Whether prompts go through the chat template: ``yes``, or ``auto`` where there is one."""
+    return chat == "yes" or (chat == "auto" and tokenizer.chat_template is not None)
+
+
+def loops(texts: Mapping[str, str]) -> list[str]:
+    """A note if some steered texts go round in circles.
+
+    >>> loops({"prompt 1": "It is noon. " * 4, "prompt 2": "It is noon."})[0].partition(";")[0]
+    'the steered text of prompt 1 repeats itself'
+    """
+    found = [name for name, text in texts.items() if repeats(text)]
+    if not found:
+        return []
+    verb = "text of {} repeats itself" if len(found) == 1 else "texts of {} repeat themselves"
+    remedy = "a gentler dose may read better: an alpha nearer to 1, or target_mass 0.3"
+    return [f"the steered {verb.format(', '.join(found))}; {remedy}"]
+
+
 def chat_prompt(tokenizer: Any, prompt: Marked, chat: str) -> Marked:
     """A marked prompt as the model sees it: what a user says, where there is a chat template and it is wanted."""
-    if chat == "no" or (chat == "auto" and tokenizer.chat_template is None):
+    if not uses_template(tokenizer, chat):
         return prompt
     spans = [MessageSpan(0, span.start, span.end, span.strength) for span in prompt.spans]
     return in_chat(tokenizer, [{"role": "user", "content": prompt.text}], spans)
@@ -143,8 +171,8 @@ def emphasised(
     config: GenerateConfig,
     context: Context,
     make_cache: Callable[[], Any] = lambda: None,
-) -> list[str]:
-    """``tenfold generate --emphasise ...``: the prompts continued while these parts of them are emphasised.
+) -> tuple[list[str], list[str]]:
+    """``tenfold generate --emphasise ...``: the prompts continued with these parts emphasised, and what to note.
 
     Args:
         model: that writes.
@@ -153,15 +181,16 @@ def emphasised(
         context: of the run.
         make_cache: the cache of a batch, asked for each; None is the model's own.
     """
-    texts = []
-    profile = profile_of(config, context)
+    texts: list[str] = []
+    notes: dict[str, None] = {}
+    profile, dose = profile_of(config, context), config.dose(uses_template(tokenizer, config.chat))
     for start in range(0, len(config.prompts), BATCH):
         prompts = []
         for prompt in config.prompts[start : start + BATCH]:
             parts = [part for part in config.emphasise if part in prompt]
             prompts.append(chat_prompt(tokenizer, from_substrings(prompt, parts, "all"), config.chat))
         marks, cache = encode(tokenizer, prompts, device=input_device(model)), make_cache()
-        with steer(model, marks, profile=profile, alpha=config.alpha):
+        with steer(model, marks, profile=profile, tell=lambda note: notes.update({note: None}), **dose):
             texts += continue_inputs(
                 model,
                 tokenizer,
@@ -170,7 +199,7 @@ def emphasised(
                 temperature=config.temperature,
                 seed=context.seed,
             )
-    return texts
+    return texts, [*notes, *loops({f"prompt {number}": text for number, text in enumerate(texts, 1)})]
 
 
 def _items(rows: Any, tags: tuple[str, str]) -> list[Item]:
@@ -189,7 +218,7 @@ def _measured(
     plain = margins(model, prepared)
     written = margins(model, batches_of(model, tokenizer, [starred(item) for item in items], config.batch_size))
     steered = torch.cat([_steered(model, batch, steering) for batch in prepared])
-    settings = {"items": len(items), "alpha": config.alpha, "marks in the text": "*like this*"}
+    settings = {"items": len(items), **config.dose(chat=False), "marks in the text": "*like this*"}
     results = [
         Result(task=name, subject=subject, metrics=_margin_metrics(values), settings=settings)
         for subject, values in (("before", plain), ("marks in the text", written), ("after", steered))

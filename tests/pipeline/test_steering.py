@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tenfold import cli, gear, pasta
 from tenfold.attend.heads import batches_of, margins
+from tenfold.attend.pasta import steer
 from tenfold.attend.tasks import items_of
 from tenfold.data.read import read_rows
 from tenfold.errors import ConfigError, DataError
@@ -164,6 +165,44 @@ def test_emphasis_and_a_packed_cache_go_together(tmp_path, monkeypatch):
     assert text != sample.outputs[names[2]]  # the same cache without emphasis
 
 
+def test_the_dose_of_chats_is_another_one_than_that_of_completions(monkeypatch):
+    """`auto` is gentle in a chat; the paper's dose, numbers and a target stay reachable from recipes and flags."""
+    seen = []
+
+    def watched(model, marks, **settings):
+        seen.append({key: settings[key] for key in ("alpha", "target_mass") if key in settings})
+        return steer(model, marks, **settings)
+
+    monkeypatch.setattr("tenfold.pipeline.steering.steer", watched)
+    keys = {"use": "generate", "profile": "heads.json", "prompts": ["Be brief."], "emphasise": ["brief"]}
+    cases = [{}, {"chat": "no"}, {"alpha": "paper"}, {"alpha": 0.2}, {"target_mass": 0.4}]
+    for number, case in enumerate(cases):
+        execute({**keys, "max_new_tokens": 2, **case}, out=f"run{number}")
+    assert seen == [{"alpha": 0.3}, {"alpha": 0.01}, {"alpha": 0.01}, {"alpha": 0.2}, {"target_mass": 0.4}]
+    seen.clear()
+    execute({"use": "pasta", "profile": "heads.json", "prompts": ["<mark>b</mark>"], "max_new_tokens": 2}, out="last")
+    assert seen == [{"alpha": 0.01}, {"alpha": 0.3}]  # what would be scored, and the prompt
+
+
+def test_a_steered_text_that_goes_round_in_circles_is_noted(monkeypatch):
+    monkeypatch.setattr("tenfold.pipeline.steering.continue_inputs", lambda *_, **__: ["It is noon. " * 4, "Fine."])
+    keys = {"prompts": ["Be brief.", "Be kind."], "emphasise": ["Be"], "max_new_tokens": 2}
+    (summary,) = execute({"use": "generate", "profile": "heads.json", **keys})
+    assert summary.notes[0].startswith("model, the steered text of prompt 1 repeats itself; a gentler dose")
+    assert len(summary.notes) == 1
+
+
+def test_an_answer_without_evidence_says_so(monkeypatch):
+    from tenfold.attend.autopasta import AutoPasta
+
+    quote = "The film was shot in the north of the country and it is one of the best."
+    monkeypatch.setattr(AutoPasta, "_identify", lambda self, rows: ([quote] * len(rows), None))
+    keys = {"context": "notes.txt", "question": "When does it open?", "find_evidence": True, "max_new_tokens": 3}
+    ((sample,),) = (summary.samples for summary in execute({"use": "generate", "profile": "heads.json", **keys}))
+    assert "no sentence supports" in sample.outputs["model, evidence"]
+    assert sample.outputs["model, with evidence"] == sample.outputs["model"]
+
+
 def test_a_profile_goes_to_the_stages_that_steer(tmp_path):
     """A resolved recipe can be read again, also where its defaults are spelled out for a stage that steers nothing."""
     emphasis = {"prompts": ["Be brief."], "emphasise": ["brief"]}
@@ -223,7 +262,9 @@ def test_bad_flags_of_generate_are_one_clear_error(flags, message, tmp_path, cap
         (["--prompts", "a <mark>b"], "not closed"),
         (["--prompts", "<mark>b</mark>", "--profile", "nonexistent"], "nonexistent"),
         (["--prompts", "<mark>b</mark>"], "profile"),  # the embedded model's profile on another model
-        (["--prompts", "<mark>b</mark>", "--profile", "heads.json", "--alpha", "-1"], "alpha"),
+        (["--prompts", "<mark>b</mark>", "--profile", "heads.json", "--alpha", "-1"], "alpha: must be a number of 0"),
+        (["--prompts", "<mark>b</mark>", "--alpha", "0.1", "--target-mass", "0.3"], "takes the place of alpha"),
+        (["--prompts", "<mark>b</mark>", "--target-mass", "1"], "target_mass"),
         (["--prompts", "<mark>b</mark>", "--profile", "list.json"], "a list instead of a dictionary"),
     ],
 )
