@@ -174,9 +174,9 @@ def steer(
     groups, blind, unseen = split(sights(attentions, chosen, marks), marks)
     if unseen:
         raise _out_of_reach(unseen[0], chosen, marks)
-    found = Steered(by_layer(groups), tuple(marks.marked.sum(1).tolist()), marks.marked.shape[1], blind)
+    steered = Steered(by_layer(groups), tuple(marks.marked.sum(1).tolist()), marks.marked.shape[1], blind)
     if blind:
-        tell(note_of(found))
+        tell(note_of(steered))
     block, biases = Block(marks), {}  # type: Block, dict[tuple[bool, ...], PromptBias]
     with ExitStack() as stack:
         stack.enter_context(installed(model))
@@ -187,7 +187,7 @@ def steer(
                 biases[rows] = PromptBias(marks, strength, grown, target_mass, marks.marked.new_tensor(rows))
             hook = LayerHook(block, biases[rows], torch.tensor(indices), gone)
             stack.callback(attentions[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield found
+        yield steered
 
 
 def log_strength(marks: Marks, alpha: float, *, keep_sink: bool = False) -> Tensor:

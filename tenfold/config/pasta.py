@@ -80,7 +80,7 @@ class SteeringFields(Config):
     target_mass: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper)."""
 
-    def dose(self, chat: bool) -> dict[str, float]:
+    def dose(self, chat: bool) -> dict[str, Any]:
         """How strongly to steer, as `tenfold.attend.pasta.steer` takes it.
 
         Args:

@@ -254,7 +254,7 @@ def answer_file(config: GenerateConfig, context: Context, subjects: Subjects) ->
             if config.find_evidence:
                 found = ask(config.question, text)
                 outputs[f"{name}, with evidence"] = found.answer
-                outputs[f"{name}, evidence"] = _evidence(found, text)
+                outputs[f"{name}, evidence"] = "; ".join([_evidence(found, text), *ask.notes])
     return [Sample(prompt=config.question, outputs=outputs)]
 
 
