@@ -153,7 +153,7 @@ def loops(texts: Mapping[str, str]) -> list[str]:
     if not found:
         return []
     verb = "text of {} repeats itself" if len(found) == 1 else "texts of {} repeat themselves"
-    remedy = "a gentler dose may read better: an alpha nearer to 1, or target_mass 0.3"
+    remedy = "a gentler dose may read better: an alpha nearer to 1, or target_mass 0.15"
     return [f"the steered {verb.format(', '.join(found))}; {remedy}"]
 
 
