@@ -347,12 +347,16 @@ def allocate(
         previous: masks; where given, a unit that they drop stays dropped (a floor outweighs it).
 
     Raises:
-        ConfigError: a cost that is not positive, or a floor above the cap.
+        ConfigError: a budget below 0, a cost that is not positive, or a floor above the cap.
 
     >>> found = allocate({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 2.0])}, budget=2)
     >>> {group: mask.tolist() for group, mask in found.masks.items()}
     {'a': [True, False], 'b': [True, False]}
     """
+    if not budget >= 0:  # NaN as well
+        raise ConfigError(
+            f"budget: {budget:g} is not 0 or more", remedy="give what may be kept, in the unit of the cost"
+        )
     groups = list(scores)
     costs = {group: cost[group] if isinstance(cost, Mapping) else cost for group in groups}
     floor, cap = floor or {}, cap or {}
@@ -363,6 +367,7 @@ def allocate(
             raise ConfigError(f"{group}: the floor {floor[group]} is above the cap {cap[group]}")
     sizes = [len(scores[group]) for group in groups]
     score = torch.cat([scores[group] for group in groups])
+    score = score.to(torch.promote_types(score.dtype, torch.float32))  # a quotient in half precision makes ties
     nan = score.isnan()
     price = _per_unit(groups, sizes, costs, score.device)
     worth = torch.where(nan, -math.inf, score) / price.to(score.dtype)

@@ -232,3 +232,21 @@ def test_impossible_costs_and_floors_are_refused():
         allocate(scores, 1, cost=0)
     with pytest.raises(ConfigError, match="a: the floor 3 is above the cap 2"):
         allocate(scores, 1, floor={"a": 3}, cap={"a": 2})
+
+
+@pytest.mark.parametrize("budget", [-1, -1e-12, math.nan])
+def test_impossible_budgets_are_refused(budget):
+    with pytest.raises(ConfigError, match=r"budget: .* is not 0 or more"):
+        allocate({"a": torch.ones(3)}, budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_scores_rank_as_their_float32_copies(dtype):
+    """Divided by its cost in half precision, a score falls together with its neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    costs = {"a": 3.0, "b": 7.0, "c": 11.0}
+    for _ in range(50):
+        scores = {group: torch.rand(20, generator=generator).to(dtype) for group in costs}
+        copies = {group: score.float() for group, score in scores.items()}
+        found, right = allocate(scores, 200, costs), allocate(copies, 200, costs)
+        assert all(torch.equal(found.masks[group], right.masks[group]) for group in costs)
