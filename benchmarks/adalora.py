@@ -3,6 +3,8 @@
     python -m benchmarks.adalora quality   # resumable, one row at a time; about 2 minutes a row on 2 cores
     python -m benchmarks.adalora cost
     python -m benchmarks.adalora table     # what docs/methods/adalora.md shows
+    python -m benchmarks.adalora defaults  # AdaLoRA's default learning rate against plain LoRA's (adalora_defaults.py)
+    python -m benchmarks.adalora defaults-table
 
 Quality: the embedded model, the language reference of CPython, 15,000 training tokens a run in 60 steps, 3 seeds, the
 same optimizer and schedule for all. The learning rate of each method is the best of five on a share of the training
@@ -26,6 +28,7 @@ from peft import AdaLoraConfig as PeftAdaLoraConfig
 from peft import get_peft_model
 from transformers import TrainerCallback, set_seed
 
+from benchmarks.adalora_defaults import defaults, defaults_table, wide
 from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
 from tenfold.compat import quiet_upstream
@@ -159,7 +162,8 @@ def measure(method: str, size: str, rate: float, seed: int, validation: bool) ->
 
 def rows() -> list[dict[str, Any]]:
     """What has been measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else [])
+    return [row for row in lines if "part" not in row]
 
 
 def once(method: str, size: str, rate: float, seed: int, validation: bool) -> dict[str, Any]:
@@ -330,14 +334,24 @@ def cost() -> None:
     step_time()
 
 
+PARTS: dict[str, Callable[[], None]] = {
+    "quality": quality,
+    "cost": cost,
+    "table": table,
+    "defaults": defaults,
+    "defaults-table": defaults_table,
+    "wide": wide,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["quality", "cost", "table"], default=[])
+    parser.add_argument("parts", nargs="*", choices=list(PARTS), default=[])
     parts = parser.parse_args(argv).parts or ["quality", "cost", "table"]
     quiet_upstream()
     for part in parts:
-        {"quality": quality, "cost": cost, "table": table}[part]()
+        PARTS[part]()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ class AdaLoraConfig(TextTrainingFields):
     below are the paper's.
     """
 
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    """Peak learning rate of AdamW: ten times that of the other stages, because lambda starts at zero between factors of
+    0.02, so that the first steps change a weight about fifty times less than LoRA's do. The paper's runs, of tens of
+    thousands of steps, on models of 184M parameters and more: 5e-4 to 2.2e-3."""
     budget: BudgetText | None = None
     """Trainable parameters left at the end: a share of all parameters of the model (``0.4%``), a count (``300k``), or
     bytes of the exported adapter in fp32 (``2MiB``). A triplet costs ``in_features + out_features``. Never exceeded."""
