@@ -48,6 +48,8 @@ def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
     """The stage ``adalora``; the artefact is plain LoRA."""
     opened, encoded = prepare(config, context)
     adapter = adalora.attach(opened.model, config, task=context.model.task)
+    if note := adapter.too_short(total_steps(config, encoded.sequences, encoded.tokens)):
+        context.progress.say(f"  {note}")
     trained, results = fit(adapter.model, opened, encoded, config, context, numbers=adapter.controller.numbers)
     report = adapter.report()
     touched = report["attached"]

@@ -175,7 +175,8 @@ def test_verbs_work_on_what_verbs_made(number_rows, tmp_path, monkeypatch, capsy
     flags = ["--data", str(number_rows), "--steps", "4", "--max-length", "64", "--rank", "2", "--out", "adapted"]
     assert cli.main(["adapt", "tiny:llama", *flags]) == 0
     adapter = "adapted/01-adalora/adapter"
-    capsys.readouterr()
+    shown = capsys.readouterr()
+    assert "4 optimizer steps are few for AdaLoRA" in shown.out + shown.err
     assert cli.main(["evaluate", adapter, "--data", str(number_rows), "--tasks", "perplexity"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "bits_per_byte" in line)
     assert len(row.split()) >= 4, "an adapter is shown beside its base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
@@ -57,7 +58,13 @@ class Matrix:
 
 
 def wrap(
-    model: nn.Module, slots: Sequence[Slot], plan: Plan, config: AdaLoraConfig, *, task: str | None
+    model: nn.Module,
+    slots: Sequence[Slot],
+    plan: Plan,
+    config: AdaLoraConfig,
+    *,
+    task: str | None,
+    beyond: Mapping[str, Any] | None = None,
 ) -> tuple[PeftModel, dict[str, Matrix], list[tuple[str, str]]]:
     """Put fresh adapters on the slots; everything else is frozen.
 
@@ -69,6 +76,7 @@ def wrap(
         plan: their ranks and the scale.
         config: dropout and initialisation.
         task: what the model's head is for; decides which head PEFT trains in full.
+        beyond: further keys of PEFT's configuration, of what an opened adapter trained beside the matrices.
 
     Returns:
         PEFT's model around `model`; the adapted matrices by name, in model order; the layers that were untied.
@@ -89,6 +97,7 @@ def wrap(
         lora_dropout=config.dropout,
         target_modules=[slot.name for slot in slots],
         fan_in_fan_out=slots[0].layout == "conv1d",
+        **(beyond or {}),
     )
     set_patterns(peft_config, plan.ranks, plan.scale)
     # PEFT's extension point for layers of one's own; it takes any base, whatever quantises it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from tenfold.adapt.adalora.attaching import Matrix, set_patterns, trainable
 from tenfold.adapt.adalora.layer import ADAPTER
 from tenfold.adapt.adalora.mathematics import penalty
-from tenfold.adapt.adalora.plan import Plan, make_schedule, settings
+from tenfold.adapt.adalora.optimizers import family, replace_closure, skips
+from tenfold.adapt.adalora.plan import Plan, make_schedule, settings, too_short
 from tenfold.adapt.adalora.shrinking import can_cut, cut
 from tenfold.adapt.adalora.trainer import LogCallback, running_trainer
 from tenfold.config.adalora import AdaLoraConfig
@@ -33,8 +34,10 @@ class Controller:
 
     Before each optimizer step the penalty's gradient is added, once, so that it is right under gradient accumulation,
     in trainers that compute their own loss, and never part of an evaluation. (Loops clip before that; the penalty's
-    share is not clipped.) After it the sensitivities are taken and, when it is time, lambdas are zeroed. A step that a
-    gradient scaler skips changes nothing. The state travels in the optimizer's own ``state_dict``.
+    share is not clipped.) An optimizer that evaluates the loss by itself (LBFGS) gets it at every evaluation; of
+    optimizers that wrap others (Lookahead, SAM) the outermost counts. After the step the sensitivities are taken and,
+    when it is time, lambdas are zeroed. A step that a gradient scaler skips changes nothing. The state travels in the
+    optimizer's own ``state_dict``.
 
     Args:
         model: PEFT's model; only weakly held.
@@ -71,12 +74,16 @@ class Controller:
         """Sentences that the reader of a report must know."""
         self._fixed = False
         self._partial: dict[str, Tensor] = {}  # fixed masks that drop something
+        self._dropped: dict[str, tuple[Tensor, Tensor]] = {}  # columns of P and rows of Q that were removed
+        self._still: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # where, and what, of those that were only masked
         self._singular: dict[str, Tensor] = {}
         self._importance: Importance | None = None
         self._penalty: Tensor | None = None
         self._total_steps = total_steps
         self._model = weakref.ref(model)
         self._optimizer: weakref.ref[Optimizer] | None = None
+        self._stepping: weakref.ref[Optimizer] | None = None
+        self._saved_by: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # For all optimizers: which one holds the adapter is only known when it steps.
         self._hooks = [
             register_optimizer_step_pre_hook(self._before_step),
@@ -91,36 +98,77 @@ class Controller:
 
     # ------------------------------------------------------------------ around a step
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        stepping = self._stepping() if self._stepping is not None else None
+        if stepping is not None and any(inner is optimizer for inner in family(stepping)[1:]):
+            return None  # a step within a step: the outer optimizer's (Lookahead, SAM) counts
         if not self._holds_adapter(optimizer):
-            return
+            return None
+        self._stepping = weakref.ref(optimizer)
         if self._optimizer is None or self._optimizer() is not optimizer:
             self._bind(optimizer)
-        if STATE in optimizer.state:  # left there by optimizer.load_state_dict
-            self.load_state_dict(optimizer.state.pop(STATE))  # type: ignore[call-overload]
+        for member in family(optimizer):
+            if STATE in member.state:  # left there by load_state_dict
+                self.load_state_dict(member.state.pop(STATE))  # type: ignore[call-overload]
         # A scaler hands fused optimizers gradients that it has not unscaled yet.
         scale = getattr(optimizer, "grad_scale", None)
+        found = replace_closure(args, kwargs, lambda closure: self._evaluating(closure, optimizer, scale))
+        if found is None:
+            self._finish_gradients(optimizer, scale)
+        return found
+
+    def _evaluating(self, closure: Callable[[], Any], optimizer: Optimizer, scale: Tensor | None) -> Callable[[], Any]:
+        """The closure of an optimizer that evaluates by itself (LBFGS, SAM): of the loss with the penalty, and its
+        gradients are those of both at every evaluation.
+        """  # noqa: D205
+        observe = True
+
+        def evaluate() -> Any:
+            nonlocal observe
+            loss = closure()
+            self._finish_gradients(optimizer, scale, observe)
+            observe = False
+            if loss is None or self._penalty is None:
+                return loss
+            return loss + self.config.gamma * self._penalty.item()
+
+        return evaluate
+
+    def _finish_gradients(self, optimizer: Optimizer, scale: Tensor | None, observe: bool = True) -> None:
         if self.config.gamma > 0:
             self._add_penalty(scale)
-        if self.config.sensitivity_at == "before" and not _skips(optimizer):
+        if observe and self.config.sensitivity_at == "before" and not skips(optimizer):
             self._observe(scale)
 
     @torch.no_grad()
     def _add_penalty(self, scale: Tensor | None) -> None:
-        P, Q = [m.P for m in self.matrices.values()], [m.Q for m in self.matrices.values()]
+        P, Q = self._factors()
         self._penalty, EP, EQ = penalty(P, Q, self.config.orthogonality)
         if scale is not None:
             EP, EQ = [[E * scale.to(E.device) for E in Es] for Es in (EP, EQ)]
         # Where a gradient is missing the loss did not reach the factor, and the optimizer will not move it.
-        for p, E in zip(P, EP, strict=True):
-            if p.grad is not None:
-                p.grad.addmm_(p, E, alpha=self.config.gamma)
-        for q, E in zip(Q, EQ, strict=True):
-            if q.grad is not None:
-                q.grad.addmm_(E, q, alpha=self.config.gamma)
+        for matrix, p, q, Ep, Eq in zip(self.matrices.values(), P, Q, EP, EQ, strict=True):
+            if matrix.P.grad is not None:
+                matrix.P.grad.addmm_(p, Ep[:, : matrix.rank], alpha=self.config.gamma)
+            if matrix.Q.grad is not None:
+                matrix.Q.grad.addmm_(Eq[: matrix.rank], q, alpha=self.config.gamma)
+
+    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """P and Q of each matrix as the penalty sees them: what was removed still takes part, behind the rest."""
+        P, Q = [], []
+        for name, matrix in self.matrices.items():
+            p, q = matrix.P.detach(), matrix.Q.detach()
+            if name in self._dropped:
+                p, q = torch.cat([p, self._dropped[name][0]], 1), torch.cat([q, self._dropped[name][1]])
+            P.append(p)
+            Q.append(q)
+        return P, Q
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._optimizer is None or self._optimizer() is not optimizer or _skips(optimizer):
+        if self._stepping is None or self._stepping() is not optimizer:
+            return
+        self._stepping = None
+        if skips(optimizer):
             return
         if self.config.sensitivity_at == "after":  # fused optimizers have unscaled the gradients by now
             self._observe(None)
@@ -167,6 +215,9 @@ class Controller:
                 self._fix()
         elif self._fixed:
             self._zero(self._partial)
+            for name, (index, p, q) in self._still.items():
+                self.matrices[name].P.index_copy_(1, index, p)
+                self.matrices[name].Q.index_copy_(0, index, q)
 
     def _zero(self, masks: Mapping[str, Tensor]) -> None:
         """Set the lambdas to 0 that the masks drop."""
@@ -190,7 +241,15 @@ class Controller:
         if self.not_numbers is not None and int(self.not_numbers):
             self.notes.append(f"{int(self.not_numbers)} triplets had no score (NaN) and ranked last")
         self._shrink()
+        self._hold()
+
+    def _hold(self) -> None:
+        """From now on dropped triplets that were not removed stand still, as the removed ones do."""
         self._partial = {name: mask for name, mask in self.masks.items() if not bool(mask.all())}
+        self._still = {}
+        for name, mask in self._partial.items():
+            matrix, index = self.matrices[name], mask.logical_not().nonzero().flatten()
+            self._still[name] = (index, matrix.P.detach()[:, index].clone(), matrix.Q.detach()[index].clone())
 
     def _shrink(self) -> None:
         optimizer = self._optimizer() if self._optimizer is not None else None
@@ -199,9 +258,9 @@ class Controller:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.notes.append("dropped triplets were masked, not removed: other processes hold the same shapes")
             return
-        if not can_cut(optimizer, trainable(self.matrices)):
+        if len(family(optimizer)) > 1 or not can_cut(optimizer, trainable(self.matrices)):
             self.notes.append(
-                f"dropped triplets were masked, not removed: the state of {type(optimizer).__name__} cannot be cut"
+                f"dropped triplets were masked, not removed: what {type(optimizer).__name__} keeps cannot be cut"
             )
             return
         keep = {}
@@ -209,7 +268,7 @@ class Controller:
             index = mask.nonzero().flatten()
             # A matrix that keeps nothing keeps one masked triplet, because PEFT knows no rank 0.
             keep[name] = index if len(index) else self.scores[name].argmax()[None]
-        cut(self.matrices, keep, optimizer)
+        self._dropped = cut(self.matrices, keep, optimizer)
         self.masks = {name: mask[keep[name]] for name, mask in self.masks.items()}
         self.scores = {name: score[keep[name]] for name, score in self.scores.items()}
         self._tell_peft()
@@ -242,16 +301,21 @@ class Controller:
         if self.schedule is None:
             self.schedule = make_schedule(self.config, self.plan, self._find_total(trainer))
             self._importance = self._make_importance()
+            if note := too_short(self.config, self.schedule):
+                self.notes.append(note)
         if trainer is not None:
             trainer.remove_callback(LogCallback)
             trainer.add_callback(LogCallback(self.numbers))
         self._singular = {name: matrix.singular for name, matrix in self.matrices.items()}
         self._note_decay(optimizer)
         self._optimizer = weakref.ref(optimizer)
-        self._hooks += [
-            optimizer.register_state_dict_pre_hook(self._put_state),
-            optimizer.register_state_dict_post_hook(self._drop_state),
-        ]
+        for member in family(optimizer):  # whichever's state is saved
+            if member not in self._saved_by:
+                self._saved_by.add(member)
+                self._hooks += [
+                    member.register_state_dict_pre_hook(self._put_state),
+                    member.register_state_dict_post_hook(self._drop_state),
+                ]
 
     def _note_decay(self, optimizer: Optimizer) -> None:
         ours = {id(tensor) for tensor in trainable(self.matrices)}
@@ -290,7 +354,7 @@ class Controller:
         optimizer.state[STATE] = self.state_dict()  # type: ignore[index]
 
     def _drop_state(self, optimizer: Optimizer, saved: Any) -> None:
-        optimizer.state.pop(STATE)  # type: ignore[call-overload]
+        optimizer.state.pop(STATE, None)  # type: ignore[call-overload]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beyond the weights that a resumed run needs: tensors and plain values."""
@@ -302,6 +366,7 @@ class Controller:
             "scores": dict(self.scores),
             "history": [[step, budget, int(kept)] for step, budget, kept in self.history],
             "notes": list(self.notes),
+            "dropped": {name: list(pair) for name, pair in self._dropped.items()},
             "importance": self._importance.state_dict() if self._importance is not None else None,
         }
 
@@ -326,7 +391,9 @@ class Controller:
         self.notes = list(state["notes"])
         if self._fixed:
             self._importance = None
-            self._partial = {name: mask for name, mask in self.masks.items() if not bool(mask.all())}
+            removed = state.get("dropped", {}).items()
+            self._dropped = {name: (p.to(device), q.to(device)) for name, (p, q) in removed}
+            self._hold()
             self._tell_peft()
         else:
             self._importance = self._make_importance()
@@ -342,6 +409,13 @@ class Controller:
             name: mask if len(mask) == self.matrices[name].rank else (self.matrices[name].singular != 0).flatten()
             for name, mask in self.masks.items()
         }
+
+    def latest_scores(self) -> dict[str, Tensor]:
+        """The newest score of each triplet, ``[rank]`` for each matrix; empty where nothing was scored, or where other
+        weights were loaded over the adapter since.
+        """  # noqa: D205
+        scores = self._importance.scores() if self._importance is not None and self.step else self.scores
+        return scores if all(len(score) == self.matrices[name].rank for name, score in scores.items()) else {}
 
     def check_stepped(self) -> None:
         """Refuse to go on as if all was well when the adapter was trained and no step was seen.
@@ -370,15 +444,6 @@ class Controller:
             found["adalora/missing_gradients"] = float(self._importance.missing)
             found["adalora/non_finite_entries"] = float(self._importance.non_finite)
         return found
-
-
-def _skips(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer's step does nothing because a gradient scaler found a number that is not finite.
-
-    The one place that waits for the device, and only where such a scaler is used (float16).
-    """
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item())
 
 
 def _remove(hooks: list[Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tenfold.adapt.adalora.attaching import Matrix
 from tenfold.adapt.adalora.layer import ADAPTER
 from tenfold.adapt.adalora.mathematics import decompose, fold
+from tenfold.adapt.adalora.plan import Plan
 from tenfold.core.importance import allocate
 from tenfold.errors import ConfigError, RunError
 from tenfold.models.folders import write_folder
@@ -96,6 +97,35 @@ def export(
 
 
 @torch.no_grad()
+def within_budget(
+    matrices: Mapping[str, Matrix], kept: Mapping[str, Tensor], scores: Mapping[str, Tensor], plan: Plan
+) -> dict[str, Tensor]:
+    """What of the kept triplets an export writes: all that the budget pays for, the best of the others.
+
+    They are more where training ended before the final phase (early stopping), where the weights of an earlier
+    checkpoint were loaded back, and where an opened adapter was not trained.
+
+    Args:
+        matrices: by name.
+        kept: for each matrix ``bool[rank]``.
+        scores: for each matrix ``[rank]``; where empty, triplets rank by the norm of what they add to the weight.
+        plan: budget, costs, floors and caps.
+
+    Returns:
+        For each matrix ``bool[rank]``.
+    """
+    costs = plan.unit_costs
+    if sum(int(mask.sum()) * costs[name] for name, mask in kept.items()) <= plan.end:
+        return dict(kept)
+    worth = dict(scores) or {
+        name: m.singular.detach().abs().flatten() * m.P.detach().norm(dim=0) * m.Q.detach().norm(dim=1)
+        for name, m in matrices.items()
+    }
+    kept = {name: mask.to(worth[name].device) for name, mask in kept.items()}
+    return allocate(worth, plan.end, costs, plan.floor, plan.cap, previous=kept).masks
+
+
+@torch.no_grad()
 def _sorted(
     matrices: Mapping[str, Matrix],
     masks: Mapping[str, Tensor],
@@ -134,6 +164,8 @@ def _plain_config(
         target_modules=list(found),
         fan_in_fan_out=matrices[next(iter(found))].slot.layout == "conv1d",
         modules_to_save=live.modules_to_save,
+        bias=live.bias,
+        trainable_token_indices=live.trainable_token_indices,
     )
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from tenfold.adapt.adalora.attaching import Matrix, trainable, wrap
 from tenfold.adapt.adalora.controller import Controller
-from tenfold.adapt.adalora.exporting import Layout, Order, export
+from tenfold.adapt.adalora.exporting import Layout, Order, export, within_budget
 from tenfold.adapt.adalora.opening import Stored, fill, read_adapter
-from tenfold.adapt.adalora.plan import BYTES, Plan, make_plan, size_plan
+from tenfold.adapt.adalora.plan import BYTES, Plan, make_plan, make_schedule, size_plan, too_short
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.errors import ModelError, RunError
 from tenfold.models.layer_map import layer_map
@@ -34,6 +34,7 @@ class AdaLora:
         free: list[str],
         *,
         untied: list[tuple[str, str]],
+        biases: dict[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         """PEFT's model: give it to the Trainer, to TRL, to an optimizer."""
@@ -41,8 +42,8 @@ class AdaLora:
         """The adapted matrices by name, in model order."""
         self.controller = controller
         """Makes the steps; its ``step``, ``masks``, ``scores`` and ``notes`` may be read."""
-        self._free = free
         self._untied = untied
+        self._free, self._biases = free, biases or {}  # what training may change in the base, as it was
 
     def __enter__(self) -> AdaLora:
         return self
@@ -55,6 +56,14 @@ class AdaLora:
         """The sizes at the start and at the end."""
         return self.controller.plan
 
+    def too_short(self, steps: int) -> str | None:
+        """What a run of so many optimizer steps is too short for, as its report will note; None where it is not.
+
+        Raises:
+            ConfigError: phases that do not fit the run.
+        """
+        return too_short(self.controller.config, make_schedule(self.controller.config, self.plan, steps))
+
     def ranks(self) -> dict[str, int]:
         """The triplets that each matrix keeps now."""
         return {name: int(mask.sum()) for name, mask in self.controller.kept().items()}
@@ -65,7 +74,7 @@ class AdaLora:
         all_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         base = sum(p.numel() for name, p in self.model.named_parameters() if ".lora_" not in name)
         kept = self.ranks()
-        parameters = sum(rank * self.plan.costs[name] for name, rank in kept.items())
+        parameters = sum(int(mask.sum()) * self.plan.costs[name] for name, mask in self._exported().items())
         return {
             "method": "AdaLoRA",
             "matrices": len(self.matrices),
@@ -95,8 +104,23 @@ class AdaLora:
             "ranks": self._rank_map(),
             "budget": [start] + [(step, budget, int(kept)) for step, budget, kept in self.controller.history],
             "steps": self.controller.step,
-            "notes": list(self.controller.notes),
+            "notes": [*self.controller.notes, *self._above_budget()],
         }
+
+    def _exported(self) -> dict[str, Tensor]:
+        """The triplets that an export writes, for each matrix ``bool[rank]``."""
+        return within_budget(self.matrices, self.controller.kept(), self.controller.latest_scores(), self.plan)
+
+    def _above_budget(self) -> list[str]:
+        """A note where the adapter holds more than an export writes."""
+        alive = sum(int((matrix.singular != 0).sum()) for matrix in self.matrices.values())
+        written = sum(int(mask.sum()) for mask in self._exported().values())
+        if alive <= written:
+            return []
+        schedule, step = self.controller.schedule, self.controller.step
+        early = schedule is not None and step <= schedule.total - schedule.cooldown
+        when = f" after step {step} of {schedule.total}, before the final phase," if early and schedule else ""
+        return [f"the adapter holds {alive} triplets{when} and the budget pays for {written}: an export keeps the best"]
 
     def _rank_map(self) -> dict[str, list[int | None]]:
         kept = self.ranks()
@@ -120,6 +144,9 @@ class AdaLora:
     ) -> Path:
         """Write the adapter as plain LoRA of scale 1, which PEFT, TRL, vLLM and llama.cpp open.
 
+        The budget is never exceeded: of an adapter that holds more, because its training ended early or an earlier
+        checkpoint was loaded back, the best triplets are written, and `report` says so in a note.
+
         Args:
             folder: written whole or not at all; replaced if tenfold wrote it, refused if it holds anything else.
             layout: ``padded`` (equal ranks, right in every reader) or ``compact`` (true ranks; not for llama.cpp).
@@ -135,12 +162,11 @@ class AdaLora:
         self.controller.check_stepped()
         if self.controller.step == 0 and not self.controller.trained and not self._loaded():
             raise RunError("the adapter was never trained: no optimizer has stepped it", remedy="train first")
-        kept, scores = self.controller.kept(), self.controller.scores
         return export(
             self.model,
             self.matrices,
-            kept,
-            scores if all(len(score) == len(kept[name]) for name, score in scores.items()) else {},
+            self._exported(),
+            self.controller.latest_scores(),
             self.plan.scale,
             Path(folder),
             layout=layout,
@@ -168,6 +194,8 @@ class AdaLora:
         free = set(self._free)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name in free)
+            if name in self._biases:
+                parameter.data.copy_(self._biases[name])
         return base
 
 
@@ -231,7 +259,7 @@ def open_adapter(
         ModelError: not a LoRA or AdaLoRA folder, or not of this model.
         ConfigError: a budget above what the adapter holds.
     """
-    stored = read_adapter(Path(folder))
+    stored = read_adapter(Path(folder), model)
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     slots = [slot for slot in layer_map(model).slots if slot.name in stored.triplets]
     _check_fits(stored, {slot.name: (slot.out_features, slot.in_features) for slot in slots}, folder)
@@ -242,14 +270,15 @@ def open_adapter(
     if not given:
         config = config.model_copy(update={"rank": sum(ranks.values()) / len(ranks)})
     plan = size_plan(config, ranks, costs, stored.scale, sum(p.numel() for p in model.parameters()))
-    adapted, matrices, untied = wrap(model, slots, plan, config, task=task)
+    biases = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("bias")}
+    adapted, matrices, untied = wrap(model, slots, plan, config, task=task, beyond=stored.beyond)
     for name, matrix in matrices.items():
         fill(matrix.tensors, stored.triplets[name])
     if stored.others:
         set_peft_model_state_dict(adapted, stored.others)
-    return AdaLora(
-        adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=True), free, untied=untied
-    )
+    trains_biases = stored.beyond.get("bias", "none") != "none"
+    controller = Controller(adapted, matrices, plan, config, total_steps, trained=True)
+    return AdaLora(adapted, matrices, controller, free, untied=untied, biases=biases if trains_biases else None)
 
 
 def _check_fits(stored: Stored, shapes: dict[str, tuple[int, int]], folder: Path | str) -> None:

@@ -86,7 +86,8 @@ def decompose(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         P ``[out, rank]`` with orthonormal columns, the singular values ``[rank]``, Q ``[rank, in]`` with orthonormal
-        rows; ``P @ diag(values) @ Q`` equals ``B @ A``. In the precision of the input, at least float32.
+        rows, of the rank given or the smaller side of the update; ``P @ diag(values) @ Q`` equals ``B @ A``. In the
+        precision of the input, at least float32.
 
     >>> B, A = torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0, 0.0]])
     >>> decompose(B, A)[1].item()
@@ -95,5 +96,5 @@ def decompose(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(B.dtype, torch.float32)
     left, R = torch.linalg.qr(B.to(dtype))
     right, S = torch.linalg.qr(A.to(dtype).mT)
-    U, values, V = torch.linalg.svd(R @ S.mT)
+    U, values, V = torch.linalg.svd(R @ S.mT, full_matrices=False)
     return left @ U, values, V @ right.mT

@@ -152,6 +152,11 @@ def make_schedule(config: AdaLoraConfig, plan: Plan, total: int) -> CubicSchedul
     spans = {name: getattr(config, name) for name in ("tinit", "tfinal", "interval")}
     steps = {name: round(span * total) if isinstance(span, float) else span for name, span in spans.items()}
     steps["tfinal"], steps["interval"] = max(steps["tfinal"], 1), max(steps["interval"], 1)
+    if total < 2:
+        raise ConfigError(
+            f"{total} optimizer step leaves AdaLoRA none to choose in",
+            remedy="train for longer (steps, epochs), give more rows or a smaller batch_size, or use lora",
+        )
     if steps["tinit"] + steps["tfinal"] >= total:
         raise ConfigError(
             f"tinit ({steps['tinit']} steps) and tfinal ({steps['tfinal']} steps) leave none of the {total} steps of "
@@ -159,6 +164,25 @@ def make_schedule(config: AdaLoraConfig, plan: Plan, total: int) -> CubicSchedul
             remedy=f"lower them to at most {max(total - 1, 0)} together, or give shares such as 0.1 and 0.5",
         )
     return CubicSchedule(plan.start, plan.end, total, steps["tinit"], steps["tfinal"], steps["interval"])
+
+
+def too_short(config: AdaLoraConfig, schedule: CubicSchedule) -> str | None:
+    """A note where the ranks are decided before the averages have forgotten that they began at zero.
+
+    An average with a beta has taken in 95 % of what it should after ``3 / (1 - beta)`` steps, 20 at the default.
+    Whoever gives ``tfinal`` as a number of steps has chosen when to decide, and is told nothing.
+    """
+    decided, settled = (
+        schedule.total - schedule.cooldown,
+        math.ceil(3 / (1 - max(config.beta1, config.beta2 or 0)) - 1e-9),
+    )
+    if decided >= settled or not isinstance(config.tfinal, float):
+        return None
+    enough = math.ceil(settled / (1 - config.tfinal) - 1e-9)
+    return (
+        f"{schedule.total} optimizer steps are few for AdaLoRA: the ranks are decided after {decided} of them, before "
+        f"the scores settle (about {settled} steps); train for {enough} steps or more, or use lora"
+    )
 
 
 def settings(config: AdaLoraConfig, plan: Plan, schedule: CubicSchedule) -> dict[str, Any]:
