@@ -77,7 +77,7 @@ def test_device_map_is_passed_through(folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")
 def test_device_that_is_not_there():
-    with pytest.raises(ModelError, match="cuda"):
+    with pytest.raises(ConfigError, match="cuda"):
         open_model("tiny:llama", device="cuda")
 
 

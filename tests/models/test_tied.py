@@ -97,7 +97,8 @@ def test_an_adapter_of_ours(base, tmp_path, method, targets):
         model = moved(lora.attach(opened.model, LoraConfig(rank=2, targets=targets)))
         folder = save_adapter(model, opened.tokenizer, tmp_path / "one", base=str(base))
     else:
-        handle = adalora.attach(opened.model, AdaLoraConfig(rank=2, targets=targets, steps=10))
+        # As many triplets as the budget from the start: nothing is left out of the export.
+        handle = adalora.attach(opened.model, AdaLoraConfig(rank=2, initial_rank=2, targets=targets, steps=10))
         model = moved(handle.model)
         handle.controller.trained = True
         folder = handle.export(tmp_path / "one", base=str(base))

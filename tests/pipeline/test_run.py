@@ -203,6 +203,8 @@ def test_validation_knows_what_needs_no_weights(values, tmp_path):
     values["stages"][0].update(report_to=["trackio"])
     with pytest.raises(MissingDependencyError, match="trackio is not installed"):
         runner.check(resolve(values, "test"))
+    del values["stages"][0]["report_to"]
+    rows.write_text("".join(f'{{"text": "{n} is a number and more words"}}\n' for n in range(20)))
     with pytest.raises(ModelError, match="no such folder"):
         runner.check(resolve({**values, "model": "./nothing"}, "test"))
 

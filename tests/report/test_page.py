@@ -65,7 +65,7 @@ def test_the_page_shows_the_run(run):
         "wraps a block",
         "9f" * 32,
         "5e" * 32,
-        "8,192 MiB",
+        "8.00 GiB",
         "2.13.0",
         "3.08 min",
     ):
