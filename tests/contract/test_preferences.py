@@ -230,7 +230,7 @@ def test_a_policy_without_an_adapter_is_audited_against_the_model_it_started_fro
         with (tmp_path / f"{name}.csv").open() as file:
             return {row["id"]: float(row["margin"]) for row in csv.DictReader(file)}
 
-    ours = margins([str(merged), "--reference", "tiny:llama"], "merged")
+    ours = margins([str(merged), "--reference", "tiny:llama"], "of-merged")
     assert ours == pytest.approx(margins([str(stage_folder / "adapter")], "adapter"), abs=1e-4)
     capsys.readouterr()
     assert cli.main(["audit", str(merged), *data]) == 2
