@@ -31,7 +31,8 @@ from tenfold.adapt.training import train
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.data.encode import Encoded, collate, encode
-from tenfold.data.read import hash_share, read_rows
+from tenfold.data.groups import hash_share
+from tenfold.data.read import read_rows
 from tenfold.data.rows import Completion, Row, Text
 from tenfold.evaluate.compare import t_quantile
 from tenfold.evaluate.perplexity import ratio
