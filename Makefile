@@ -12,8 +12,11 @@ define pip
 		|| { cat $(VENV)/pip.log; exit 1; }
 endef
 RUN ?= runs/quickstart
+# The Python that holds torch for the GPU, for `make gpu` alone: nothing is installed there.
+PYTHON3 ?= python3
+GPU_TESTS := tests/gpu tests/kernels/test_compressed_triton.py tests/attend/test_pasta.py
 
-.PHONY: demo test test-slow test-timing test-gpu bench bench-slow docs lint clean
+.PHONY: demo test test-slow test-timing test-gpu gpu bench bench-slow docs lint clean
 .DELETE_ON_ERROR:
 
 # torch first: what depends on it must not choose another one.
@@ -54,8 +57,16 @@ test-slow: $(VENV)/.test
 test-timing: $(VENV)/.test
 	$(BIN)/python -m pytest -m 'timing and not gpu' --timeout 3600
 
+# Eight minutes at most. The options of pyproject.toml are for the versions and plugins of .venv, which may be absent.
+gpu:
+	@$(PYTHON3) -c 'import torch, transformers, peft, pydantic, pytest' || { echo "make gpu needs a Python with torch, transformers, peft, pydantic and pytest: make gpu PYTHON3=/path/to/python3"; exit 1; }
+	@status=0; \
+	timeout 175 $(PYTHON3) -m pytest -o addopts= -o filterwarnings= --import-mode=importlib -p no:cacheprovider -m gpu -q $(GPU_TESTS) || status=$$?; \
+	$(PYTHON3) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) && exit $$status
+
+# The same tests in .venv, where its torch has CUDA.
 test-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest -m gpu --timeout 3600
+	$(BIN)/python -m pytest -m gpu --timeout 3600 $(GPU_TESTS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks --quick

@@ -28,3 +28,15 @@ def number_rows(tmp_path_factory) -> Path:
     rows = [{"text": f"{n} squared is {n * n}; {n} cubed is {n**3}. " * 4} for n in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """Say of tests of a GPU that there is none, instead of letting them fail."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
