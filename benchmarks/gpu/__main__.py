@@ -13,6 +13,7 @@ to the device or to the clock costs the others.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import multiprocessing
 import os
@@ -73,6 +74,7 @@ def _part(name: str, rehearse: bool, out: Path | None, deadline: float) -> None:
     quiet_upstream()
     if rehearse:
         torch.set_num_threads(1)
+    gc.freeze()  # each row collects garbage, which need not go through all that was imported
     module, function, _ = PARTS[name]
     getattr(importlib.import_module(module), function)(Bench(rehearse, out, deadline))
 

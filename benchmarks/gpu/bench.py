@@ -21,6 +21,8 @@ Measured = dict[str, Any]
 
 TARGET = 0.1
 """Seconds of repetitions for each time, beyond the warm-up."""
+FLUSHED = 2**29
+"""Bytes that are written before each repetition: more than any L2 cache holds."""
 MEBIBYTE = 2**20
 
 
@@ -90,8 +92,8 @@ class Bench:
             except Exception as error:
                 row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         self.write(row)
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def write(self, row: Measured) -> None:
@@ -132,7 +134,7 @@ class Bench:
             work()
             return None
         if self._flush is None:
-            self._flush = torch.empty(2**29, dtype=torch.int8, device=self.device)  # more than any L2 cache holds
+            self._flush = torch.empty(FLUSHED, dtype=torch.int8, device=self.device)
         for _ in range(3):
             work()
         torch.cuda.synchronize()
