@@ -44,6 +44,7 @@ DOSES: dict[str, dict[str, float]] = {
     "alpha 0.03": {"alpha": 0.03},
     "alpha 0.1": {"alpha": 0.1},
     "alpha 0.3": {"alpha": 0.3},
+    "alpha 0.5": {"alpha": 0.5},
     "target mass 0.15": {"target_mass": 0.15},
     "target mass 0.3": {"target_mass": 0.3},
 }

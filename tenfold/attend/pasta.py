@@ -274,6 +274,24 @@ def _check(alpha: float, generated: str, target_mass: float | None) -> None:
         raise ConfigError(f"target_mass: {target_mass} is not between 0 and 1", remedy="0.3 gives the marks 30 %")
 
 
+def lifts(model: Any) -> bool:
+    """Whether a model takes a target mass.
+
+    It does on sdpa and eager, without capped scores, sinks or the spans of a conversion.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> lifts(tiny_model("llama").model)
+    True
+    """
+    attentions = self_attentions(model).values()
+    if base_implementation(next(iter(attentions)).config) not in ("sdpa", "eager"):
+        return False
+    return all(
+        getattr(module, "attn_logit_softcapping", None) is None and getattr(module, "sinks", None) is None
+        for module in attentions
+    )
+
+
 def _check_target(attentions: Mapping[int, Any]) -> None:
     base = base_implementation(next(iter(attentions.values())).config)
     if base not in ("sdpa", "eager"):

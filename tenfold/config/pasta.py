@@ -52,8 +52,9 @@ def profile_path(source: str | Path) -> Path:
 
 
 PAPER_ALPHA = 0.01
-CHAT_ALPHA = 0.3
-"""Chosen on instructions of eight kinds (benchmarks/chats.py, docs/methods/pasta.md)."""
+CHAT_MASS, CHAT_ALPHA = 0.15, 0.3
+"""Chosen on instructions of eight kinds (benchmarks/chats.py, docs/methods/pasta.md); the second where no layer can be
+lifted to a target mass."""
 
 
 def _number_or_name(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -76,21 +77,25 @@ class SteeringFields(Config):
     what an earlier stage ``profile`` found, else ``default``, the embedded model's."""
     alpha: Alpha = "auto"
     """Factor of the attention to unmarked prompt tokens: below 1 emphasises the marks. ``paper`` is 0.01; ``auto`` is
-    that for completions and a gentler 0.3 for chats, in which 0.01 makes small models repeat themselves."""
+    that for completions, and gentler for chats, in which 0.01 makes small models repeat themselves: a target mass of
+    0.15, or 0.3 where the model's attention knows no target mass."""
     target_mass: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper)."""
 
-    def dose(self, chat: bool) -> dict[str, Any]:
+    def dose(self, chat: bool, *, lifts: bool = False) -> dict[str, Any]:
         """How strongly to steer, as `tenfold.attend.pasta.steer` takes it.
 
         Args:
             chat: whether the prompts go through a chat template and are answered at length.
+            lifts: whether the model takes a target mass (`tenfold.attend.pasta.lifts`).
 
-        >>> SteeringFields().dose(chat=True), SteeringFields(alpha="paper").dose(chat=True)
-        ({'alpha': 0.3}, {'alpha': 0.01})
+        >>> SteeringFields().dose(chat=True, lifts=True), SteeringFields(alpha="paper").dose(chat=True, lifts=True)
+        ({'target_mass': 0.15}, {'alpha': 0.01})
         """
         if self.target_mass is not None:
             return {"target_mass": self.target_mass}
+        if self.alpha == "auto" and chat and lifts:
+            return {"target_mass": CHAT_MASS}
         named = {"paper": PAPER_ALPHA, "auto": CHAT_ALPHA if chat else PAPER_ALPHA}
         return {"alpha": named[self.alpha] if isinstance(self.alpha, str) else self.alpha}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tenfold.attend.heads import batches_of, margins
 from tenfold.attend.marks import Marked, MessageSpan, encode, from_substrings, from_tags, in_chat
 from tenfold.attend.mass import attention_mass
-from tenfold.attend.pasta import Steered, steer
+from tenfold.attend.pasta import Steered, lifts, steer
 from tenfold.attend.profiles import Profile, load_profile, save_profile
 from tenfold.attend.profiling import find_profile
 from tenfold.attend.tasks import Item, items_of, task_items
@@ -94,6 +94,8 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
     model, tokenizer = opened.model, opened.tokenizer
     profile.check_model(model)
     notes: dict[str, None] = {}
+    # these two look at each token's own strength, which a target mass does not have
+    can_lift = lifts(model) and not config.keep_sink and config.generated == "keep"
     steering = partial(
         steer,
         heads=profile.heads,
@@ -102,7 +104,8 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
         tell=lambda note: notes.update({note: None}),
     )
     scored, chatting = (
-        partial(steering, **config.dose(chat)) for chat in (False, uses_template(tokenizer, config.chat))
+        partial(steering, **config.dose(chat, lifts=can_lift))
+        for chat in (False, uses_template(tokenizer, config.chat))
     )
     with scored(model, encode(tokenizer, ["."], device=input_device(model))):
         pass  # nothing is marked: this only refuses heads and models that it would refuse later
@@ -183,7 +186,8 @@ def emphasised(
     """
     texts: list[str] = []
     notes: dict[str, None] = {}
-    profile, dose = profile_of(config, context), config.dose(uses_template(tokenizer, config.chat))
+    profile = profile_of(config, context)
+    dose = config.dose(uses_template(tokenizer, config.chat), lifts=lifts(model))
     for start in range(0, len(config.prompts), BATCH):
         prompts = []
         for prompt in config.prompts[start : start + BATCH]:

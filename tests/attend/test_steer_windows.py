@@ -1,5 +1,6 @@
 """Steering of heads that do not see everything: who is steered, and what happens when a mark leaves the window."""
 
+import contextlib
 import itertools
 import math
 
@@ -10,10 +11,10 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from tenfold.attend import masformer
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.marks import Marks
-from tenfold.attend.pasta import Profile, steer
+from tenfold.attend.pasta import Profile, lifts, steer
 from tenfold.attend.profiles import describe_model
 from tenfold.cache.spans import SpanCache
-from tenfold.errors import ConfigError
+from tenfold.errors import ConfigError, TenfoldError
 from tenfold.kernels.local import Span
 from tenfold.models.tiny import tiny_model
 
@@ -156,3 +157,20 @@ def test_rows_of_a_batch_are_steered_as_each_alone():
         assert (together[row] - alone[0]).abs().max() < 1e-5
     with pytest.raises(ConfigError, match="row 0: head 1 of layer 0 does not reach"):
         steer(model, marks, heads={0: [1]}).__enter__()
+
+
+def test_which_models_can_be_lifted_to_a_target_mass():
+    """Where it says no, `steer` refuses; where it says yes, the marks get their share."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 263, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    converted = tiny_model("llama").model
+    masformer.convert(converted, full_layers=[1], span=Span("sliding", 8))
+    plain = tiny_model("llama").model
+    marks = marks_of(12, [(4, 6)])
+    for model, expected in ((capped, False), (converted, False), (plain, True)):
+        assert lifts(model) is expected
+        with pytest.raises(TenfoldError) if not expected else contextlib.nullcontext():  # noqa: SIM117
+            with steer(model, marks, heads={0: [0, 1]}, target_mass=0.15), torch.no_grad():
+                model(**marks.inputs)

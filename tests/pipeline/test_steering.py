@@ -178,10 +178,14 @@ def test_the_dose_of_chats_is_another_one_than_that_of_completions(monkeypatch):
     cases = [{}, {"chat": "no"}, {"alpha": "paper"}, {"alpha": 0.2}, {"target_mass": 0.4}]
     for number, case in enumerate(cases):
         execute({**keys, "max_new_tokens": 2, **case}, out=f"run{number}")
-    assert seen == [{"alpha": 0.3}, {"alpha": 0.01}, {"alpha": 0.01}, {"alpha": 0.2}, {"target_mass": 0.4}]
+    assert seen == [{"target_mass": 0.15}, {"alpha": 0.01}, {"alpha": 0.01}, {"alpha": 0.2}, {"target_mass": 0.4}]
     seen.clear()
     execute({"use": "pasta", "profile": "heads.json", "prompts": ["<mark>b</mark>"], "max_new_tokens": 2}, out="last")
-    assert seen == [{"alpha": 0.01}, {"alpha": 0.3}]  # what would be scored, and the prompt
+    assert seen == [{"alpha": 0.01}, {"target_mass": 0.15}]  # what would be scored, and the prompt
+    seen.clear()
+    keys = {"profile": "heads.json", "prompts": ["<mark>b</mark>"], "max_new_tokens": 2, "keep_sink": True}
+    execute({"use": "pasta", **keys}, out="sink")
+    assert seen == [{"alpha": 0.01}, {"alpha": 0.3}]  # a target mass has no sink to keep
 
 
 def test_a_steered_text_that_goes_round_in_circles_is_noted(monkeypatch):
