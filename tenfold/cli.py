@@ -224,7 +224,10 @@ def estimate(
     from tenfold.pipeline.estimate import estimate as predict
 
     for step in predict(_read(recipe, set)):
-        _table(step.title, ("what", "value"), step.rows)
+        if step.rows:
+            _table(step.title, ("what", "value"), step.rows)
+        else:
+            print(f"{step.title}: not estimated")
     return 0
 
 
@@ -407,7 +410,7 @@ def _execute(plan: Any, out: Path) -> int:
     from tenfold.pipeline.run import figures
     from tenfold.pipeline.run import run as execute
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, emoji=False)  # tiny:llama: is a model, not a picture of one
     summaries = execute(plan, out, console)
     for summary in summaries:
         for sample in summary.samples:
@@ -417,11 +420,12 @@ def _execute(plan: Any, out: Path) -> int:
         for note in summary.notes:
             console.print(f"{summary.stage}: {note}", markup=False, highlight=False)
         if summary.artefact:
-            console.print(f"{summary.stage}: {out / f'{summary.index:02d}-{summary.stage}' / summary.artefact}")
+            artefact = out / f"{summary.index:02d}-{summary.stage}" / summary.artefact
+            console.print(f"{summary.stage}: {artefact}", markup=False, highlight=False)
     columns, rows = figures(summaries)
     if rows:
         _table("figures", columns, rows)
-    console.print(f"report: {out / 'report.html'}", highlight=False)
+    console.print(f"report: {out / 'report.html'}", markup=False, highlight=False)
     return 0
 
 
@@ -430,7 +434,9 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=Text(title, style="table.title"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

@@ -65,6 +65,11 @@ def in_our_words(
         if flag in fields:
             key, cls = fields[flag]
             kinds = str(cls.model_fields[key].annotation)
+            if kinds == "dict[str, str]":
+                _refuse(
+                    verb,
+                    f"{flag}: must be ours and yours in turn, as in {flag} prompt question, got {' '.join(values)!r}",
+                )
             given = [_read(value) for value in values]
             many = "tuple" in kinds
             try:

@@ -22,7 +22,7 @@ class DataFields(Config):
     rows: Kind | None = None
     """What a row is; by default told from its columns."""
     columns: dict[str, str] = {}
-    """Your column name for each of ours, e.g. ``prompt: question``."""
+    """Your column name for each of ours: ``{prompt: question}``, on the command line ``--columns prompt question``."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Read at most this many rows."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1

@@ -120,7 +120,7 @@ def unknown_kind(record: Record, values: Mapping[str, Any]) -> DataError:
     # Alpaca's input belongs to the prompt, and a mapping cannot join the two.
     joined = "; put `input` behind the instruction first where it is not empty" if "input" in record.values else ""
     return DataError(
-        f"{record.place}: the columns {', '.join(record.values) or '(none)'} are no known kind of row; "
+        f"{record.place}: the columns {', '.join(record.values) or '(none)'} fit no known kind of row; "
         f"known are\n{table}\n  row: {show(record.values)}",
         remedy="say which of your columns is which: "
         f"columns: {{{mapping or 'prompt: question, completion: answer'}}}{joined if 'instruction' in mapping else ''}",

@@ -55,7 +55,7 @@ def estimate(plan: Plan) -> list[Estimate]:
     """Predict for each stage of a plan, without reading a weight or a row.
 
     Returns:
-        One estimate for the model, then one for each stage whose needs are known.
+        One estimate for the model, then one for each stage; that of a stage whose needs are not known is empty.
     """
     ref = model_of(plan)
     check_model(plan)
@@ -69,6 +69,8 @@ def estimate(plan: Plan) -> list[Estimate]:
             found.append(Estimate(step.folder, training_needs(attach, step.config, ref)))
         elif isinstance(step.config, EvaluateConfig):
             found.append(Estimate(step.folder, inference_needs(step.config, ref)))
+        else:
+            found.append(Estimate(step.folder, {}))
     return found
 
 
@@ -100,7 +102,7 @@ def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: Mode
         optimizer.step()
     return {
         "trainable parameters": sum(p.numel() for p in trainable),
-        "adapter": adapter,
+        **({"adapter": adapter} if adapter else {}),  # a model trained whole has none
         "optimizer": 2 * sum(p.numel() * p.element_size() for p in trainable),
         "activations": activations,
         "peak growth": (live.peak - base_live) * (1.0 if on_gpu(ref) else CPU_HEAP),

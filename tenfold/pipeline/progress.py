@@ -38,12 +38,12 @@ class Progress:
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             columns = (
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
             )
             self._bar = RichProgress(*columns, console=self.console, transient=True)
             self._bar.start()
@@ -67,7 +67,9 @@ class Progress:
         elif now - self._last >= LOG_INTERVAL or done == total:
             self._last = now
             self._tell()
-            self.console.print(f"  {label}: {done}/{total} {detail}".rstrip(), highlight=False)
+            self.console.print(
+                f"  {label}: {done}/{total} {detail}".rstrip(), markup=False, emoji=False, highlight=False
+            )
 
     def begin(self, label: str) -> None:
         """Say what is at work from now on, where nobody knows how many steps it has."""
@@ -78,13 +80,14 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self._tell()
-        self.console.print(text, highlight=False)
+        self.console.print(text, markup=False, emoji=False, highlight=False)
 
     def beat(self, now: float) -> None:
         """Print what is at work where nothing was printed for a while; called every second."""
         if self._label and now - self._told >= self._patience:
             self._tell()
-            self.console.print(f"  {self._label}: for {quantity(now - self._began, 's')}", highlight=False)
+            took = quantity(now - self._began, "s")
+            self.console.print(f"  {self._label}: for {took}", markup=False, emoji=False, highlight=False)
 
     def _tell(self) -> None:
         self._told, self._patience = time.monotonic(), min(2 * self._patience, LONGEST_SILENCE)

@@ -81,10 +81,18 @@ def test_saved_activations_are_those_that_autograd_saves():
     assert needs["activations"] == pytest.approx(saved, rel=0.02)
 
 
-def test_every_stage_of_a_plan_is_estimated():
+def test_every_stage_of_a_plan_is_estimated_or_named():
     stages = [{"use": "lora", "data": "python-reference", "rank": 2}, {"use": "evaluate"}, {"use": "generate"}]
-    titles = [found.title for found in estimate(resolve({"model": "tiny:llama", "stages": stages}, "test"))]
-    assert titles == ["model: tiny:llama", "01-lora", "02-evaluate"]
+    found = estimate(resolve({"model": "tiny:llama", "stages": stages}, "test"))
+    assert [one.title for one in found] == ["model: tiny:llama", "01-lora", "02-evaluate", "03-generate"]
+    assert [bool(one.rows) for one in found] == [True, True, True, False]
+
+
+def test_a_model_trained_whole_has_no_adapter():
+    stages = [{"use": "full", "data": "python-reference"}]
+    found = estimate(resolve({"model": "tiny:llama", "stages": stages}, "test"))
+    assert "adapter" not in found[1].amounts
+    assert found[1].amounts["trainable parameters"] > 0
 
 
 @pytest.mark.slow

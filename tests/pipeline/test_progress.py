@@ -82,3 +82,12 @@ def test_the_watch_ends_with_the_block():
         (watch,) = set(threading.enumerate()) - before
     watch.join(10)
     assert not watch.is_alive()
+
+
+def test_names_and_paths_are_printed_as_they_are(told, clock):
+    progress, at = told
+    progress.begin("opening tiny:llama")  # `:llama:` is a picture in rich's markup, and [x] a style
+    assert at(6) == ["  opening tiny:llama: for 6.00 s"]
+    progress("opening runs/[x]/:smile:", 1, 1)
+    progress.say("written to runs/[x]")
+    assert at(7)[1:] == ["  opening runs/[x]/:smile:: 1/1", "written to runs/[x]"]
