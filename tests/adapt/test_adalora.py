@@ -637,9 +637,17 @@ def test_runs_too_short_for_their_phases_say_so():
         notes = adapter.controller.notes
         assert adapter.too_short(steps) == (notes[0] if notes else None)
         assert (says in notes[0] and "train for 40 steps or more" in notes[0]) if says else notes == []
+
+
+def test_a_run_of_one_step_is_exported_within_the_budget(tmp_path):
+    """A few short rows, packed, are one step: nothing can shrink in it, and the export keeps the best triplets."""
     adapter = attach(tiny_model("llama").model, AdaLoraConfig(rank=1, steps=1))
-    with pytest.raises(ConfigError, match="1 optimizer step leaves AdaLoRA none to choose in"):
-        train(adapter, 1)
+    train(adapter, 1)
+    assert "1 optimizer step is few for AdaLoRA" in adapter.controller.notes[0]
+    assert "epochs: 40 times as many" in adapter.controller.notes[0]
+    kept = exported_updates(adapter.export(tmp_path / "out", layout="compact"))
+    triplets = sum(torch.linalg.matrix_rank(update).item() for update in kept.values())
+    assert 0 < triplets <= adapter.plan.end
 
 
 def test_phases_that_do_not_fit_the_run():

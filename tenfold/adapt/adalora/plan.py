@@ -152,11 +152,9 @@ def make_schedule(config: AdaLoraConfig, plan: Plan, total: int) -> CubicSchedul
     spans = {name: getattr(config, name) for name in ("tinit", "tfinal", "interval")}
     steps = {name: round(span * total) if isinstance(span, float) else span for name, span in spans.items()}
     steps["tfinal"], steps["interval"] = max(steps["tfinal"], 1), max(steps["interval"], 1)
-    if total < 2:
-        raise ConfigError(
-            f"{total} optimizer step leaves AdaLoRA none to choose in",
-            remedy="train for longer (steps, epochs), give more rows or a smaller batch_size, or use lora",
-        )
+    if total == 1 and isinstance(config.tinit, float) and isinstance(config.tfinal, float):
+        # Nothing to shrink in: the export keeps the best triplets, as after any run that ended early.
+        steps["tinit"] = steps["tfinal"] = 0
     if steps["tinit"] + steps["tfinal"] >= total:
         raise ConfigError(
             f"tinit ({steps['tinit']} steps) and tfinal ({steps['tfinal']} steps) leave none of the {total} steps of "
@@ -179,9 +177,11 @@ def too_short(config: AdaLoraConfig, schedule: CubicSchedule) -> str | None:
     if decided >= settled or not isinstance(config.tfinal, float):
         return None
     enough = math.ceil(settled / (1 - config.tfinal) - 1e-9)
+    steps = "1 optimizer step is" if schedule.total == 1 else f"{schedule.total} optimizer steps are"
     return (
-        f"{schedule.total} optimizer steps are few for AdaLoRA: the ranks are decided after {decided} of them, before "
-        f"the scores settle (about {settled} steps); train for {enough} steps or more, or use lora"
+        f"{steps} few for AdaLoRA: the ranks are decided after {decided} of them, before the scores settle (about "
+        f"{settled} steps); train for {enough} steps or more (steps, or epochs: {math.ceil(enough / schedule.total)} "
+        "times as many), or use lora"
     )
 
 
