@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from itertools import chain
 from typing import Any
 
@@ -57,4 +58,4 @@ def _typed(rows: list[tuple[Record, dict[str, Any]]]) -> Iterator[tuple[Record, 
             raise wrong(
                 record, "label", f"{cell!r} among numbers", "mend or remove the row; all other labels are numbers"
             )
-        yield record, {**values, "label": int(float(cell)) if whole else float(cell)} if cell else values
+        yield record, {**values, "label": int(Decimal(cell)) if whole else float(cell)} if cell else values

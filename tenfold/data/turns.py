@@ -92,7 +92,7 @@ def _message(record: Record, column: str, number: int, message: Any) -> Any:
     found = dict(message)
     if "from" in found and "value" in found and "role" not in found:
         sender = found.pop("from")
-        if sender not in _SHAREGPT:
+        if not isinstance(sender, str) or sender not in _SHAREGPT:
             raise wrong(
                 record,
                 column,

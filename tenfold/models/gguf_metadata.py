@@ -19,7 +19,7 @@ SHAPES = frozenset({
     "vocab_size", "context_length", "block_count", "embedding_length", "embedding_length_out",
     "feed_forward_length", "expert_feed_forward_length", "expert_shared_feed_forward_length", "tensor_data_layout",
     "attention.head_count", "attention.head_count_kv", "attention.layer_norm_epsilon",
-    "attention.layer_norm_rms_epsilon", "attention.causal", "rope.freq_base", "nextn_predict_layers",
+    "attention.layer_norm_rms_epsilon", "rope.freq_base", "nextn_predict_layers",
     "leading_dense_block_count", "decoder_block_count", "pooling_type", "token_shift_count",
     "attention.relative_buckets_count", "use_parallel_residual",
 })
@@ -34,6 +34,7 @@ SAME_NAME = {
     "embedding_scale": "embedding_multiplier",
     "attention.sliding_window": "sliding_window",
     "attention.key_length": "head_dim",
+    "expert_weights_norm": "norm_topk_prob",
 }
 """Key -> the field of a configuration that means the same, where the configuration has it."""
 
@@ -164,6 +165,8 @@ def _read_by_transformers(architecture: str, model_type: str) -> set[str]:
 
 def _carried(config: Any, key: str, value: Any) -> bool:
     """Put one key into the configuration; whether that was possible, or there was nothing to do."""
+    if key == "attention.causal":
+        return bool(value)
     if key == "attention.value_length":
         return bool(value == getattr(config, "head_dim", value))
     if key == "attention.scale":
@@ -177,7 +180,7 @@ def _carried(config: Any, key: str, value: Any) -> bool:
         return True
     if key == "attention.key_length":
         return bool(value == config.hidden_size // config.num_attention_heads)
-    return isinstance(value, int | float | str) and value in NEUTRAL
+    return value is not True and isinstance(value, int | float | str) and value in NEUTRAL  # True equals 1.0
 
 
 def _carried_scale(config: Any, scale: float) -> bool:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tenfold.errors import ModelError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ./name and ../name are paths
 _OLD_HUB_ID = re.compile(
-    r"(albert|bert|camembert|ctrl|distil[a-z]+|gpt2|openai-gpt|roberta|t5|transfo-xl|xlm|xlnet)(-[\w.-]+)?"
+    r"(albert|bert|camembert|ctrl|distil[a-z]+2?|gpt2|openai-gpt|roberta|t5|transfo-xl|xlm|xlnet)(-[\w.-]+)?"
 )
 """Models of the hub's first years, which have no owner in their name."""
 _GIVE = "give demo, tiny:<kind>, a folder, a .gguf file or a hub id (owner/name)"

@@ -28,8 +28,8 @@ def untie(model: Any, targets: Collection[str] = ()) -> list[tuple[str, str]]:
         targets: names of modules that are about to be adapted, beside those that already are.
 
     Returns:
-        The modules that shared a weight and do not any more, in pairs: the one that got a copy and the one that kept
-        the weight. It costs the memory of one embedding.
+        The parameters that were one and are not any more, in pairs: the one that is a copy now and the one that was
+        copied. It costs the memory of one embedding.
 
     Raises:
         ModelError: the shared weight is quantised, and its copy would not be the same layer.
@@ -39,25 +39,26 @@ def untie(model: Any, targets: Collection[str] = ()) -> list[tuple[str, str]]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         return []
-    named = base.get_expanded_tied_weights_keys(all_submodels=True)
-    pairs = [(target.rpartition(".")[0], source.rpartition(".")[0]) for target, source in named.items()]
-    shared = [pair for pair in pairs if _layer(base, pair[0]).weight is _layer(base, pair[1]).weight]
-    changed = {name for pair in shared for name in pair if name in targets or _adapted(base.get_submodule(name))}
+    # As they were before PEFT gave the layers other names. BERT's kin list the bias of the head beside its weight.
+    named = base.all_tied_weights_keys.items()
+    shared = [pair for pair in named if _parameter(base, pair[0]) is _parameter(base, pair[1])]
+    modules = {name: name.rpartition(".")[0] for pair in shared for name in pair}
+    changed = {name for name, at in modules.items() if at in targets or _adapted(base.get_submodule(at))}
     if not changed:
         return []
     if base.config.is_encoder_decoder:  # it goes on tying the others
         shared = [pair for pair in shared if changed.intersection(pair)]
     else:
         _set_entry(base, False)
-    for target, _ in shared:
-        _own_weight(_layer(base, target), target)
+    for target, source in shared:
+        _set_parameter(base, target, _copy(_parameter(base, source), target))
     return shared
 
 
 def tie_again(model: Any, pairs: list[tuple[str, str]]) -> None:
     """Undo `untie`, which returned these pairs, on a model whose adapters were taken off without merging."""
     for target, source in pairs:
-        model.get_submodule(target).weight = model.get_submodule(source).weight
+        _set_parameter(model, target, _parameter(model, source))
     if pairs and not model.config.is_encoder_decoder:
         _set_entry(model, True)
 
@@ -78,6 +79,16 @@ def _layer(base: Any, name: str) -> Any:
     return layer
 
 
+def _parameter(base: Any, name: str) -> Any:
+    module, _, own = name.rpartition(".")
+    return getattr(_layer(base, module), own)
+
+
+def _set_parameter(base: Any, name: str, parameter: nn.Parameter) -> None:
+    module, _, own = name.rpartition(".")
+    setattr(_layer(base, module), own, parameter)
+
+
 def _adapted(layer: nn.Module) -> bool:
     """Whether an adapter changes this layer alone. Trained tokens are ties' equals: PEFT gives them to both."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -87,14 +98,13 @@ def _adapted(layer: nn.Module) -> bool:
     return isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper) and not isinstance(layer, TrainableTokensLayer)
 
 
-def _own_weight(layer: Any, name: str) -> None:
-    weight = layer.weight
-    if not weight.is_floating_point():
+def _copy(parameter: nn.Parameter, name: str) -> nn.Parameter:
+    if not parameter.is_floating_point():
         raise ModelError(
             f"{name}: shares a quantised weight with the input embedding, so it cannot be adapted alone",
             remedy="leave it out of targets, or open the model in its original precision",
         )
-    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def _set_entry(base: Any, tied: bool) -> None:

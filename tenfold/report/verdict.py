@@ -128,7 +128,8 @@ def _judge(
         difference, interval, still = own.value, _interval(own), standstill(own.name)
         if still is not None:
             moved = (interval[0] - still, interval[1] - still) if interval else None
-            matters = threshold(own, own)
+            size = own.model_copy(update={"value": abs(own.value)})  # a loss of a share matters as a gain does
+            matters = threshold(size, size)
             outcome = _outcome(difference - still, moved, matters.of(still), own)
     return Comparison(
         task=task,

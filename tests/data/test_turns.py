@@ -193,6 +193,7 @@ def test_a_completion_may_be_a_conversation(tmp_path):
     ("row", "said"),
     [
         ({"conversations": [from_value("narrator", "q")]}, "message 1: unknown 'from' 'narrator'"),
+        ({"conversations": [from_value(["human"], "q")]}, "message 1: unknown 'from' ['human']"),
         ({"messages": [user([*parts("q"), {"type": "image", "url": "a.png"}]), answer("a")]},
          "message 1, part 2: a part of type 'image', expected text"),
         ({"messages": [user(["q"]), answer("a")]}, 'part 1: "q", expected text'),

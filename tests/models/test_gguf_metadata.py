@@ -210,6 +210,8 @@ def test_biases_of_attention_and_mlp_are_used(tmp_path):
         (lambda writer: writer.add_uint32("llama.expert_count", 8), "expert_count = 8"),
         (lambda writer: writer.add_uint32("llama.attention.value_length", 8), "value_length = 8"),
         (lambda writer: writer.add_uint32("llama.novelty", 3), "novelty = 3"),
+        (lambda writer: writer.add_bool("llama.expert_weights_norm", True), "expert_weights_norm = True"),
+        (lambda writer: writer.add_bool("llama.attention.causal", False), "attention.causal = False"),
     ],
 )
 def test_what_has_no_place_is_refused_by_name(tmp_path, say, named):
@@ -225,6 +227,8 @@ def test_what_has_no_place_is_refused_by_name(tmp_path, say, named):
         lambda writer: writer.add_uint32("llama.expert_count", 0),
         lambda writer: writer.add_uint32("llama.attention.value_length", 16),
         lambda writer: writer.add_float32("llama.attn_logit_softcapping", 0.0),
+        lambda writer: writer.add_bool("llama.expert_weights_norm", False),
+        lambda writer: writer.add_bool("llama.attention.causal", True),
     ],
 )
 def test_what_changes_nothing_is_no_obstacle(tmp_path, say):

@@ -49,7 +49,9 @@ def test_a_slip_is_answered_with_the_nearest(source, nearest):
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("source", ["./x.gguf", "/nowhere/at/all", "two words", "qqqqqq", "a:b", "~/nowhere-at-all"])
+@pytest.mark.parametrize(
+    "source", ["./x.gguf", "/nowhere/at/all", "two words", "qqqqqq", "a:b", "~/nowhere-at-all", "./qqqqqq", "../qqqqqq"]
+)
 def test_nothing_is_near(source):
     with pytest.raises(ModelError, match=r"no such folder or file|unknown model") as caught:
         open_model(source, device="cpu")
@@ -63,7 +65,17 @@ def test_an_address_is_not_a_name():
 
 
 @pytest.mark.parametrize(
-    "source", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B-Base", "runs/model", "nobody/nothing", "gpt2", "gpt2-xl", "t5-small"]
+    "source",
+    [
+        "Qwen/Qwen3-0.6B",
+        "Qwen/Qwen3-8B-Base",
+        "runs/model",
+        "nobody/nothing",
+        "gpt2",
+        "gpt2-xl",
+        "t5-small",
+        "distilgpt2",
+    ],
 )
 def test_hub_ids_go_to_the_hub(source):
     assert locate(source).kind == "hub"

@@ -8,7 +8,7 @@ import json
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, RobertaConfig
 
 from tenfold import adalora
 from tenfold.adapt import lora
@@ -140,6 +140,24 @@ def test_an_encoder_decoder_keeps_what_t5_scales_its_output_by(tmp_path, keys):
     folder = save_model(merge(model), opened.tokenizer, tmp_path / "merged")
     for again in (open_model(folder, "seq2seq", device="cpu").model, AutoModelForSeq2SeqLM.from_pretrained(folder)):
         torch.testing.assert_close(logits(again, opened.tokenizer), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["query", "decoder", "word_embeddings"])
+@pytest.mark.parametrize("kind", [BertConfig, RobertaConfig])
+def test_heads_that_list_their_bias_among_what_is_tied(tmp_path, kind, layer):
+    """BERT's kin name what is tied by patterns, and their head has a bias that the module around it holds, too."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = kind(**sizes, intermediate_size=32, max_position_embeddings=64, is_decoder=True)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    base.get_output_embeddings().bias.data.normal_()
+    model = moved(peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=[layer])))
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        merged = merge(model)
+        merged.save_pretrained(tmp_path)
+        for found in (merged, AutoModelForCausalLM.from_pretrained(tmp_path)):
+            torch.testing.assert_close(found(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_not_adapted_stays_tied():

@@ -61,6 +61,15 @@ def test_a_share_is_given_only_of_what_cannot_be_negative(make_measured, before,
     assert item.relative == relative
 
 
+@pytest.mark.parametrize(("value", "outcome"), [(0.005, "too small to matter"), (0.02, "better")])
+def test_a_difference_alone_matters_alike_in_both_directions(value, outcome):
+    def judged(value):
+        change = Metric(name="f1_difference", value=value, interval=(value - 1e-3, value + 1e-3), better="higher")
+        return compare([Result(task="quiz", subject="after - before", metrics=(change,))])[0].outcome
+
+    assert (judged(value), judged(-value)) == (outcome, outcome.replace("better", "worse"))
+
+
 def test_a_paired_figure_without_a_known_standstill_is_not_judged():
     improved = Metric(name="tokens_improved", value=0.62, better="higher")
     results = [Result(task="perplexity", subject="after - before", metrics=(improved,))]
