@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from tenfold.attend.layers import attention_layers
@@ -27,6 +27,7 @@ from tenfold.attend.spans import FIELD, NAME, by_span, head_spans
 from tenfold.cache.crop import tokens_left
 from tenfold.cache.gear.cache import gear_layers, head_sizes
 from tenfold.cache.gear.layer import GearLayer
+from tenfold.cache.whole import WholeCalls
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
 from tenfold.evaluate.memory import stored_bytes
@@ -121,6 +122,17 @@ class SpanLayer(CacheLayerMixin):
         whole = self.keys.shape[2] == self.tokens
         held = Held(self.keys, self.values, self.span, self.tokens, None if whole else self.places(), self.finish)
         return held, held
+
+    def mark(self) -> Mapping[str, Any]:
+        """What `take_back` needs to undo the next call; where nothing is dropped, without the keys."""
+        whole = self.span == FULL and self.tokens
+        return {name: value for name, value in vars(self).items() if not (whole and name in ("keys", "values"))}
+
+    def take_back(self, before: Mapping[str, Any]) -> None:
+        """Be as at `mark`."""
+        vars(self).update(before)
+        if "keys" not in before:
+            self.keys, self.values = (x[:, :, : self.tokens].clone() for x in (self.keys, self.values))
 
     def places(self) -> Tensor:
         """Of the held keys in the text, ``[batch, keys]``; -1 where a row has no key."""
@@ -283,6 +295,16 @@ class HeadSpanLayer(CacheLayerMixin):
         self.is_initialized = True
         return HeldHeads(tuple(held)), HeldHeads(tuple(held))
 
+    def mark(self) -> Mapping[str, Any]:
+        """As `SpanLayer.mark`."""
+        return {"is_initialized": self.is_initialized, "parts": [layer.mark() for _, layer in self.parts]}
+
+    def take_back(self, before: Mapping[str, Any]) -> None:
+        """As `SpanLayer.take_back`."""
+        self.is_initialized = before["is_initialized"]
+        for (_, layer), state in zip(self.parts, before["parts"], strict=True):
+            layer.take_back(state)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Those of the whole text."""
         return self.get_seq_length() + query_length, 0
@@ -339,7 +361,7 @@ class HeadSpanLayer(CacheLayerMixin):
         self.is_initialized = False
 
 
-class SpanCache(Cache):
+class SpanCache(WholeCalls):
     """A cache for ``past_key_values=`` of a converted model: local layers and heads keep a constant number of keys.
 
     Layers without keys, of convolutions or linear attention, have their states here as in the model's own cache.
@@ -365,7 +387,7 @@ class SpanCache(Cache):
         layers: list[Any] = list(DynamicCache(config=config).layers)
         full = []
         for index in attention_layers(decoder):
-            if not _has_keys_alone(layers[index]):
+            if type(layers[index]) is not DynamicLayer:
                 raise ModelError(
                     f"layer {index}: transformers keeps a {type(layers[index]).__name__} for it, not keys alone",
                     remedy="take the model's own cache: it holds all keys, and attention is by spans there too",
@@ -385,7 +407,7 @@ class SpanCache(Cache):
                 )
             for index, layer in gear_layers(decoder, kv, full).items():
                 layers[index] = layer
-        super().__init__(layers=layers)
+        super().__init__(layers)
 
     def report(self) -> dict[str, Any]:
         """What is stored, measured on the tensors' storage, beside what the formula says.
@@ -419,10 +441,6 @@ class SpanCache(Cache):
                 yield from (part for _, part in layer.parts)
             else:
                 yield layer
-
-
-def _has_keys_alone(layer: Any) -> bool:
-    return type(layer) is DynamicLayer
 
 
 def _is_local(store: Any) -> bool:
@@ -475,6 +493,6 @@ def own_cache(model: Any, kv: CacheConfig | None = None) -> SpanCache | None:
     if getattr(decoder, FIELD, None) is None or decoder._attn_implementation != NAME:
         return None
     stock = DynamicCache(config=model.config).layers
-    if kv is None and not all(_has_keys_alone(stock[layer]) for layer in attention_layers(decoder)):
+    if kv is None and any(type(stock[layer]) is not DynamicLayer for layer in attention_layers(decoder)):
         return None
     return SpanCache(model.config, kv)

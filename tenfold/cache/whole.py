@@ -10,18 +10,19 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from tenfold.errors import ModelError
+from tenfold.kernels.view import View
 
 
 class WholeCalls(Cache):
     """A cache that takes back a call as a whole where one of its layers refuses it, or fails while it packs.
 
     The layers before that one have taken the call's keys already. A layer with ``mark`` and ``take_back`` undoes it by
-    these; attention layers of transformers replace their tensors, so the old ones are put back. Recurrent states are
-    overwritten: a cache with such layers is emptied where the failed call was its first, and else refuses all calls
-    until `reset`.
+    these; from layers of full attention the new keys are cut off; others of transformers replace their tensors, so the
+    old ones are put back. Recurrent states are overwritten: a cache with such layers is emptied where the failed call
+    was its first, and else refuses all calls until `reset`.
 
     Args:
         layers: of the cache.
@@ -55,7 +56,7 @@ class WholeCalls(Cache):
         self._before[layer_idx] = _mark(self.layers[layer_idx])
         with self._whole():
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if hasattr(keys, "finish"):  # it packs once its attention is done
+        if isinstance(keys, View):  # it packs once its attention is done
             keys = values = dataclasses.replace(keys, finish=partial(self._finish, layer_idx, keys.finish))
         elif layer_idx == self._last:
             self._before = {}
@@ -101,11 +102,18 @@ class WholeCalls(Cache):
 
 def _mark(layer: Any) -> Mapping[str, Any]:
     tokens = layer.get_seq_length()
-    return {"tokens": tokens, "state": layer.mark() if hasattr(layer, "mark") else dict(vars(layer))}
+    if hasattr(layer, "mark"):
+        return {"tokens": tokens, "state": layer.mark()}
+    # Keys of all tokens are not held twice: a call appends to them.
+    return (
+        {"tokens": tokens} if tokens and type(layer) is DynamicLayer else {"tokens": tokens, "state": {**vars(layer)}}
+    )
 
 
 def _take_back(layer: Any, before: Mapping[str, Any]) -> None:
-    if hasattr(layer, "take_back"):
+    if "state" not in before:
+        layer.keys, layer.values = (x[:, :, : before["tokens"]].clone() for x in (layer.keys, layer.values))
+    elif hasattr(layer, "take_back"):
         layer.take_back(before["state"])
     else:
         vars(layer).clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -152,6 +153,32 @@ def checked_kv(key: str, text: str) -> None:
         raise ValueError(f"{key}: {error}") from None
 
 
+def check_packing(shape: Shape, key: str, caches: Sequence[str]) -> None:
+    """Refuse caches that a model has no layers for.
+
+    Args:
+        shape: of the model.
+        key: that names the caches.
+        caches: as `parse_kv` reads them.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    spans = shape.spans or {}
+    if spans.get("full_layers") == [] and not spans.get("heads"):
+        raise ConfigError(
+            f"{key}: {shape.name} has local spans in every layer, so there is nothing to pack",
+            remedy=f"leave {key} out: local layers keep few keys, exactly",
+        )
+    for cache in caches:
+        beyond = [layer for layer in parse_kv(cache).layer_bits if shape.layers is not None and layer >= shape.layers]
+        if beyond:
+            raise ConfigError(
+                f"{key}: {cache}: layer_bits: {beyond[0]}; the model has layers 0 to {(shape.layers or 0) - 1}",
+                remedy="correct the layer",
+            )
+
+
 class GearConfig(DataFields):
     """Compare caches: quality against bytes on texts, time of a token against the length of the context.
 
@@ -181,7 +208,8 @@ class GearConfig(DataFields):
     """Turns of each cache; the caches alternate."""
 
     def applied_to(self, shape: Shape) -> Shape:
-        """What is read must be within what the model can read."""
+        """What is read must be within what the model can read, and layers there to be packed."""
+        check_packing(shape, "caches", self.caches)
         shape.check_positions("context", self.context + self.scored, " tokens with those that are scored")
         return shape
 

@@ -7,8 +7,9 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from tenfold.config.gear import checked_kv
+from tenfold.config.gear import check_packing, checked_kv
 from tenfold.config.pasta import Chat, SteeringFields
+from tenfold.config.shape import Shape
 
 
 class GenerateConfig(SteeringFields):
@@ -42,6 +43,12 @@ class GenerateConfig(SteeringFields):
     def steers(self) -> bool:
         """Only where there is something to emphasise."""
         return bool(self.emphasise) or self.find_evidence
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """Heads to steer and layers to pack must be there."""
+        if self.kv is not None:
+            check_packing(shape, "kv", [self.kv])
+        return super().applied_to(shape)
 
     @model_validator(mode="after")
     def _something_to_steer(self) -> Self:

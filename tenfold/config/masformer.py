@@ -77,7 +77,8 @@ class MasformerConfig(DataFields):
                 f"passage: {self.passage}{what} are more than the {shape.positions} positions that the model has",
                 remedy="give a shorter passage, a smaller window, or between",
             )
-        return replace(shape, adapted=False, spans={"pattern": self.pattern, "sinks": self.sinks})
+        known = {} if self.full_layers is None else {"full_layers": list(self.full_layers)}
+        return replace(shape, adapted=False, spans={"pattern": self.pattern, "sinks": self.sinks, **known})
 
     def count(self, layers: int) -> int:
         """Layers, or heads, of full attention out of so many: at most what the budget says, one at least.

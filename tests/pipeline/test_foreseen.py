@@ -14,6 +14,7 @@ from tenfold.pipeline.estimate import estimate
 from tenfold.pipeline.recipe import resolve
 
 SPANS = {"use": "masformer", "window": 16, "passage": 16}
+NOWHERE = {**SPANS, "full_layers": []}
 TRAIN = {"use": "lora", "max_length": 64}
 CASES = {
     "positions": ([{**TRAIN, "max_length": 513}], "max_length: 513 is above the 512 positions"),
@@ -47,6 +48,12 @@ CASES = {
     "no spans": ([{"use": "export", "form": "native"}], "form: native: tiny:llama has no local spans"),
     "sinks": ([SPANS, {"use": "export", "form": "native"}], "sinks is 4"),
     "blocks": ([{**SPANS, "pattern": "block", "sinks": 0}, {"use": "export", "form": "native"}], "not pattern block"),
+    "nothing to pack": ([NOWHERE, {"use": "gear", "context": 64}], "02-gear: caches: .* nothing to pack"),
+    "nothing to pack for a text": ([NOWHERE, {"use": "generate", "kv": "gear:4"}], "kv: .* nothing to pack"),
+    "bits of a layer": (
+        [{"use": "generate", "kv": "gear:4,layer_bits={2: [8, 8]}"}],
+        "layer_bits: 2; the model has layers 0 to 1",
+    ),
     "profile": (
         [{"use": "generate", "prompts": ["a b"], "emphasise": ["b"]}],
         "made for a llama model of 30 layers with 9 heads each, and tiny:llama has 2 of 4",
@@ -55,6 +62,7 @@ CASES = {
 }
 POSSIBLE = {
     "all lengths": [{**TRAIN, "max_length": 512}, {"use": "evaluate", "max_length": 512}],
+    "packed where attention is full": [{**SPANS, "full_layers": [1]}, {"use": "generate", "kv": "gear:4"}],
     "all layers": [{**SPANS, "full_layers": [0, 1]}, {**TRAIN, "distil": 0.5}, {"use": "export"}],
     "windows as stock has them": [{**SPANS, "sinks": 0}, {"use": "export", "form": "native"}],
     "adapter": [TRAIN, {"use": "export", "form": "adapter"}],

@@ -11,13 +11,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tenfold.attend.attention import base_implementation, installed
-from tenfold.attend.spans import kv_heads
+from tenfold.attend.spans import head_spans, kv_heads
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.gear.reading import Reads
 from tenfold.cache.gear.settings import within_budget
 from tenfold.cache.whole import WholeCalls
 from tenfold.config.gear import CacheConfig, parse_kv
 from tenfold.errors import ConfigError, ModelError
+from tenfold.kernels.local import FULL
 
 
 class GearCache(WholeCalls):
@@ -33,7 +34,7 @@ class GearCache(WholeCalls):
         **keys: as in `tenfold.config.gear.CacheConfig`.
 
     Raises:
-        ModelError: no layer of full attention; an encoder-decoder.
+        ModelError: no layer of full attention, or some with local spans; an encoder-decoder.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")
@@ -61,6 +62,11 @@ class GearCache(WholeCalls):
             raise ModelError(
                 f"{decoder.model_type}: no layer of full attention, so there is nothing to pack",
                 remedy="keep the model's own cache: it is small already",
+            )
+        if local := [index for index in full if set(head_spans(decoder, index)) != {FULL}]:
+            raise ModelError(
+                f"layers {local} have local spans, and a packed cache holds layers of full attention",
+                remedy="take tenfold.cache.spans.SpanCache(model.config, kv=...), which packs the full layers alone",
             )
         for index, layer in gear_layers(decoder, settings, full).items():
             layers[index], self.settings = layer, layer.config
