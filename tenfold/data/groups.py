@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 from tenfold.data.rows import Chat, Choice, Classification, Completion, Preference, Question, Row, Text, content
@@ -115,8 +115,8 @@ def places(
     """Where in [0, 1) each row falls, at one place with all of its group.
 
     It is the hash of the smallest id of the group, so that neither order nor number of the other rows matters. Where
-    groups of several rows are so few or so uneven that a part would get much more or less than its share, groups are
-    laid out evenly: in the order of their hashes, each at the middle of its rows.
+    groups of several rows are so few or so uneven that a part would get much more or less than its share, or rows so few
+    that a part would get none, groups are laid out evenly: in the order of their hashes, each at the middle of its rows.
 
     Args:
         ids: of the rows, [rows].
@@ -135,7 +135,8 @@ def places(
     for id, group in zip(ids, groups, strict=True):
         first[group] = min(first.get(group, id), id)
     place = {group: hash_share(f"{salt}{id}") for group, id in first.items()}
-    if len(sizes) < len(ids) and not _near(place, sizes, edges, near):
+    uneven = len(sizes) < len(ids) and not _near(place, sizes, edges, near)
+    if uneven or _is_a_part_empty(place.values(), edges):
         widths = [upper - lower for lower, upper in itertools.pairwise(edges)]
         side = 1 if widths[-1] >= max(widths) else -1  # where the largest part is: behind, or in front
         order = sorted(place, key=lambda group: (side * (sizes[group] > most), place[group], first[group]))
@@ -144,6 +145,10 @@ def places(
             place[group] = (before + (sizes[group] - side) / 2) / len(ids)  # one group can fill the smaller part
             before += sizes[group]
     return [place[group] for group in groups]
+
+
+def _is_a_part_empty(places: Collection[float], edges: Sequence[float]) -> bool:
+    return any(not any(lower <= at < upper for at in places) for lower, upper in itertools.pairwise(edges))
 
 
 def _near(place: dict[Hashable, float], sizes: Counter[Hashable], edges: Sequence[float], near: float) -> bool:
