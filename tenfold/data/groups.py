@@ -115,8 +115,9 @@ def places(
     """Where in [0, 1) each row falls, at one place with all of its group.
 
     It is the hash of the smallest id of the group, so that neither order nor number of the other rows matters. Where
-    groups of several rows are so few or so uneven that a part would get much more or less than its share, or rows so few
-    that a part would get none, groups are laid out evenly: in the order of their hashes, each at the middle of its rows.
+    groups of several rows are so few or so uneven that a part would get much more or less than its share, or rows so
+    few that a part would get none, groups are laid out evenly: in the order of their hashes, each at the middle of its
+    rows.
 
     Args:
         ids: of the rows, [rows].
