@@ -89,7 +89,8 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
     with _writable(out), _locked(out):
         ours = owned(out)
         _refuse_foreign(plan, out)
-        ours.check_text(out / "recipe.yaml")
+        for name in ("recipe.yaml", "environment.json", "report.html"):
+            ours.check_text(out / name)
         _sweep(out)
         model = model_of(plan)
         with Progress(console) as progress:
@@ -100,7 +101,7 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
         from tenfold.pipeline.environment import environment  # imports torch: only once the input is known to be good
 
         machine = environment()
-        write_text(out / "environment.json", json.dumps(machine, indent=2))
+        ours.write(out / "environment.json", json.dumps(machine, indent=2))
         start, summaries = model, []
         for job in jobs:
             summary = _finished(out, job, ours)
@@ -113,7 +114,7 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
                 ours.write(target, (out / job.step.folder / name).read_text(encoding="utf-8"))
             summaries.append(summary)
             metrics = {done.folder: load_metrics(out / done.folder / "metrics.jsonl") for done in summaries}
-            write_report(out, plan.to_yaml(), summaries, metrics, environment=machine)
+            write_report(out, plan.to_yaml(), summaries, metrics, environment=machine, write=ours.write)
             model = continued(model, out / job.step.folder, summary)
         return summaries
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -168,6 +168,7 @@ def write_report(
     *,
     title: str | None = None,
     environment: Mapping[str, Any] | None = None,
+    write: Callable[[Path, str], None] = write_text,
 ) -> Path:
     """Write ``report.html`` into a run folder.
 
@@ -178,6 +179,7 @@ def write_report(
         metrics: stage folder -> lines of its ``metrics.jsonl``, as `tenfold.report.load.load_run` gives them.
         title: of the page. Default: the folder's name.
         environment: versions and machine. Default: those of the last stage.
+        write: writes the page; a run's own way refuses to write over somebody else's file.
 
     Returns:
         The path of the page.
@@ -189,7 +191,7 @@ def write_report(
     if environment is None:
         environment = summaries[-1].environment if summaries else {}
     path = folder / "report.html"
-    write_text(path, render(RunPage(title or folder.resolve().name, recipe, summaries, metrics, environment)))
+    write(path, render(RunPage(title or folder.resolve().name, recipe, summaries, metrics, environment)))
     return path
 
 

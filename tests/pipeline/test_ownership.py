@@ -173,3 +173,14 @@ def test_a_table_outside_of_the_run_folder(tmp_path):
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     owned(tmp_path / "elsewhere").write(table, "and again")
     assert table.read_text() == "and again"
+
+
+@pytest.mark.parametrize("name", ["report.html", "environment.json"])
+def test_a_page_or_record_of_the_user_in_a_run_folder_is_kept(name, values, tmp_path):
+    """Also where the run wrote such a file before: what lies there now is somebody else's."""
+    execute(values, tmp_path / "run")
+    execute(values, tmp_path / "run")  # its own are written again
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(FolderError, match=name):
+        execute(values, tmp_path / "run")
+    assert (tmp_path / "run" / name).read_text() == "mine"
