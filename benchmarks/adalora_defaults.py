@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "1e-3": {"learning_rate": 1e-3},
     "3e-3": {"learning_rate": 3e-3},
+    "5e-3": {"learning_rate": 5e-3},
     "1e-2": {"learning_rate": 1e-2},
     "3e-2": {"learning_rate": 3e-2},
     "3e-3, orthonormal": {"learning_rate": 3e-3, "init": "orthonormal"},
@@ -64,7 +65,7 @@ GRID = (
     (30, ("lora", "1e-2")),
     (100, ("lora", "1e-2")),
     (30, ("3e-2", "3e-3")),
-    (300, ("lora", "1e-2")),
+    (300, ("lora", "1e-2", "5e-3")),
     (100, ("3e-2", "3e-3")),
     (30, ("1e-3", "3e-3, orthonormal", "3e-3, alpha 8 r0")),
 )
