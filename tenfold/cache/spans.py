@@ -130,7 +130,7 @@ class SpanLayer(CacheLayerMixin):
 
     def take_back(self, before: Mapping[str, Any]) -> None:
         """Be as at `mark`."""
-        vars(self).update(before)
+        self.__dict__.update(before)
         if "keys" not in before:
             self.keys, self.values = (x[:, :, : self.tokens].clone() for x in (self.keys, self.values))
 
