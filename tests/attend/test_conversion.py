@@ -90,8 +90,11 @@ def test_what_stands_in_front_of_it_is_no_other_implementation():
     marks = pasta.encode(opened.tokenizer, [pasta.from_tags("It was <mark>red</mark>")])
     with pasta.steer(opened.model, marks, heads={1: [0]}):
         assert opened.model.config._attn_implementation == spans.NAME
-    with attach(opened.model, bits=4):
-        assert torch.equal(logits(opened.model), local)
+    with (
+        pytest.raises(ModelError, match="SpanCache"),
+        attach(opened.model, bits=4),
+    ):  # that one packs the full layers alone
+        pass
     assert torch.equal(logits(opened.model), local)
 
 

@@ -172,7 +172,7 @@ def test_what_a_fold_or_a_judge_would_miss_is_said_before_any_training(right, tm
     with pytest.raises(ConfigError, match=r"budget: 10% of 2\d pairs"):
         execute(recipe(**base, budget="10%", folds=2), tmp_path / "a")
     with pytest.raises(DataError, match="has none of the"):
-        execute(recipe(**{**base, "data": "step-audit:20"}, folds=15), tmp_path / "b")
+        execute(recipe(**{**base, "data": "step-audit:12"}, folds=15), tmp_path / "b")
     same = {**base, "data": str(right), "lams": [1, 0.5], "trusted": str(right)}
     with pytest.raises(DataError, match="holds all the training pairs"):
         execute(recipe(**same), tmp_path / "c")
