@@ -35,5 +35,5 @@ def odd_layer(config: Any, layers: Collection[int]) -> str | None:
             return f"layer {layer}: the configuration counts {len(stock)} layers"
         kind = type(stock[layer]).__name__
         if kind not in ("DynamicLayer", "LinearAttentionAndFullAttentionLayer"):
-            return f"layer {layer}: transformers keeps a {kind} for it, so it is no plain full attention"
+            return f"layer {layer}: transformers keeps a {kind} for it, so it is not plain full attention"
     return None

@@ -51,7 +51,7 @@ class GearLayer(CacheLayerMixin):
         self.uncropped = 0
         """Tokens that came since `crop` last said what stays, while the past is recorded."""
         self.visible: Tensor | None = None
-        """Which of the first tokens are no padding, ``[rows, tokens]``, bool, where it is known before packing."""
+        """Which of the first tokens are not padding, ``[rows, tokens]``, bool, where it is known before packing."""
         self.first: Any = ()
         self.buffer: Any = ()
         self.opening = 0
@@ -199,7 +199,7 @@ class GearLayer(CacheLayerMixin):
         self.packed_tokens += stop - sinks
 
     def _kept(self, seen: Tensor | None) -> Tensor | None:
-        """Which tokens of the buffer are no padding: ``[batch, tokens]``, or None for all."""
+        """Which tokens of the buffer are not padding: ``[batch, tokens]``, or None for all."""
         seen = self.visible if seen is None else seen
         if seen is None:
             return None
