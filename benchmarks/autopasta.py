@@ -29,19 +29,19 @@ from typing import Any
 from benchmarks import rows_in
 from benchmarks.adalora import alternate, quotient, spread
 from benchmarks.pasta import DATA, interval, keep_steered, shipped
-from tenfold.attend.autopasta import AutoPasta
-from tenfold.attend.evidence import MIN_RARE, bag_of_words, locate, rare_words
-from tenfold.attend.heads import batches_of, margins
-from tenfold.attend.marks import from_spans, from_substrings
-from tenfold.attend.profiles import load_profile
-from tenfold.attend.sentences import sentences
-from tenfold.attend.tasks import Item, colour_questions, evidence_items
+from tenfold.attend.autopasta.answering import AutoPasta
+from tenfold.attend.autopasta.quote_matching import MIN_RARE, bag_of_words, locate, rare_words
+from tenfold.attend.autopasta.sentences import sentences
+from tenfold.attend.autopasta.stage import Asked, _holds, measure
+from tenfold.attend.pasta.heads import batches_of, margins
+from tenfold.attend.pasta.profiles import load_profile
+from tenfold.attend.pasta.tasks import Item, colour_questions, evidence_items
+from tenfold.attend.text_marks import from_spans, from_substrings
 from tenfold.compat import quiet_upstream
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Question
 from tenfold.errors import DataError
 from tenfold.models.open import open_model
-from tenfold.pipeline.answering import Asked, _holds, measure
 
 RESULTS = Path(__file__).parent / "results" / "autopasta.jsonl"
 QUESTIONS, BATCH, ROOM = 200, 4, 384

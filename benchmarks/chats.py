@@ -7,7 +7,7 @@
 whether a text obeys. Half of each kind (``choose``) is for choosing the dose, the other half (``report``) says what the
 choice is worth. Greedy, 72 new tokens, the shipped profile, the model's chat template.
 
-``obeyed``: by the rule. ``repeating``: `tenfold.evaluate.formats.repeats`. ``nats``: of each token of the text, by the
+``obeyed``: by the rule. ``repeating``: `tenfold.data.text_checks.repeats`. ``nats``: of each token of the text, by the
 plain model after the same prompt, mean of the texts. ``by eye``: whether a reader who saw both texts found the steered
 one better or worse than the plain one; the verdicts are in ``results/chats_by_eye.jsonl``.
 """
@@ -28,12 +28,12 @@ import torch
 
 from benchmarks import rows_in
 from benchmarks.pasta import interval, keep_steered, shipped
-from tenfold.attend.marks import Marks, MessageSpan, encode, in_chat
-from tenfold.attend.pasta import steer
+from tenfold.attend.pasta.steering import steer
+from tenfold.attend.text_marks import Marks, MessageSpan, encode, in_chat
 from tenfold.compat import quiet_upstream
-from tenfold.evaluate.formats import json_valid, repeats
-from tenfold.evaluate.generate import decoding
-from tenfold.evaluate.inference import evaluating
+from tenfold.data.text_checks import json_valid, repeats
+from tenfold.models.generation import decoding
+from tenfold.models.inference import evaluating
 from tenfold.models.open import open_model
 
 HERE = Path(__file__).parent

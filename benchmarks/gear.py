@@ -41,9 +41,9 @@ from tenfold.cache.gear.measure import measure_decoding, measure_quality
 from tenfold.compat import quiet_upstream
 from tenfold.config.gear import parse_kv
 from tenfold.evaluate.compare import t_quantile
-from tenfold.evaluate.generate import generate
-from tenfold.evaluate.inference import evaluating, prompt_ids
-from tenfold.evaluate.memory import peak_growth
+from tenfold.models.generation import generate
+from tenfold.models.inference import evaluating, prompt_ids
+from tenfold.models.memory import peak_growth
 from tenfold.models.open import open_model
 
 RESULTS = Path(__file__).parent / "results" / "gear.jsonl"

@@ -30,16 +30,16 @@ from benchmarks.gear import documents
 from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.masformer import Placement, choose_heads, convert, place, profile_heads
+from tenfold.attend.masformer.conversion import Placement, choose_heads, convert, place, profile_heads
 from tenfold.cache.spans import own_cache
 from tenfold.compat import quiet_upstream
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.data.encode import Encoded
-from tenfold.evaluate.far import copying, needle, repeated
-from tenfold.evaluate.inference import evaluating, max_positions, prompt_ids
-from tenfold.evaluate.memory import peak_growth, stored_bytes
+from tenfold.evaluate.long_context import copying, needle, repeated
 from tenfold.kernels.local import Span, local_attention
+from tenfold.models.inference import evaluating, max_positions, prompt_ids
+from tenfold.models.memory import peak_growth, stored_bytes
 from tenfold.models.open import open_model
 
 RESULTS = Path(__file__).parent / "results" / "masformer.jsonl"

@@ -34,19 +34,19 @@ from transformers import DynamicCache
 from benchmarks import keep_in, rows_in
 from benchmarks.adalora import alternate, quotient, spread
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.heads import batches_of, effects, gradients, margins, rank, steerable
-from tenfold.attend.marks import Marked, MessageSpan, encode, from_spans, in_chat
-from tenfold.attend.pasta import log_strength, steer
-from tenfold.attend.profiles import Profile, load_profile, save_profile
-from tenfold.attend.profiling import find_profile
-from tenfold.attend.tasks import Item, task_items
+from tenfold.attend.pasta.heads import batches_of, effects, gradients, margins, rank, steerable
+from tenfold.attend.pasta.profiles import Profile, load_profile, save_profile
+from tenfold.attend.pasta.profiling import find_profile
+from tenfold.attend.pasta.steering import log_strength, steer
+from tenfold.attend.pasta.tasks import Item, task_items
+from tenfold.attend.text_marks import Marked, MessageSpan, encode, from_spans, in_chat
 from tenfold.compat import quiet_upstream
 from tenfold.config.pasta import profile_path
+from tenfold.data.text_checks import fluency, json_contains, json_valid, pronouns_changed
 from tenfold.evaluate.compare import t_quantile
-from tenfold.evaluate.formats import fluency, json_contains, json_valid, pronouns_changed
-from tenfold.evaluate.generate import continue_inputs
-from tenfold.evaluate.inference import evaluating, prompt_ids
-from tenfold.evaluate.memory import peak_growth
+from tenfold.models.generation import continue_inputs
+from tenfold.models.inference import evaluating, prompt_ids
+from tenfold.models.memory import peak_growth
 from tenfold.models.open import open_model
 
 RESULTS = Path(__file__).parent / "results" / "pasta.jsonl"

@@ -37,11 +37,11 @@ from torch.nn.functional import logsigmoid
 from benchmarks import done_in, keep_in, rows_in
 from benchmarks.pasta import DATA, read
 from tenfold.adapt import lora
-from tenfold.align.audit import Action, cleaned_rows, write_csv
-from tenfold.align.audit import audit as judge
+from tenfold.align.audit.judging import Action, cleaned_rows, write_csv
+from tenfold.align.audit.judging import audit as judge
 from tenfold.align.margins import Scored, cross_fit, pair_tokens, score_pairs, score_policy_pairs
 from tenfold.align.preferences import StepRewards, corrupt, irrational, stochastic, uniform
-from tenfold.align.r3m import PairLoss, pair_loss, perturbation, r3m_loss
+from tenfold.align.r3m.losses import PairLoss, pair_loss, perturbation, r3m_loss
 from tenfold.compat import quiet_upstream
 from tenfold.config.lora import LoraConfig
 from tenfold.config.r3m import AUDIT_LAM, RobustFields
@@ -50,9 +50,9 @@ from tenfold.data.read import read_rows
 from tenfold.data.rows import Preference
 from tenfold.data.step_audit import preference_values, step_audit
 from tenfold.evaluate.compare import t_quantile
-from tenfold.evaluate.inference import evaluating
-from tenfold.evaluate.memory import peak_growth
 from tenfold.evaluate.ranking import precision_at, roc_auc
+from tenfold.models.inference import evaluating
+from tenfold.models.memory import peak_growth
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
 
@@ -184,7 +184,7 @@ def _step(kind: str, name: str, pairs: int, words: int) -> Callable[[], None]:
     from datasets import Dataset, disable_progress_bars
     from trl import RewardTrainer
 
-    from tenfold.align.trainers import R3MRewardTrainer
+    from tenfold.align.r3m.trainers import R3MRewardTrainer
 
     disable_progress_bars()
     torch.manual_seed(0)
@@ -653,7 +653,7 @@ def _cleaning(
 def _policy(start: Any, pairs: list[Preference], robust: RobustFields, seed: int) -> tuple[Any, Any]:
     from datasets import Dataset, disable_progress_bars
 
-    from tenfold.align.trainers import R3MDPOTrainer
+    from tenfold.align.r3m.trainers import R3MDPOTrainer
 
     disable_progress_bars()
     policy = copy.deepcopy(start.model)
@@ -682,7 +682,7 @@ def adapter(pairs: int = 500, held: int = 300) -> None:
     """
     from datasets import Dataset, disable_progress_bars
 
-    from tenfold.align.trainers import R3MRewardTrainer
+    from tenfold.align.r3m.trainers import R3MRewardTrainer
 
     disable_progress_bars()
     for name, robust in TUNED[:3]:

@@ -33,7 +33,7 @@ from benchmarks.r3m import (
     rows,
     turned,
 )
-from tenfold.align.choose import choose_lam
+from tenfold.align.r3m.choose import choose_lam
 from tenfold.compat import quiet_upstream
 
 LAMS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1)

@@ -285,7 +285,7 @@ def compare(first: Positional[Path], second: Positional[Path]) -> int:
 def env() -> int:
     """Show versions and machine, for bug reports."""
     from tenfold.pipeline.environment import environment
-    from tenfold.report.numbers import quantity
+    from tenfold.stage.numbers import quantity
 
     found = environment()
     memory = found.pop("memory_bytes")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from tenfold.attend.masformer import full_attention
+from tenfold.attend.masformer.conversion import full_attention
 from tenfold.attend.spans import FIELD
 from tenfold.data.encode import IGNORED
 from tenfold.errors import ConfigError
-from tenfold.evaluate.inference import evaluating, input_device, takes_logits_to_keep
+from tenfold.models.inference import evaluating, input_device, takes_logits_to_keep
 
 Teacher = Callable[[dict[str, Tensor]], Sequence[Tensor]]
 """From the inputs of a batch to hidden states, one ``[batch, tokens, channels]`` for each layer."""

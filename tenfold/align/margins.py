@@ -22,15 +22,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tenfold.align.known import KnownMargins, fingerprint, tokenizer_hash
+from tenfold.align.margin_cache import KnownMargins, fingerprint, tokenizer_hash
 from tenfold.data.encode import pad_id
 from tenfold.data.groups import kept_together, places
 from tenfold.data.rows import Preference
 from tenfold.data.templates import render, require_chat_template
 from tenfold.data.tokens import shared, tokens
 from tenfold.errors import ConfigError, DataError, ModelError
-from tenfold.evaluate.inference import evaluating, input_device
-from tenfold.evaluate.score import Progress, Window, score
+from tenfold.models.inference import evaluating, input_device
+from tenfold.models.scoring import Progress, Window, score
 from tenfold.models.source import REFERENCE
 
 Model = TypeVar("Model")

@@ -245,7 +245,7 @@ def attention(
         key_bias: biases per (batch, head, key), added after scale and rotary positions; none leaves everything to
             ``base``.
         probe: looks on: it is given the layer's index, ``value``, and a function from other values to the output they
-            would give; see `tenfold.attend.mass`.
+            would give; see `tenfold.attend.pasta.attention_share`.
         **arguments: what else transformers passes; ``base`` gets it.
 
     Returns:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tenfold.attend.marks import Marks
 from tenfold.attend.spans import head_spans
+from tenfold.attend.text_marks import Marks
 from tenfold.kernels.local import FULL, Span
 
 Heads = dict[int, tuple[int, ...]]

@@ -30,8 +30,8 @@ from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.whole import WholeCalls
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
-from tenfold.evaluate.memory import stored_bytes
 from tenfold.kernels.local import FULL, Held, HeldHeads, Span, first_keys, held_positions
+from tenfold.models.memory import stored_bytes
 
 DRAFTED = 64
 """Tokens that may follow a crop, in several calls, before recording is taken to be over: no draft is as long."""

@@ -26,7 +26,7 @@ Chat = Annotated[Literal["auto", "yes", "no"], BeforeValidator(yes_or_no)]
 
 Task = Literal["conflict", "evidence", "instruction"]
 
-SHIPPED = Path(__file__).parents[1] / "attend" / "shipped"
+SHIPPED = Path(__file__).parents[1] / "attend" / "pasta" / "shipped"
 """Profiles that come with the package: ``default`` is the embedded model's."""
 
 

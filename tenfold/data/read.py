@@ -13,11 +13,11 @@ from typing import Any, overload
 
 from tenfold.config.data import Kind
 from tenfold.data.check import build, kind_of, unknown_kind, wrong
+from tenfold.data.conversations import as_texts, in_messages
 from tenfold.data.groups import DIVIDED, kept_together, places, subject, twin
 from tenfold.data.labels import with_labels
 from tenfold.data.rows import KINDS, OUR_COLUMNS, Classification, Row, content
 from tenfold.data.sources import Record, open_source
-from tenfold.data.turns import as_texts, in_messages
 from tenfold.errors import ConfigError, DataError
 
 _TRAIN = "train"

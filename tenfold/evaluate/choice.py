@@ -13,8 +13,8 @@ from tenfold.data.encode import pad_id
 from tenfold.data.rows import Choice
 from tenfold.data.tokens import tokens_within
 from tenfold.errors import DataError
-from tenfold.evaluate.results import Metric, Result
-from tenfold.evaluate.score import Progress, Window, score
+from tenfold.models.scoring import Progress, Window, score
+from tenfold.stage.results import Metric, Result
 
 
 @dataclass(frozen=True)

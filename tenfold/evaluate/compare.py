@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tenfold.errors import DataError
 from tenfold.evaluate.perplexity import Perplexity, document_sums, ratio
-from tenfold.evaluate.results import Metric, Result
+from tenfold.stage.results import Metric, Result
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,18 @@ def _t_within(t: float, degrees: int) -> float:
     if degrees % 2 == 0:
         return math.sin(theta) * total
     return 2 / math.pi * (theta + math.sin(theta) * total)
+
+
+def paired_metric(name: str, change: Tensor, unit: str = "") -> Metric:
+    """Mean of paired differences with the 95 % interval of Student's t.
+
+    >>> paired_metric("accuracy_difference", torch.tensor([1.0, 0.0, 1.0, 1.0])).value
+    0.75
+    """
+    count = len(change)
+    if count == 1:
+        return Metric(name=name, value=float(change), unit=unit, count=1, better="higher")
+    mean, error = float(change.mean()), float(change.std()) / count**0.5
+    half = t_quantile(count - 1) * error
+    interval = (mean - half, mean + half)
+    return Metric(name=name, value=mean, unit=unit, count=count, stderr=error, interval=interval, better="higher")

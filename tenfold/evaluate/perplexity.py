@@ -11,9 +11,9 @@ import torch
 
 from tenfold.data.encode import pad_id
 from tenfold.errors import ConfigError, DataError
-from tenfold.evaluate.inference import max_positions
-from tenfold.evaluate.results import Metric, Result
-from tenfold.evaluate.score import Progress, Window, score
+from tenfold.models.inference import max_positions
+from tenfold.models.scoring import Progress, Window, score
+from tenfold.stage.results import Metric, Result
 
 
 @dataclass(frozen=True)

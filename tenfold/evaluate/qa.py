@@ -12,8 +12,8 @@ from typing import Any
 from tenfold.data.rows import Question
 from tenfold.errors import DataError
 from tenfold.evaluate.choice import share
-from tenfold.evaluate.generate import generate
-from tenfold.evaluate.results import Result
+from tenfold.models.generation import generate
+from tenfold.stage.results import Result
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -13,7 +13,7 @@ import torch
 
 from tenfold.errors import ConfigError
 from tenfold.evaluate.compare import t_quantile
-from tenfold.evaluate.inference import (
+from tenfold.models.inference import (
     evaluating,
     input_device,
     prompt_ids,
@@ -21,8 +21,8 @@ from tenfold.evaluate.inference import (
     takes_cache,
     takes_logits_to_keep,
 )
-from tenfold.evaluate.memory import stored_bytes
-from tenfold.evaluate.results import Metric, Result
+from tenfold.models.memory import stored_bytes
+from tenfold.stage.results import Metric, Result
 
 Subject = Any | tuple[Any, Callable[[], AbstractContextManager[Any]]]
 """A model, or a model and what to enter around each of its runs: ``(model, model.disable_adapter)``."""

@@ -6,8 +6,8 @@ import difflib
 from typing import Any
 
 from tenfold.errors import ConfigError, DataError, MissingDependencyError
-from tenfold.evaluate.inference import evaluating
-from tenfold.evaluate.results import Metric, Result
+from tenfold.models.inference import evaluating
+from tenfold.stage.results import Metric, Result
 
 _BOOTSTRAPS = 1000
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tenfold.errors import ModelError
 
-FINISHERS = {"tenfold_span": "tenfold.attend.native:restore"}
+FINISHERS = {"tenfold_span": "tenfold.attend.masformer.native:restore"}
 """Fields of a saved configuration that ask for something once the model is loaded, and what does it: a function of the
 model."""
 

@@ -65,7 +65,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: boo
     """Write a folder that ``from_pretrained`` opens; it appears under its name only when it is complete.
 
     A model with local spans (`tenfold.attend.masformer`) is opened by `open_model` alone: transformers refuses the name
-    of its attention. See `tenfold.attend.native.save_native`.
+    of its attention. See `tenfold.attend.masformer.native.save_native`.
 
     Args:
         model: a ``transformers`` model; adapters must be merged first.

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tenfold.align.r3m.stage import trusted_rows
 from tenfold.config.autopasta import AutoPastaConfig
 from tenfold.config.base import Config
 from tenfold.config.evaluate import EvaluateConfig
@@ -125,7 +126,7 @@ def _check_matrices(step: Step, ref: ModelRef) -> None:
     import torch
 
     from tenfold.models.layer_map import layer_map
-    from tenfold.models.skeleton import skeleton
+    from tenfold.models.meta_model import skeleton
 
     model, attach = skeleton(ref), stage(step.name).attach_function()
     if attach is None:
@@ -186,18 +187,6 @@ def _check_outputs(config: AuditConfig, where: str) -> None:
             raise ConfigError(
                 f"{where}: {key}: {path} belongs to the data, which would be lost", remedy="give another file"
             )
-
-
-def trusted_rows(config: R3MConfig) -> Rows:
-    """The pairs that choose among caps, read like the training data.
-
-    Raises:
-        DataError: they cannot be read, or are no preferences.
-    """
-    from tenfold.data.read import read_rows
-
-    assert config.trusted is not None
-    return read_rows(config.trusted, rows="preference", columns=config.columns)
 
 
 def _check_kind(rows: Rows | None, kinds: tuple[str, ...], what: str) -> None:

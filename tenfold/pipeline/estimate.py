@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_iter
 from tenfold.compat import enable_checkpointing
 from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.training import TrainingFields
+from tenfold.models.meta_model import skeleton
 from tenfold.models.open import resolve_device
 from tenfold.models.reference import ModelRef
-from tenfold.models.skeleton import skeleton
 from tenfold.pipeline.checking import check_model, model_of
 from tenfold.pipeline.recipe import Plan
 from tenfold.pipeline.stages import stage
-from tenfold.report.numbers import quantity
+from tenfold.stage.numbers import quantity
 
 CPU_HEAP = 1.6
 """Resident over live bytes of a training step on a CPU. The C library keeps freed blocks as holes between live ones;

@@ -38,16 +38,16 @@ from tenfold.files import replace_folder, write_text
 from tenfold.models.embedded import DEMO_HUB_ID
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.checking import check_model, check_stage, model_of, trusted_rows
-from tenfold.pipeline.context import Context, StageOutput
 from tenfold.pipeline.ownership import LOCK, Owned, check_out, owned
-from tenfold.pipeline.progress import Progress
 from tenfold.pipeline.recipe import Plan, Step
 from tenfold.pipeline.stages import stage
 from tenfold.report.card import write_card
 from tenfold.report.load import load_metrics
-from tenfold.report.numbers import fit
 from tenfold.report.page import write_report
-from tenfold.report.record import StageSummary
+from tenfold.stage.context import Context, StageOutput
+from tenfold.stage.numbers import fit
+from tenfold.stage.progress import Progress
+from tenfold.stage.record import StageSummary
 
 if TYPE_CHECKING:
     from tenfold.data.read import Rows
@@ -388,7 +388,7 @@ def _is_full(error: Exception, out: Path) -> bool:
 def figures(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Column titles and rows of what was measured, for the terminal: values as the report shows them.
 
-    >>> from tenfold.evaluate.results import Metric, Result
+    >>> from tenfold.stage.results import Metric, Result
     >>> result = Result(task="speed", subject="model", metrics=(Metric(name="prefill", value=0.0312, unit="s"),))
     >>> summary = StageSummary(tenfold_version="", index=1, stage="", fingerprint="", config={}, seed=0,
     ...                        results=(result,))

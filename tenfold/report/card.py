@@ -11,9 +11,9 @@ import yaml
 
 from tenfold.files import write_text
 from tenfold.models.changes import is_marked
-from tenfold.report import numbers
-from tenfold.report.record import StageSummary
 from tenfold.report.verdict import compare, half_width
+from tenfold.stage import numbers
+from tenfold.stage.record import StageSummary
 
 Kind = Literal["adapter", "model"]
 Task = Literal["causal", "seq2seq", "classification", "reward"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tenfold.evaluate.results import Metric
-from tenfold.report import numbers
-from tenfold.report.record import StageSummary
+from tenfold.stage import numbers
+from tenfold.stage.record import StageSummary
+from tenfold.stage.results import Metric
 
 
 @dataclass(frozen=True)

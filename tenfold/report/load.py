@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tenfold.errors import FolderError, RunError
-from tenfold.report.record import SCHEMA_VERSION, StageSummary
+from tenfold.stage.record import SCHEMA_VERSION, StageSummary
 
 STAGE_FOLDER = re.compile(r"\d{2,}-.+")
 

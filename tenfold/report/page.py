@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tenfold.evaluate.results import Metric
 from tenfold.files import write_text
-from tenfold.report import numbers, plots, thresholds
-from tenfold.report.record import Figure, StageSummary, Table
+from tenfold.report import plots, thresholds
 from tenfold.report.verdict import (
     AFTER,
     BEFORE,
@@ -28,6 +26,9 @@ from tenfold.report.verdict import (
     standstill,
     verdict,
 )
+from tenfold.stage import numbers
+from tenfold.stage.record import Figure, StageSummary, Table
+from tenfold.stage.results import Metric
 
 if TYPE_CHECKING:
     from jinja2 import Environment

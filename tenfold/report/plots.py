@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from tenfold.report import numbers
-from tenfold.report.record import Figure, Series
+from tenfold.stage import numbers
+from tenfold.stage.record import Figure, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tenfold.evaluate.results import Metric
-from tenfold.report import numbers
+from tenfold.stage import numbers
+from tenfold.stage.results import Metric
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tenfold.evaluate.results import Metric, Result
-from tenfold.report import numbers
-from tenfold.report.record import StageSummary
 from tenfold.report.thresholds import Threshold, is_bytes, is_counted, threshold
+from tenfold.stage import numbers
+from tenfold.stage.record import StageSummary
+from tenfold.stage.results import Metric, Result
 
 BEFORE, AFTER, DIFFERENCE = "before", "after", "after - before"
 

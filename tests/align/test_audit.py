@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tenfold.align import margins as scoring
-from tenfold.align.audit import Verdict, audit, audit_groups, cleaned_rows, worst_pairs, write_csv
+from tenfold.align.audit.judging import Verdict, audit, audit_groups, cleaned_rows, worst_pairs, write_csv
 from tenfold.align.margins import score_pairs
-from tenfold.align.r3m import expected_flags, kink
+from tenfold.align.r3m.losses import expected_flags, kink
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from tenfold.align.choose import choose_lam
-from tenfold.align.r3m import pair_loss
+from tenfold.align.r3m.choose import choose_lam
+from tenfold.align.r3m.losses import pair_loss
 from tenfold.errors import ConfigError, DataError
 
 

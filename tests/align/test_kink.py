@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tenfold.align.r3m import RunningKink, perturbation
+from tenfold.align.r3m.losses import RunningKink, perturbation
 
 
 @pytest.mark.parametrize("batch", [32, 128, 1024])

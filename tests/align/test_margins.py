@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tenfold.align import margins as scoring
-from tenfold.align.known import tokenizer_hash
+from tenfold.align.margin_cache import tokenizer_hash
 from tenfold.align.margins import Scored, cross_fit, folds_of, score_pairs, score_policy_pairs
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from torch.nn.functional import logsigmoid
 
-from tenfold.align.r3m import RunningKink, kink, lipschitz_envelope, pair_loss, perturbation, r3m_loss
+from tenfold.align.r3m.losses import RunningKink, kink, lipschitz_envelope, pair_loss, perturbation, r3m_loss
 from tenfold.config.r3m import RobustFields
 from tenfold.errors import ConfigError, DataError, MissingDependencyError, RunError
 from tenfold.models.tiny import tiny_model
 
 trl = pytest.importorskip("trl")
 
-from tenfold.align import trainers  # noqa: E402
-from tenfold.align.trainers import R3MDPOTrainer, R3MRewardTrainer  # noqa: E402
+from tenfold.align.r3m import trainers  # noqa: E402
+from tenfold.align.r3m.trainers import R3MDPOTrainer, R3MRewardTrainer  # noqa: E402
 
 pytestmark = [
     # TRL's configurations set a field that transformers renamed.

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tenfold import pasta
-from tenfold.attend import masformer, native, spans
+from tenfold.attend import masformer, spans
 from tenfold.attend.attention import self_attentions
+from tenfold.attend.masformer import native
 from tenfold.cache.gear.cache import attach
 from tenfold.cache.spans import own_cache
 from tenfold.errors import ModelError

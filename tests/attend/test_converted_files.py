@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tenfold.attend import masformer, native, spans
+from tenfold.attend import masformer, spans
+from tenfold.attend.masformer import native
 from tenfold.errors import ModelError
 from tenfold.kernels.local import Span
 from tenfold.models.changes import is_marked

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenfold.attend.embed import hidden_states
-from tenfold.attend.evidence import cosine, locate
+from tenfold.attend.autopasta.embed import hidden_states
+from tenfold.attend.autopasta.quote_matching import cosine, locate
 from tenfold.data.encode import pad_id
 from tenfold.models.tiny import tiny_model
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.attend.evidence import (
+from tenfold.attend.autopasta.quote_matching import (
     MIN_RATIO,
     Hit,
     bag_of_words,
@@ -21,7 +21,7 @@ from tenfold.attend.evidence import (
     locate,
     ratio,
 )
-from tenfold.attend.sentences import sentences
+from tenfold.attend.autopasta.sentences import sentences
 from tenfold.errors import ConfigError, DataError
 
 RIVERS = [

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from tenfold.attend.autopasta import AutoPasta
-from tenfold.attend.evidence import MIN_RARE, cosine, locate, rare_words
+from tenfold.attend.autopasta.answering import AutoPasta
+from tenfold.attend.autopasta.quote_matching import MIN_RARE, cosine, locate, rare_words
 from tenfold.models.tiny import tiny_model
 
 CONTEXT = (

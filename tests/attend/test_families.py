@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from tenfold.attend import masformer, native, spans
+from tenfold.attend import masformer, spans
 from tenfold.attend.attention import self_attentions
+from tenfold.attend.masformer import native
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.spans import SpanCache, SpanLayer, formula_bytes, own_cache
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ConfigError, ModelError
-from tenfold.evaluate.far import repeated
+from tenfold.evaluate.long_context import repeated
 from tenfold.kernels.local import Span
 from tenfold.models.export import save_model
 from tenfold.models.open import open_model

@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tenfold.attend import heads as module
-from tenfold.attend.heads import batches_of, candidates, effects, gradients, intersect, margins, rank, steerable
-from tenfold.attend.marks import from_spans
-from tenfold.attend.profiles import by_layer
-from tenfold.attend.tasks import Item, conflict_items, evidence_items, instruction_items
+from tenfold.attend.pasta import heads as module
+from tenfold.attend.pasta.heads import batches_of, candidates, effects, gradients, intersect, margins, rank, steerable
+from tenfold.attend.pasta.profiles import by_layer
+from tenfold.attend.pasta.tasks import Item, conflict_items, evidence_items, instruction_items
+from tenfold.attend.text_marks import from_spans
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.tiny import tiny_model
 

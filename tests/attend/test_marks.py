@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from tenfold.attend.marks import (
+from tenfold.attend.text_marks import (
     Marked,
     MessageSpan,
     Span,

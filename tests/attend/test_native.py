@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tenfold.attend import masformer, native, spans
+from tenfold.attend import masformer, spans
+from tenfold.attend.masformer import native
 from tenfold.errors import ModelError, RunError
 from tenfold.kernels.local import Span
 from tenfold.models.export import merge, save_model

@@ -14,9 +14,17 @@ from transformers import DynamicCache, GPTJConfig, GPTJForCausalLM, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from tenfold.attend.attention import installed, self_attentions
-from tenfold.attend.marks import Marks
-from tenfold.attend.pasta import Profile, load_profile, log_strength, save_profile, steer
-from tenfold.attend.profiles import all_heads, by_layer, describe_model, parse_heads
+from tenfold.attend.pasta.profiles import (
+    Profile,
+    all_heads,
+    by_layer,
+    describe_model,
+    load_profile,
+    parse_heads,
+    save_profile,
+)
+from tenfold.attend.pasta.steering import log_strength, steer
+from tenfold.attend.text_marks import Marks
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.tiny import tiny_model
 

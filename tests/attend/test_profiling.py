@@ -2,11 +2,11 @@
 
 import pytest
 
-from tenfold.attend import profiling
-from tenfold.attend.heads import batches_of, effects
-from tenfold.attend.profiles import load_profile, save_profile
-from tenfold.attend.profiling import choose, find_profile
-from tenfold.attend.tasks import conflict_items, evidence_items
+from tenfold.attend.pasta import profiling
+from tenfold.attend.pasta.heads import batches_of, effects
+from tenfold.attend.pasta.profiles import load_profile, save_profile
+from tenfold.attend.pasta.profiling import choose, find_profile
+from tenfold.attend.pasta.tasks import conflict_items, evidence_items
 from tenfold.errors import ConfigError
 from tenfold.models.tiny import tiny_model
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tenfold.attend.sentences import sentences
+from tenfold.attend.autopasta.sentences import sentences
 
 SPECIFIED = (
     "Dr. Smith moved to Paris in 1999. He won the U.S. Open! Did he retire? No.\n"

@@ -8,11 +8,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tenfold import pasta
-from tenfold.attend import masformer, native, spans
+from tenfold.attend import masformer, spans
 from tenfold.attend.attention import self_attentions
+from tenfold.attend.masformer import native
 from tenfold.attend.reach import reach
 from tenfold.errors import ConfigError, ModelError
-from tenfold.evaluate.far import repeated
+from tenfold.evaluate.long_context import repeated
 from tenfold.kernels.biased import KeyBias
 from tenfold.kernels.local import FULL, Span
 from tenfold.models.export import save_model

@@ -10,9 +10,9 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from tenfold.attend import masformer
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.marks import Marks
-from tenfold.attend.pasta import Profile, lifts, steer
-from tenfold.attend.profiles import describe_model
+from tenfold.attend.pasta.profiles import Profile, describe_model
+from tenfold.attend.pasta.steering import lifts, steer
+from tenfold.attend.text_marks import Marks
 from tenfold.cache.spans import SpanCache
 from tenfold.errors import ConfigError, TenfoldError
 from tenfold.kernels.local import Span

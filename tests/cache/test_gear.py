@@ -10,8 +10,8 @@ from tenfold.cache.gear.recipe import Format, compress
 from tenfold.cache.gear.settings import LADDER, layer_formats
 from tenfold.config.gear import CacheConfig, parse_kv
 from tenfold.errors import ConfigError, ModelError
-from tenfold.evaluate.memory import stored_bytes
 from tenfold.kernels.view import View, attend
+from tenfold.models.memory import stored_bytes
 from tenfold.models.tiny import tiny_model
 
 TEXTS = ["a first text that is to be continued, of some length, so that blocks are packed", "and another, shorter text"]

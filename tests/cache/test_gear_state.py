@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from tenfold import gear
 from tenfold.errors import ModelError
-from tenfold.evaluate.memory import stored_bytes
+from tenfold.models.memory import stored_bytes
 from tenfold.models.tiny import tiny_model
 
 # Compiling takes seconds for each width; that all kernels agree is tested beside them.

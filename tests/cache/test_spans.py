@@ -7,13 +7,13 @@ from transformers import DynamicCache, GenerationConfig
 from tenfold import pasta
 from tenfold.attend import masformer
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.mass import attention_mass
+from tenfold.attend.pasta.attention_share import attention_mass
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.spans import HeadSpanLayer, SpanCache, SpanLayer, formula_bytes
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
-from tenfold.evaluate.memory import stored_bytes
 from tenfold.kernels.local import FULL, Span
+from tenfold.models.memory import stored_bytes
 from tenfold.models.tiny import tiny_model
 
 SPANS = [

@@ -200,8 +200,8 @@ def test_estimate_and_env(recipe, capsys):
 
 def summary(index=1, **subjects):
     """A stage summary with one value for each subject and metric."""
-    from tenfold.evaluate.results import Metric, Result
-    from tenfold.report.record import StageSummary
+    from tenfold.stage.record import StageSummary
+    from tenfold.stage.results import Metric, Result
 
     results = tuple(
         Result(

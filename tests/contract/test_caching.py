@@ -88,7 +88,7 @@ def test_interrupted_halfway_it_ends_as_if_it_never_was(row, recipe, tmp_path, m
         return [(task, subject, m.name, m.value) for task, subject, m in metrics if m.kind == "figure"]
 
     whole = execute(recipe, tmp_path / "whole")
-    from tenfold.pipeline import progress
+    from tenfold.stage import progress
 
     with monkeypatch.context() as patch:
         calls = []

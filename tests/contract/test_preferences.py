@@ -12,8 +12,10 @@ from rich.console import Console
 
 from tenfold import cli
 from tenfold.align import margins
+from tenfold.align.audit import stage as auditing
 from tenfold.align.margins import Scored, score_pairs, score_policy_pairs
-from tenfold.align.r3m import kink
+from tenfold.align.r3m import stage as aligning
+from tenfold.align.r3m.losses import kink
 from tenfold.config.r3m import RobustFields
 from tenfold.config.training import TrainingFields
 from tenfold.data.read import read_rows
@@ -22,7 +24,6 @@ from tenfold.data.sources import open_source
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.export import save_model
 from tenfold.models.open import open_model
-from tenfold.pipeline import aligning, auditing
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.recipe import resolve
 from tenfold.pipeline.stages import stage

@@ -8,7 +8,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from tenfold.attend.profiles import load_profile
+from tenfold.attend.pasta.profiles import load_profile
 from tenfold.config.data import DataFields
 from tenfold.errors import ConfigError
 from tenfold.models.open import open_model
@@ -105,7 +105,7 @@ def test_interrupted_halfway_it_ends_as_if_it_never_was(row, recipe, tmp_path, m
         ]
 
     whole = execute(recipe, tmp_path / "whole")
-    from tenfold.pipeline import progress
+    from tenfold.stage import progress
 
     with monkeypatch.context() as patch:
         calls = []

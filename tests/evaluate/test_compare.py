@@ -11,7 +11,7 @@ import torch
 from tenfold.errors import DataError
 from tenfold.evaluate.compare import compare, t_quantile
 from tenfold.evaluate.perplexity import Perplexity
-from tenfold.evaluate.results import Result
+from tenfold.stage.results import Result
 
 
 def scored(nll: torch.Tensor, document: torch.Tensor, subject: str) -> Perplexity:

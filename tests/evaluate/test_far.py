@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tenfold.errors import DataError
-from tenfold.evaluate.far import copying, hidden, needle, repeated, spread, text_loss
+from tenfold.evaluate.long_context import copying, hidden, needle, repeated, spread
+from tenfold.models.inference import text_loss
 from tenfold.models.tiny import tiny_model
 from tests.tokenizers import metaspace
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from tenfold.data.text_checks import fluency, json_contains, json_valid, pronouns_changed
 from tenfold.errors import DataError
-from tenfold.evaluate.formats import fluency, json_contains, json_valid, pronouns_changed
 
 
 @pytest.mark.parametrize(

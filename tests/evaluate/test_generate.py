@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenfold.errors import ConfigError, DataError, ModelError
-from tenfold.evaluate.generate import generate
+from tenfold.models.generation import generate
 
 PROMPTS = ["a", "a much longer prompt than the first", "bb"]
 

@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from tenfold.errors import ConfigError, DataError
 from tenfold.evaluate.perplexity import _windows, document_sums, perplexity, ratio
-from tenfold.evaluate.score import Window, chunked_nll, score
+from tenfold.models.scoring import Window, chunked_nll, score
 from tests.tokenizers import byte_level
 
 
@@ -123,7 +123,7 @@ def test_half_precision_and_models_without_logits_to_keep(model, tokenizer, text
 
 
 def test_chunked_nll_of_many_chunks_equals_the_dense_one(monkeypatch):
-    monkeypatch.setattr("tenfold.evaluate.score._CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr("tenfold.models.scoring._CHUNK_ELEMENTS", 70)
     logits = torch.randn(23, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(23) % 10
     expected = -logits.log_softmax(-1)[torch.arange(23), targets]

@@ -35,7 +35,7 @@ RECIPE = {
     ],
 }
 WORKERS = multiprocessing.get_context("forkserver")
-WORKERS.set_forkserver_preload(["tenfold.pipeline.adapting", "tenfold.pipeline.evaluating", "tenfold.cli"])
+WORKERS.set_forkserver_preload(["tenfold.adapt.fitting", "tenfold.evaluate.stage", "tenfold.cli"])
 
 
 def work(recipe: Path, out: Path) -> None:

@@ -7,17 +7,17 @@ from random import Random
 import pytest
 import torch
 
-from tenfold.attend.autopasta import AutoPasta
-from tenfold.attend.evidence import bag_of_words, locate
-from tenfold.attend.likelihood import likelihood
-from tenfold.attend.marks import encode
-from tenfold.attend.pasta import log_strength, steer
-from tenfold.attend.search import coarse_to_fine
-from tenfold.attend.sentences import sentences
+from tenfold.attend.autopasta.answering import AutoPasta
+from tenfold.attend.autopasta.quote_matching import bag_of_words, locate
+from tenfold.attend.autopasta.sentences import sentences
+from tenfold.attend.pasta.likelihood import likelihood
+from tenfold.attend.pasta.search import coarse_to_fine
+from tenfold.attend.pasta.steering import log_strength, steer
+from tenfold.attend.text_marks import encode
+from tenfold.evaluate.compare import paired_metric
 from tenfold.evaluate.qa import exact_match, token_f1
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
-from tenfold.pipeline.steering import paired_metric
 
 HEADS = {0: [1], 1: [0, 2]}
 CONTEXT = "The dog is out. Ann has a cat. The cat is in the hut. It rains."
@@ -84,7 +84,9 @@ def test_01_delta_is_alpha(opened):
 
 def test_02_same_ids(opened, monkeypatch):
     read = []
-    monkeypatch.setattr("tenfold.attend.autopasta.encode", lambda *a, **k: read.append(encode(*a, **k)) or read[-1])
+    monkeypatch.setattr(
+        "tenfold.attend.autopasta.answering.encode", lambda *a, **k: read.append(encode(*a, **k)) or read[-1]
+    )
     quoting(monkeypatch, {QUESTION: SENTENCE})
     ask = asking(opened)
     for mode in ("direct", "autopasta", "iterative"):

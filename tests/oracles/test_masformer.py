@@ -9,11 +9,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tenfold.attend import masformer, native, spans
+from tenfold.attend import masformer, spans
+from tenfold.attend.masformer import native
 from tenfold.cache.spans import SpanCache, SpanLayer, formula_bytes
 from tenfold.data.python_reference import python_reference
-from tenfold.evaluate.far import repeated, spread, text_loss
+from tenfold.evaluate.long_context import repeated, spread
 from tenfold.kernels.local import Span, local_attention
+from tenfold.models.inference import text_loss
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
 

@@ -10,10 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tenfold.attend.heads import intersect
-from tenfold.attend.marks import Marks, encode, from_spans, tokens_of
-from tenfold.attend.pasta import load_profile, log_strength, steer
-from tenfold.evaluate.formats import json_contains, json_valid, pronouns_changed
+from tenfold.attend.pasta.heads import intersect
+from tenfold.attend.pasta.profiles import load_profile
+from tenfold.attend.pasta.steering import log_strength, steer
+from tenfold.attend.text_marks import Marks, encode, from_spans, tokens_of
+from tenfold.data.text_checks import json_contains, json_valid, pronouns_changed
 from tenfold.kernels.biased import KeyBias, biased_mask, merge, split_heads, with_key_channel
 from tenfold.models.tiny import tiny_model
 

@@ -6,7 +6,7 @@ import torch
 from tenfold.adapt import lora
 from tenfold.config.evaluate import EvaluateConfig
 from tenfold.config.lora import LoraConfig
-from tenfold.evaluate.memory import stored_bytes
+from tenfold.models.memory import stored_bytes
 from tenfold.models.reference import ModelRef
 from tenfold.models.tiny import tiny_model
 from tenfold.pipeline.estimate import estimate, inference_needs, training_needs

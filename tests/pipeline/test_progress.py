@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from tenfold.pipeline import progress as module
-from tenfold.pipeline.progress import Progress
+from tenfold.stage import progress as module
+from tenfold.stage.progress import Progress
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_killed_between_the_summary_and_the_name(values, tmp_path, monkeypatch):
 
 
 def test_killed_between_training_and_saving_resumes_from_the_last_checkpoint(values, tmp_path, monkeypatch):
-    from tenfold.pipeline import adapting
+    from tenfold.adapt import fitting as adapting
 
     values["stages"][0]["save_every"] = 2
     with monkeypatch.context() as patch:

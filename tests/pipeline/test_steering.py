@@ -8,18 +8,19 @@ import yaml
 from rich.console import Console
 
 from tenfold import cli, gear, pasta
-from tenfold.attend.heads import batches_of, margins
-from tenfold.attend.pasta import steer
-from tenfold.attend.tasks import items_of
+from tenfold.attend.autopasta.stage import Asked
+from tenfold.attend.pasta.heads import batches_of, margins
+from tenfold.attend.pasta.stage import starred
+from tenfold.attend.pasta.steering import steer
+from tenfold.attend.pasta.tasks import items_of
 from tenfold.data.read import read_rows
 from tenfold.errors import ConfigError, DataError
-from tenfold.evaluate.generate import decoding
+from tenfold.evaluate.compare import paired_metric
 from tenfold.models import tiny
+from tenfold.models.generation import decoding
 from tenfold.models.open import open_model
 from tenfold.pipeline import run as runner
-from tenfold.pipeline.answering import Asked
 from tenfold.pipeline.recipe import resolve
-from tenfold.pipeline.steering import paired_metric, starred
 
 QUIET = Console(quiet=True)
 TEXT = "The library is on Main Street. It opens at nine in the morning. Cats are not allowed inside."
@@ -113,7 +114,7 @@ def test_every_mode_answers_the_same_questions(tmp_path):
 
 
 def test_passages_without_an_answer_go_first(tmp_path):
-    from tenfold.attend.autopasta import AutoPasta
+    from tenfold.attend.autopasta.answering import AutoPasta
     from tenfold.data.rows import Question
 
     opened = open_model("tiny:llama")
@@ -141,7 +142,7 @@ def test_emphasised_generation_shows_both_texts(tmp_path):
 
 def test_emphasis_and_a_packed_cache_go_together(tmp_path, monkeypatch):
     """What is emphasised is also continued on the packed cache, as it is from Python."""
-    from tenfold.pipeline import caching
+    from tenfold.cache.gear import stage as caching
 
     made = []
     note = caching.cache_note
@@ -173,7 +174,7 @@ def test_the_dose_of_chats_is_another_one_than_that_of_completions(monkeypatch):
         seen.append({key: settings[key] for key in ("alpha", "target_mass") if key in settings})
         return steer(model, marks, **settings)
 
-    monkeypatch.setattr("tenfold.pipeline.steering.steer", watched)
+    monkeypatch.setattr("tenfold.attend.pasta.stage.steer", watched)
     keys = {"use": "generate", "profile": "heads.json", "prompts": ["Be brief."], "emphasise": ["brief"]}
     cases = [{}, {"chat": "no"}, {"alpha": "paper"}, {"alpha": 0.2}, {"target_mass": 0.4}]
     for number, case in enumerate(cases):
@@ -189,7 +190,7 @@ def test_the_dose_of_chats_is_another_one_than_that_of_completions(monkeypatch):
 
 
 def test_a_steered_text_that_goes_round_in_circles_is_noted(monkeypatch):
-    monkeypatch.setattr("tenfold.pipeline.steering.continue_inputs", lambda *_, **__: ["It is noon. " * 4, "Fine."])
+    monkeypatch.setattr("tenfold.attend.pasta.stage.continue_inputs", lambda *_, **__: ["It is noon. " * 4, "Fine."])
     keys = {"prompts": ["Be brief.", "Be kind."], "emphasise": ["Be"], "max_new_tokens": 2}
     (summary,) = execute({"use": "generate", "profile": "heads.json", **keys})
     assert summary.notes[0].startswith("model, the steered text of prompt 1 repeats itself; a gentler dose")
@@ -197,7 +198,7 @@ def test_a_steered_text_that_goes_round_in_circles_is_noted(monkeypatch):
 
 
 def test_an_answer_without_evidence_says_so(monkeypatch):
-    from tenfold.attend.autopasta import AutoPasta
+    from tenfold.attend.autopasta.answering import AutoPasta
 
     quote = "The film was shot in the north of the country and it is one of the best."
     monkeypatch.setattr(AutoPasta, "_identify", lambda self, rows: ([quote] * len(rows), None))
@@ -217,7 +218,7 @@ def test_a_profile_goes_to_the_stages_that_steer(tmp_path):
 
 
 def test_the_answer_from_a_file_shows_its_evidence(tmp_path, monkeypatch):
-    from tenfold.attend.autopasta import AutoPasta
+    from tenfold.attend.autopasta.answering import AutoPasta
 
     quote = "It opens at nine in the morning."
     monkeypatch.setattr(AutoPasta, "_identify", lambda self, rows: ([quote] * len(rows), None))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tenfold.evaluate.results import Metric, Result
-from tenfold.report.record import Figure, Sample, Series, StageSummary, Table
+from tenfold.stage.record import Figure, Sample, Series, StageSummary, Table
+from tenfold.stage.results import Metric, Result
 
 ENVIRONMENT = {"versions": {"tenfold": "0.1.0", "torch": "2.13.0"}, "devices": ["cpu"], "memory_bytes": 2**33}
 INPUTS = {"model": {"weights": "a" * 64}, "data": {"source": "python-reference", "sha256": "9f" * 32, "rows": 79}}

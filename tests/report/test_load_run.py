@@ -4,7 +4,7 @@ import pytest
 
 from tenfold.errors import RunError
 from tenfold.report.load import load_run
-from tenfold.report.record import SCHEMA_VERSION
+from tenfold.stage.record import SCHEMA_VERSION
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.report import numbers
+from tenfold.stage import numbers
 
 
 @pytest.mark.parametrize(

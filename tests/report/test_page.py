@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from tenfold.evaluate.results import Metric, Result
 from tenfold.report.page import RunPage, render, write_report
-from tenfold.report.record import Figure, Sample, Series, Table
+from tenfold.stage.record import Figure, Sample, Series, Table
+from tenfold.stage.results import Metric, Result
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

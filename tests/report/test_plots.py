@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tenfold.report.plots import curve_figures, draw
-from tenfold.report.record import Figure, Series
+from tenfold.stage.record import Figure, Series
 
 SVG = "{http://www.w3.org/2000/svg}"
 

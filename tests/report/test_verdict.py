@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from tenfold.evaluate.results import Metric, Result
 from tenfold.report.verdict import compare, headlines, verdict
+from tenfold.stage.results import Metric, Result
 
 
 def outcome(results, name):

@@ -18,8 +18,8 @@ from tenfold.cache.gear.cache import packed_report
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.spans import HeadSpanLayer, SpanLayer
 from tenfold.errors import DataError
-from tenfold.evaluate.inference import evaluating, input_device, synchronize, takes_logits_to_keep
-from tenfold.evaluate.memory import stored_bytes
+from tenfold.models.inference import evaluating, input_device, synchronize, takes_logits_to_keep
+from tenfold.models.memory import stored_bytes
 
 MakeCache = Callable[[], Any]
 """Makes an empty cache for the model."""

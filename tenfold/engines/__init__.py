@@ -1,0 +1,1 @@
+"""Who writes and scores: models here, llama.cpp, servers."""

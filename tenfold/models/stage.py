@@ -1,0 +1,43 @@
+"""The stage ``export``: a folder that transformers or PEFT opens without tenfold."""
+
+from __future__ import annotations
+
+import torch
+
+from tenfold.attend.masformer.native import save_native
+from tenfold.config.export import ExportConfig
+from tenfold.errors import ConfigError
+from tenfold.models.export import merge, push_to_hub, save_adapter, save_model
+from tenfold.stage.context import Context, StageOutput
+
+
+def run_export(config: ExportConfig, context: Context) -> StageOutput:
+    """Write the model, adapters folded in, or its last adapter alone."""
+    opened = context.model.open()
+    adapted = hasattr(opened.model, "peft_config")
+    if config.form == "adapter":
+        if not adapted:
+            raise ConfigError(
+                f"form: {opened.identity['source']} carries no adapter", remedy="write form: merged, or adapt it first"
+            )
+        folder = context.folder / "adapter"
+        save_adapter(opened.model, opened.tokenizer, folder)
+    else:
+        folder = context.folder / "model"
+        if adapted:
+            context.progress.begin("merging the adapter")
+        model = merge(opened.model) if adapted else opened.model
+        if config.save_dtype is not None:
+            model = model.to(getattr(torch, config.save_dtype))
+        context.progress.begin("writing the model")
+        (save_native if config.form == "native" else save_model)(model, opened.tokenizer, folder)
+    if config.push_to_hub:
+        context.progress.begin(f"uploading to {config.push_to_hub}")
+        push_to_hub(folder, config.push_to_hub)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return StageOutput(
+        attached={"form": config.form, "bytes": size},
+        artefact=folder.name,
+        # An adapter that is only copied changes nothing for the stages that follow.
+        continues_with=None if config.form == "adapter" else "model",
+    )

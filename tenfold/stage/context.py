@@ -1,0 +1,90 @@
+"""What a stage is given and what it gives back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tenfold.files import write_text
+from tenfold.stage.progress import Progress
+from tenfold.stage.record import Figure, Sample, Table
+from tenfold.stage.results import Result
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
+    from tenfold.models.reference import ModelRef
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage found and made; the fields are those of `tenfold.stage.record.StageSummary`."""
+
+    results: Sequence[Result] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    samples: Sequence[Sample] = ()
+    notes: Sequence[str] = ()
+    attached: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    artefact: str | None = None
+    continues_with: Literal["adapter", "model"] | None = None
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one line per logged step, in order, also after a resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Append one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: training resumes from there."""
+        if self.path.exists():
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+            write_text(self.path, "".join(line + "\n" for line in lines))
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # the line that was being written when the run was killed
+        return float("inf")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with."""
+
+    folder: Path
+    """Its working folder; everything in it appears under its final name when the stage is complete."""
+    start: ModelRef
+    """The model that the recipe started from."""
+    model: ModelRef
+    """The model as the stages so far have left it."""
+    rows: Rows | None
+    """Its data, read and checked before any weight was loaded."""
+    seed: int
+    recipe: str
+    """The resolved recipe."""
+    progress: Progress
+
+    @property
+    def metrics(self) -> MetricsLog:
+        """The log of the stage's steps."""
+        return MetricsLog(self.folder / "metrics.jsonl")
+
+    def remember(self, key: str, compute: Callable[[], Sequence[Result]]) -> list[Result]:
+        """Results of a part of the stage: computed once, read back when the stage is resumed after a kill."""
+        path = self.folder / f"{key.replace(':', '_').replace('/', '_')}.json"
+        if path.exists():
+            return [Result.model_validate(item) for item in json.loads(path.read_text(encoding="utf-8"))]
+        results = list(compute())
+        write_text(path, json.dumps([result.model_dump(mode="json") for result in results]))
+        return results
