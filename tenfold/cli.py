@@ -22,50 +22,34 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 import tenfold
 from tenfold.compat import quiet_upstream
 from tenfold.config.base import Config
+from tenfold.config.stage import StageConfig
 from tenfold.errors import ConfigError, TenfoldError
 from tenfold.flags import in_our_words, readable_help
 
-MODEL_VERBS = {
-    "adapt": ("adalora", "fine-tune within a parameter budget"),
-    "lengthen": ("masformer", "local attention in most layers: long context at near-linear cost"),
-    "align": ("r3m", "learn a reward or a policy from preferences of which some are wrong"),
-    "audit": ("audit", "say which preference labels to doubt"),
-    "steer": ("pasta", "emphasise marked text, or find the attention heads for it (tenfold steer profile MODEL)"),
-    "generate": ("generate", "let the model write"),
-    "evaluate": ("evaluate", "measure the model: perplexity, speed, memory, questions, standard tasks"),
-    "export": ("export", "write a folder that transformers or PEFT opens without tenfold"),
-}
-"""Verb -> its default method, and what it does."""
-
 EXAMPLES = {
-    "run": "tenfold run recipes/quickstart.yaml --out runs/quickstart\n"
-    "tenfold run recipes/quickstart.yaml --set model=HuggingFaceTB/SmolLM2-360M --set adalora.data=my.jsonl",
-    "validate": "tenfold validate recipes/quickstart.yaml",
-    "estimate": "tenfold estimate recipes/quickstart.yaml\n"
-    "tenfold estimate recipes/quickstart.yaml --set adalora.budget=1%",
-    "ls": "tenfold ls\ntenfold ls runs",
-    "compare": "tenfold compare runs/first runs/second",
-    "env": "tenfold env",
-    "adapt": "tenfold adapt demo --method adalora --data python-reference --budget 0.4% --tokens 24000\n"
-    "tenfold adapt Qwen/Qwen3-0.6B --data my.jsonl --rank 8 --targets attention --out runs/mine",
-    "lengthen": "tenfold lengthen demo --data python-reference --budget 25% --window 256 --out runs/long",
-    "align": "tenfold align demo --target reward --data prefs.jsonl --budget 10% --out runs/reward\n"
-    "tenfold align demo --target dpo --data prefs.jsonl --lam 0.75",
-    "audit": "tenfold audit runs/reward/01-r3m/adapter --data prefs.jsonl --out audit.csv --clean cleaned.jsonl",
-    "steer": "tenfold steer profile demo --out runs/heads\n"
-    'tenfold steer demo --prompts "Name a fruit that is not red. <mark>Answer in one word.</mark>"\n'
-    "tenfold steer demo --profile runs/heads/01-profile/profile/profile.json --tasks conflict evidence\n"
-    "tenfold steer autopasta demo --data questions.jsonl --modes direct autopasta",
-    "generate": 'tenfold generate demo --prompts "What is a list comprehension?"\n'
-    'tenfold generate demo --prompts "Name a fruit. Answer in one word." --emphasise "Answer in one word."\n'
-    'tenfold generate demo --prompts "Tell a long story." --max-new-tokens 400 --kv gear:4\n'
-    'tenfold generate demo --context notes.txt --question "When does the library open?" --find-evidence\n'
-    'tenfold generate runs/quickstart/01-adalora/adapter --prompts "The with statement" --chat no',
-    "evaluate": "tenfold evaluate demo --data python-reference --tasks perplexity speed memory\n"
-    "tenfold evaluate runs/quickstart/01-adalora/adapter --tasks lm_eval:hellaswag --limit 100\n"
-    "tenfold evaluate demo --method gear --data python-reference --caches gear:2 gear:4 gear-full:2",
-    "export": "tenfold export runs/quickstart/01-adalora/adapter --form merged --out runs/export",
+    "run": (
+        "tenfold run recipes/quickstart.yaml --out runs/quickstart",
+        "tenfold run recipes/quickstart.yaml --set model=HuggingFaceTB/SmolLM2-360M --set adalora.data=my.jsonl",
+    ),
+    "validate": ("tenfold validate recipes/quickstart.yaml",),
+    "estimate": (
+        "tenfold estimate recipes/quickstart.yaml",
+        "tenfold estimate recipes/quickstart.yaml --set adalora.budget=1%",
+    ),
+    "ls": ("tenfold ls", "tenfold ls runs"),
+    "compare": ("tenfold compare runs/first runs/second",),
+    "env": ("tenfold env",),
 }
+"""Of the verbs that work on recipes and runs; those of stages stand in their configurations."""
+
+
+def examples(verb: str) -> tuple[str, ...]:
+    """Command lines that work, of one verb."""
+    from tenfold.pipeline.stages import stages, verbs
+
+    if verb in EXAMPLES:
+        return EXAMPLES[verb]
+    return tuple(line for name in verbs()[verb] for line in stages()[name].examples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,21 +94,27 @@ def _dispatch(arguments: list[str]) -> int:
         print(tenfold.__version__)
         return 0
     verb, rest = arguments[0], arguments[1:]
-    if verb in MODEL_VERBS:
-        return _model_verb(verb, rest)
-    if verb not in COMMANDS:
-        near = difflib.get_close_matches(verb, [*COMMANDS, *MODEL_VERBS], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown verb {verb!r}{hint}", remedy="tenfold --help lists the verbs")
-    return _parse(COMMANDS[verb], verb, rest)
+    if verb in COMMANDS:
+        return _parse(COMMANDS[verb], verb, rest)
+    from tenfold.pipeline.stages import verbs
+
+    if verb in verbs():
+        return _stage_verb(verb, rest)
+    near = difflib.get_close_matches(verb, [*COMMANDS, *verbs()], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown verb {verb!r}{hint}", remedy="tenfold --help lists the verbs")
 
 
 def _overview() -> str:
+    from tenfold.pipeline.stages import stages, verbs
+
     lines = [f"tenfold {tenfold.__version__}: the life of an open-weight language model under a budget", "", "verbs:"]
     for verb, command in COMMANDS.items():
         lines.append(f"  {verb:<10}{(command.__doc__ or '').splitlines()[0].rstrip('.')}")
-    lines += [f"  {verb:<10}{summary}" for verb, (_, summary) in MODEL_VERBS.items()]
-    lines += ["", "examples:", *(f"  {EXAMPLES[verb].splitlines()[0]}" for verb in ("run", "adapt", "evaluate"))]
+    for verb, methods in verbs().items():
+        first = stages()[methods[0]]
+        lines.append(f"  {verb:<10}{first.verb_summary or first.summary}")
+    lines += ["", "examples:", *(f"  {examples(verb)[0]}" for verb in ("run", "adapt", "evaluate"))]
     lines += ["", "`tenfold VERB --help` shows the flags of a verb; --debug anywhere shows tracebacks."]
     return "\n".join(lines)
 
@@ -137,11 +127,14 @@ def _parse(
     classes: Sequence[type[Config]] = (),
     elsewhere: Mapping[str, str] = types.MappingProxyType({}),
 ) -> int:
-    examples = EXAMPLES[verb].splitlines()
+    shown = examples(verb)
     summary = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0]
-    description = f"{summary}{note}\n\nexamples:\n" + "".join(f"  {line}\n" for line in examples)
+    description = f"{summary}{note}\n\nexamples:\n" + "".join(f"  {line}\n" for line in shown)
     try:
-        with in_our_words(verb, arguments, classes, examples[0], elsewhere), readable_help(arguments):
+        with (
+            in_our_words(verb, arguments, classes, next(iter(shown), f"tenfold {verb} --help"), elsewhere),
+            readable_help(arguments),
+        ):
             return tyro.cli(command, prog=f"tenfold {verb}", description=description, args=arguments)
     except _RefusedError as refused:
         raise refused.error from None
@@ -245,8 +238,8 @@ def ls(folder: Positional[Path | None] = None) -> int:
             "methods and stages (`use:` in a recipe, `--method` on the command line)", ("name", "verb", "what"), rows
         )
         return 0
-    from tenfold.pipeline.run import figures
     from tenfold.report.load import load_run
+    from tenfold.report.terminal import figures
 
     found = sorted({path.parent for path in folder.glob("**/recipe.yaml")})
     if not found:
@@ -305,39 +298,22 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
-def _model_verb(verb: str, arguments: list[str]) -> int:
+def _stage_verb(verb: str, arguments: list[str]) -> int:
     """Parse the flags of the method's configuration and run a recipe of one stage."""
-    from pydantic import Field, create_model
+    from tenfold.pipeline.stages import stage, verbs
 
-    from tenfold.config.recipe import ModelFields
-    from tenfold.pipeline.stages import stage, stages
-
-    methods = [name for name, found in stages().items() if found.verb == verb]
-    default = MODEL_VERBS[verb][0]
-    if arguments and arguments[0] in methods and len(methods) > 1:  # `steer profile MODEL`: the method as a word
-        default, arguments = arguments[0], arguments[1:]
-    elif arguments and (near := _near_word(arguments, methods)):
-        raise ConfigError(f"unknown method {arguments[0]!r} of {verb}; did you mean {near!r}?", _listed(methods))
-    method, arguments = _take(arguments, "--method", default)
-    if method not in methods:
-        near = next(iter(difflib.get_close_matches(method, methods, n=1)), None)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise ConfigError(f"--method: unknown method {method!r} of {verb}{hint}", remedy=_listed(methods))
-    use = method
-    source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")
-    positional: Any = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-    config_class = _checked(stage(method).config_class(), f"tenfold {verb}")
-    model_class = _checked(
-        create_model("Model", __base__=ModelFields, model=(positional, source)),
-        f"tenfold {verb}",
-    )
+    use, arguments = _method(verb, verbs()[verb], arguments)
+    cls = stage(use)
+    model_fields = _model_flags(cls)
+    config_class, model_class = (_checked(one, f"tenfold {verb}") for one in (cls, model_fields))
 
     def command(model: Any, method: Any, out: Path | None = None) -> int:
         values = {**model.model_dump(), "stages": [{"use": use, **method.model_dump(exclude_unset=True)}]}
-        if verb == "audit" and out is not None and out.suffix == ".csv":  # the table, and its run folder beside it
-            if values["stages"][0].get("csv") is not None:
-                raise ConfigError(f"--out {out} and --csv both name the table", remedy="give one of them")
-            values["stages"][0]["csv"] = str(out)
+        if out is not None and out.suffix in cls.out_files:  # the file, and its run folder beside it
+            key = cls.out_files[out.suffix]
+            if values["stages"][0].get(key) is not None:
+                raise ConfigError(f"--out {out} and --{key} both name the file", remedy="give one of them")
+            values["stages"][0][key] = str(out)
             out = out.with_suffix("")
         from tenfold.pipeline.recipe import resolve
 
@@ -352,23 +328,52 @@ def _model_verb(verb: str, arguments: list[str]) -> int:
         "out": Annotated[Path | None, tyro.conf.arg(help="The run folder. Default: runs/METHOD-HASH.")],
         "return": int,
     }
-    command.__doc__ = f"{MODEL_VERBS[verb][1]}."
-    note = f"\n\n--method: {', '.join(methods)} (these flags are those of {method})" if len(methods) > 1 else ""
-    classes = (stage(method).config_class(), ModelFields)
+    methods = verbs()[verb]
+    first = stage(methods[0])
+    command.__doc__ = f"{first.verb_summary or first.summary}."
+    note = f"\n\n--method: {', '.join(methods)} (these flags are those of {use})" if len(methods) > 1 else ""
+    classes = (cls, model_fields)
     return _parse(command, verb, arguments, note, classes, _elsewhere(classes))
+
+
+def _method(verb: str, methods: list[str], arguments: list[str]) -> tuple[str, list[str]]:
+    """Which method of a verb is meant, and the other arguments."""
+    default = methods[0]
+    if arguments and arguments[0] in methods and len(methods) > 1:  # `steer profile MODEL`: the method as a word
+        default, arguments = arguments[0], arguments[1:]
+    elif arguments and (near := _near_word(arguments, methods)):
+        raise ConfigError(f"unknown method {arguments[0]!r} of {verb}; did you mean {near!r}?", _listed(methods))
+    method, arguments = _take(arguments, "--method", default)
+    if method not in methods:
+        near = next(iter(difflib.get_close_matches(method, methods, n=1)), None)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(f"--method: unknown method {method!r} of {verb}{hint}", remedy=_listed(methods))
+    return method, arguments
+
+
+def _model_flags(cls: type[StageConfig]) -> type[Config]:
+    """The flags that say which model, of a stage that works on one; else the seed alone."""
+    from pydantic import Field, create_model
+
+    from tenfold.config.recipe import ModelFields
+
+    if not cls.needs.model:
+        return create_model("Model", __base__=Config, seed=(int, Field(0, description="Every choice follows from it.")))
+    source = Field("demo", description="demo, a hub id, a folder (a model or an adapter), or a GGUF file.")
+    positional: Any = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    return create_model("Model", __base__=ModelFields, model=(positional, source))
 
 
 def _elsewhere(here: Sequence[type[Config]]) -> dict[str, str]:
     """Flags of other methods, and where they belong."""
-    from tenfold.pipeline.stages import stages
+    from tenfold.pipeline.stages import stages, verbs
 
     own = {key for cls in here for key in cls.model_fields}
     found: dict[str, str] = {}
     for name, other in stages().items():
-        named = (
-            f"tenfold {other.verb}" if MODEL_VERBS[other.verb][0] == name else f"tenfold {other.verb} --method {name}"
-        )
-        for key in other.config_class().model_fields:
+        default = verbs()[other.verb][0] == name
+        named = f"tenfold {other.verb}" if default else f"tenfold {other.verb} --method {name}"
+        for key in other.model_fields:
             if key not in own:
                 found.setdefault(f"--{key.replace('_', '-')}", named)
     return found
@@ -407,8 +412,8 @@ def _execute(plan: Any, out: Path) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from tenfold.pipeline.run import figures
     from tenfold.pipeline.run import run as execute
+    from tenfold.report.terminal import figures
 
     console = Console(soft_wrap=True, emoji=False)  # tiny:llama: is a model, not a picture of one
     summaries = execute(plan, out, console)

@@ -9,6 +9,7 @@ import yaml
 
 from tenfold import cli
 from tenfold.pipeline.recipe import resolve
+from tenfold.pipeline.stages import verbs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -16,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CON
 
 def commands():
     """Every line that begins with `tenfold` in a code block of README, docs or help, comments cut off."""
-    found = [line for lines in cli.EXAMPLES.values() for line in lines.splitlines()]
+    found = [line for verb in (*cli.COMMANDS, *verbs()) for line in cli.examples(verb)]
     for page in PAGES:
         for block in re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(), re.M | re.S):
             found += [line for line in block.splitlines() if line.startswith("tenfold ")]
@@ -27,7 +28,7 @@ def commands():
 def test_every_command_parses(line, monkeypatch, tmp_path):
     verb, *arguments = shlex.split(line, comments=True)[1:]
     monkeypatch.setattr(cli, "_execute", lambda plan, out: 0)
-    if verb in cli.MODEL_VERBS:
+    if verb in verbs():
         assert cli.main([verb, *arguments]) == 0
     elif verb == "run":
         path = ROOT / arguments[0]

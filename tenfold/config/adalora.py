@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from tenfold.config.budget import BudgetText, adapter_budget, parse_budget
 from tenfold.config.shape import Shape
+from tenfold.config.stage import ArtefactKind
 from tenfold.config.training import TextTrainingFields
 
 
@@ -33,6 +35,17 @@ class AdaLoraConfig(TextTrainingFields):
     takes singular triplets (a column of P, a lambda, a row of Q) away from matrices that do not use them. Sections
     below are the paper's.
     """
+
+    verb = "adapt"
+    summary = "AdaLoRA: a parameter budget that goes to the matrices that use it"
+    verb_summary = "fine-tune within a parameter budget"
+    examples = (
+        "tenfold adapt demo --method adalora --data python-reference --budget 0.4% --tokens 24000",
+        "tenfold adapt Qwen/Qwen3-0.6B --data my.jsonl --rank 8 --targets attention --out runs/mine",
+    )
+    makes: ClassVar[Mapping[str, ArtefactKind]] = {"adapter": "adapter"}
+    run = "tenfold.adapt.adalora.stage:run_adalora"
+    attach = "tenfold.adapt.adalora.stage:attach_adalora"
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
     """Peak learning rate of AdamW: ten times that of the other stages, because lambda starts at zero between factors of

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from tenfold.config.data import DataFields
 from tenfold.config.pasta import SteeringFields
+from tenfold.config.stage import check_kind
 
 Mode = Literal["direct", "iterative", "autopasta", "gold", "whole"]
+
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
 
 
 class AutoPastaConfig(SteeringFields, DataFields):
@@ -18,6 +23,13 @@ class AutoPastaConfig(SteeringFields, DataFields):
     ``data`` has rows with ``question``, ``context``, ``answers`` and, for the mode ``gold``, ``gold``. Without ``data``
     questions are made by code: who owns the thing of which colour.
     """
+
+    verb = "steer"
+    summary = "AutoPASTA: answers from a context whose key sentence the model finds itself"
+    examples = ("tenfold steer autopasta demo --data questions.jsonl --modes direct autopasta",)
+    reads: ClassVar[tuple[str, ...]] = ("question",)
+    data_pool: ClassVar[str | None] = None
+    run = "tenfold.attend.autopasta.stage:run_autopasta"
 
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("direct", "iterative", "autopasta")
     """``direct`` prompts as usual; ``iterative`` lets the model quote first and puts the quote into the prompt;
@@ -40,3 +52,9 @@ class AutoPastaConfig(SteeringFields, DataFields):
     """Passages are left out, those without an answer first, until the prompt fits. Default: what the model can read."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """Questions of one forward pass."""
+
+    def check(self, rows: Rows | None) -> None:
+        """A profile, and questions where there is data."""
+        super().check(rows)
+        if rows is not None:
+            check_kind(rows, self.reads, "questions over a context:")

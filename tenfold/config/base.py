@@ -10,7 +10,6 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails
 
-from tenfold.config.shape import Shape
 from tenfold.errors import ConfigError
 
 
@@ -55,21 +54,6 @@ class Config(Record):
         schema = handler(source)
         _make_strict(schema)
         return schema
-
-    def applied_to(self, shape: Shape) -> Shape:
-        """The model as the stage leaves it, from configurations alone; by default as it was.
-
-        Args:
-            shape: of the model that the stage starts from.
-
-        Raises:
-            ConfigError: what no model of this shape can do.
-        """
-        return shape
-
-    def needs_matrices(self, shape: Shape) -> bool:
-        """Whether only the model's matrices, by name and size, tell if the stage is possible."""
-        return False
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> Self:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from tenfold.config.base import Config
-
-Kind = Literal["text", "completion", "chat", "preference", "question", "choice", "classification"]
+from tenfold.config.stage import Kind, StageConfig, Takes
 
 
-class DataFields(Config):
+class DataFields(StageConfig):
     """Where rows come from and how they are read."""
 
-    data: str | None = None
+    data_pool: ClassVar[str | None] = "rows"
+
+    data: Annotated[str | None, Takes(("rows",))] = None
     """File (.jsonl, .json, .csv, .tsv, .parquet, .txt, each also .gz), folder of text files, hub id
     (``hub:user/name``),
     ``python-reference``, the language reference that every CPython ships, or ``step-audit:COUNT:SEED``, made-up

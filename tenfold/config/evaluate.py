@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
+from tenfold.config.stage import check_kind
 
 TASKS = ("perplexity", "copying", "needle", "speed", "memory", "multiple_choice", "question_answering")
+
+
+MEASURED_ROWS = {
+    "perplexity": "text",
+    "copying": "text",
+    "needle": "text",
+    "question_answering": "question",
+    "multiple_choice": "choice",
+}
+"""Tasks that need rows, and of which kind."""
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
 
 
 class EvaluateConfig(DataFields):
@@ -18,6 +32,17 @@ class EvaluateConfig(DataFields):
 
     ``data`` is by default that of the stage before, of which the held-out share is used.
     """
+
+    verb = "evaluate"
+    summary = "perplexity, speed, memory, questions, standard tasks; before and after"
+    verb_summary = "measure the model: perplexity, speed, memory, questions, standard tasks"
+    examples = (
+        "tenfold evaluate demo --data python-reference --tasks perplexity speed memory",
+        "tenfold evaluate runs/quickstart/01-adalora/adapter --tasks lm_eval:hellaswag --limit 100",
+    )
+    reads: ClassVar[tuple[str, ...]] = ("text", "question", "choice")
+    run = "tenfold.evaluate.stage:run_evaluate"
+    prefills: ClassVar[bool] = True
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("perplexity", "speed", "memory")
     """``perplexity``, ``copying`` (passages that come twice, far apart), ``needle`` (a number somewhere in a long
@@ -45,6 +70,14 @@ class EvaluateConfig(DataFields):
     """Tokens whose decoding is timed."""
     repeats: Annotated[int, Field(ge=1)] = 5
     """Timed repeats, after one warm-up; the models alternate."""
+
+    def check(self, rows: Rows | None) -> None:
+        """Rows of the kind that each task measures, and some that are held out where these are asked for."""
+        for task in self.tasks:
+            if task in MEASURED_ROWS:
+                check_kind(rows, (MEASURED_ROWS[task],), f"tasks: {task}")
+        if rows is not None and self.split == "held-out":
+            rows.split(self.holdout)
 
     def applied_to(self, shape: Shape) -> Shape:
         """Windows and passages must be within what the model can read."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
-from tenfold.config.base import Config
 from tenfold.config.shape import Shape
+from tenfold.config.stage import ArtefactKind, Needs, StageConfig
 from tenfold.errors import ConfigError
 
 
-class ExportConfig(Config):
+class ExportConfig(StageConfig):
     """Write a folder that transformers or PEFT opens without tenfold."""
+
+    verb = "export"
+    summary = "a folder that transformers or PEFT opens without tenfold"
+    verb_summary = "write a folder that transformers or PEFT opens without tenfold"
+    examples = ("tenfold export runs/quickstart/01-adalora/adapter --form merged --out runs/export",)
+    needs: ClassVar[Needs] = Needs(task=("causal", "seq2seq", "classification", "reward"))
+    run = "tenfold.models.stage:run_export"
 
     form: Literal["merged", "adapter", "native"] = "merged"
     """``merged``: a complete model with the adapters folded in. ``adapter``: the last adapter alone.
@@ -20,6 +28,10 @@ class ExportConfig(Config):
     """Number format of the merged weights. Default: that of the opened model."""
     push_to_hub: str | None = None
     """Also upload the folder to this hub id (``user/name``)."""
+
+    def artefacts(self) -> Mapping[str, ArtefactKind]:
+        """A model or, alone, its last adapter."""
+        return {"adapter": "adapter"} if self.form == "adapter" else {"model": "model"}
 
     def applied_to(self, shape: Shape) -> Shape:
         """A form must be there to be written."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from tenfold.config.shape import Shape
+from tenfold.config.stage import ArtefactKind
 from tenfold.config.training import TextTrainingFields
 
 
@@ -17,6 +19,13 @@ class FullConfig(TextTrainingFields):
     It needs four times the memory of the weights, in float32, and five times with ``distil``; an adapter needs little
     more than the weights.
     """
+
+    verb = "adapt"
+    summary = "all weights, without an adapter"
+    examples = ("tenfold adapt demo --method full --data python-reference --steps 20",)
+    makes: ClassVar[Mapping[str, ArtefactKind]] = {"model": "model"}
+    run = "tenfold.adapt.full.stage:run_full"
+    attach = "tenfold.adapt.full:attach"
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate of AdamW."""

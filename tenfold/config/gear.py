@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -14,7 +14,11 @@ from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.reading import read_yaml
 from tenfold.config.shape import Shape
+from tenfold.config.stage import check_kind
 from tenfold.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
 
 Bits = Literal[2, 3, 4, 8, 16]
 Variant = Literal["best", "gear", "gear-l", "outlier-reduced", "plain"]
@@ -185,6 +189,12 @@ class GearConfig(DataFields):
     ``data`` has texts; they are joined and cut into pieces.
     """
 
+    verb = "evaluate"
+    summary = "GEAR: a KV cache in 2 to 4 bits; quality against bytes, time against context"
+    examples = ("tenfold evaluate demo --method gear --data python-reference --caches gear:2 gear:4 gear-full:2",)
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+    run = "tenfold.cache.gear.stage:run_gear"
+
     caches: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "gear:2",
         "gear:3",
@@ -206,6 +216,10 @@ class GearConfig(DataFields):
     """Timed tokens of each turn."""
     repeats: Annotated[int, Field(ge=1)] = 3
     """Turns of each cache; the caches alternate."""
+
+    def check(self, rows: Rows | None) -> None:
+        """Texts to compare on."""
+        check_kind(rows, self.reads, "comparing caches")
 
     def applied_to(self, shape: Shape) -> Shape:
         """What is read must be within what the model can read, and layers there to be packed."""

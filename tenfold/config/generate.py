@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.gear import check_packing, checked_kv
 from tenfold.config.pasta import Chat, SteeringFields
 from tenfold.config.shape import Shape
+from tenfold.errors import DataError
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
 
 
 class GenerateConfig(SteeringFields):
     """Let the model write, beside the one that the recipe started from; or answer a question from a text."""
+
+    verb = "generate"
+    summary = "let the model write, before and after"
+    verb_summary = "let the model write"
+    examples = (
+        'tenfold generate demo --prompts "What is a list comprehension?"',
+        'tenfold generate demo --prompts "Name a fruit. Answer in one word." --emphasise "Answer in one word."',
+        'tenfold generate demo --prompts "Tell a long story." --max-new-tokens 400 --kv gear:4',
+        'tenfold generate demo --context notes.txt --question "When does the library open?" --find-evidence',
+        'tenfold generate runs/quickstart/01-adalora/adapter --prompts "The with statement" --chat no',
+    )
+    run = "tenfold.engines.stage:run_generate"
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("Explain in two sentences what a language model is.",)
     """One text is written for each."""
@@ -38,6 +54,17 @@ class GenerateConfig(SteeringFields):
     find_evidence: bool = False
     """Let the model name the sentence of ``context`` that answers, and emphasise it (AutoPASTA); the answer without is
     shown beside."""
+
+    def files(self) -> dict[str, Path]:
+        """The profile, where something is emphasised, and the text to answer from."""
+        found = super().files()
+        return found if self.context is None else {**found, "context": self.context}
+
+    def check(self, rows: Rows | None) -> None:
+        """A profile, and a text to answer from."""
+        super().check(rows)
+        if self.context is not None and not self.context.is_file():
+            raise DataError(f"context: no file {self.context}", remedy="give a text file to answer from")
 
     @property
     def steers(self) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.budget import BudgetText, adapter_budget
 from tenfold.config.shape import Shape
+from tenfold.config.stage import ArtefactKind
 from tenfold.config.training import TextTrainingFields
 
 
@@ -17,6 +19,13 @@ class LoraConfig(TextTrainingFields):
 
     The update of a matrix is ``alpha / rank * B @ A``.
     """
+
+    verb = "adapt"
+    summary = "LoRA through PEFT: one rank for every matrix, the baseline"
+    examples = ("tenfold adapt demo --method lora --data python-reference --rank 8",)
+    makes: ClassVar[Mapping[str, ArtefactKind]] = {"adapter": "adapter"}
+    run = "tenfold.adapt.lora.stage:run_lora"
+    attach = "tenfold.adapt.lora:attach"
 
     rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of every adapted matrix; give this or ``budget``. Default: 8."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
+from tenfold.config.stage import ArtefactKind, check_kind
 from tenfold.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
 
 
 class MasformerConfig(DataFields):
@@ -18,6 +23,14 @@ class MasformerConfig(DataFields):
 
     ``data`` has texts: layers are profiled on passages of its first part, and the model is measured on the rest.
     """
+
+    verb = "lengthen"
+    summary = "MASFormer: full attention where it matters, local attention in the other layers"
+    verb_summary = "local attention in most layers: long context at near-linear cost"
+    examples = ("tenfold lengthen demo --data python-reference --budget 25% --window 256 --out runs/long",)
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+    makes: ClassVar[Mapping[str, ArtefactKind]] = {"model": "model"}
+    run = "tenfold.attend.masformer.stage:run_masformer"
 
     budget: BudgetText = "25%"
     """Layers, or heads, that keep full attention: a share of all, or a count such as ``6``."""
@@ -56,6 +69,10 @@ class MasformerConfig(DataFields):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}: full_layers names the layers already: leave {key} out")
         return self
+
+    def check(self, rows: Rows | None) -> None:
+        """Texts to profile layers on."""
+        check_kind(rows, self.reads, "profiling layers")
 
     def applied_to(self, shape: Shape) -> Shape:
         """Layers must be there, and passages within what the model can read."""

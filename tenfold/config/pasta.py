@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -16,10 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from tenfold.config.base import Config, yes_or_no
+from tenfold.config.base import yes_or_no
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
-from tenfold.errors import ConfigError
+from tenfold.config.stage import ArtefactKind, StageConfig, Takes, check_kind
+from tenfold.errors import ConfigError, DataError
 
 Chat = Annotated[Literal["auto", "yes", "no"], BeforeValidator(yes_or_no)]
 """Whether prompts are wrapped in the model's chat template."""
@@ -69,10 +70,14 @@ Alpha = Annotated[
 ]
 
 
-class SteeringFields(Config):
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
+
+
+class SteeringFields(StageConfig):
     """How marked text is emphasised."""
 
-    profile: str | None = None
+    profile: Annotated[str | None, Takes(("profile",), inherits=True)] = None
     """Which heads: the name of a profile in the package, or a JSON file (also the paper's released ones). Default:
     what an earlier stage ``profile`` found, else ``default``, the embedded model's."""
     alpha: Alpha = "auto"
@@ -98,6 +103,19 @@ class SteeringFields(Config):
             return {"target_mass": CHAT_MASS}
         named = {"paper": PAPER_ALPHA, "auto": CHAT_ALPHA if chat else PAPER_ALPHA}
         return {"alpha": named[self.alpha] if isinstance(self.alpha, str) else self.alpha}
+
+    def takes(self) -> dict[str, Takes]:
+        """A profile only where something is emphasised."""
+        return {key: mark for key, mark in super().takes().items() if self.steers or key != "profile"}
+
+    def files(self) -> dict[str, Path]:
+        """The profile."""
+        path = self.profile_file() if self.steers else None
+        return {} if path is None else {"profile": path}
+
+    def check(self, rows: Rows | None) -> None:
+        """A profile by that name."""
+        self.profile_file()
 
     @property
     def steers(self) -> bool:
@@ -129,7 +147,7 @@ class SteeringFields(Config):
         Raises:
             ConfigError: no such profile.
         """
-        if self.profile is not None and re.fullmatch(r"\d{2,}-profile", self.profile):
+        if self.profile is not None and self.profile.startswith("${"):
             return None
         return profile_path(self.profile or "default")
 
@@ -139,6 +157,17 @@ class PastaConfig(SteeringFields, DataFields):
 
     ``data`` has rows with a tagged ``prompt``, the continuation to prefer (``chosen``) and one to avoid (``rejected``).
     """
+
+    verb = "steer"
+    summary = "PASTA: emphasis of marked text that the model obeys"
+    verb_summary = "emphasise marked text, or find the attention heads for it (tenfold steer profile MODEL)"
+    examples = (
+        'tenfold steer demo --prompts "Name a fruit that is not red. <mark>Answer in one word.</mark>"',
+        "tenfold steer demo --profile runs/heads/01-profile/profile/profile.json --tasks conflict evidence",
+    )
+    reads: ClassVar[tuple[str, ...]] = ("preference",)
+    data_pool: ClassVar[str | None] = "tagged prompts"
+    run = "tenfold.attend.pasta.stage:run_pasta"
 
     prompts: tuple[str, ...] = ()
     """Prompts with tags around what to emphasise; each is continued plain and steered."""
@@ -162,6 +191,18 @@ class PastaConfig(SteeringFields, DataFields):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Prompts of one forward pass."""
 
+    def check(self, rows: Rows | None) -> None:
+        """Something to steer, tagged in every row."""
+        super().check(rows)
+        if not self.prompts and not self.tasks and rows is None:
+            raise ConfigError(
+                "prompts, tasks and data are all empty", remedy="give at least one prompt with a marked part"
+            )
+        if rows is not None:
+            _check_tagged(rows, self.tags)
+            if self.split == "held-out":
+                rows.split(self.holdout)
+
     @model_validator(mode="after")
     def _prompts_are_tagged(self) -> Self:
         _check_tags(self.tags)
@@ -180,6 +221,15 @@ class ProfileConfig(DataFields):
     ``data`` adds a task of one's own: rows with a tagged ``prompt``, the continuation to prefer (``chosen``) and one to
     avoid (``rejected``); its held-out share chooses the number of heads.
     """
+
+    verb = "steer"
+    summary = "find the attention heads whose steering the model obeys"
+    examples = ("tenfold steer profile demo --out runs/heads",)
+    reads: ClassVar[tuple[str, ...]] = ("preference",)
+    data_pool: ClassVar[str | None] = "tagged prompts"
+    learns: ClassVar[bool] = True
+    makes: ClassVar[Mapping[str, ArtefactKind]] = {"profile": "profile"}
+    run = "tenfold.attend.pasta.stage:run_profile"
 
     tasks: tuple[Task, ...] = ("conflict", "evidence", "instruction")
     """Built-in tasks; their best heads are intersected, with those of ``data``."""
@@ -200,6 +250,12 @@ class ProfileConfig(DataFields):
     """Least n-gram entropy of steered texts, as a share of that of plain ones."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Prompts of one forward pass."""
+
+    def check(self, rows: Rows | None) -> None:
+        """Rows that are tagged, and some to hold out."""
+        if rows is not None:
+            _check_tagged(rows, self.tags)
+            rows.split(self.holdout)
 
     @model_validator(mode="after")
     def _some_task(self) -> Self:
@@ -228,6 +284,17 @@ def untagged(prompt: str, tags: tuple[str, str]) -> str | None:
     if not opened:
         return f"has no {tags[0]}: tag what to emphasise"
     return None if opened == closed else f"has {opened} {tags[0]} and {closed} {tags[1]}: a mark is not closed"
+
+
+def _check_tagged(rows: Rows, tags: tuple[str, str]) -> None:
+    check_kind(rows, ("preference",), "steering")
+    for row in rows:
+        problem = untagged(getattr(row, "prompt", ""), tags)
+        if problem:
+            raise DataError(
+                f"the prompt of row {row.id!r} of {rows.source} {problem}",
+                remedy="put tags around what to emphasise, or name yours under `tags`",
+            )
 
 
 def _check_tags(tags: tuple[str, str]) -> None:

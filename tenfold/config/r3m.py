@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.base import Config
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
-from tenfold.config.shape import Shape
+from tenfold.config.shape import Shape, Task
+from tenfold.config.stage import ArtefactKind, Incidental, Needs, OtherRows, Takes, check_kind
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
 
 _CAPPED = ("r3m", "trimmed")
 _SMOOTHED = ("cdpo", "rdpo")
 _DEFAULT_LAM = {"r3m": 0.75, "trimmed": 0.9}
+
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
 
 
 class RobustFields(Config):
@@ -117,6 +123,18 @@ class R3MConfig(RobustFields, TrainingFields):
     Rows are preferences: ``prompt``, ``chosen``, ``rejected``.
     """
 
+    verb = "align"
+    summary = "R3M: a reward or a policy from preferences of which some are wrong, and which those are"
+    verb_summary = "learn a reward or a policy from preferences of which some are wrong"
+    examples = (
+        "tenfold align demo --target reward --data prefs.jsonl --budget 10% --out runs/reward",
+        "tenfold align demo --target dpo --data prefs.jsonl --lam 0.75",
+    )
+    reads: ClassVar[tuple[str, ...]] = ("preference",)
+    reads_columns: ClassVar[bool] = True  # true rewards and known flips
+    needs: ClassVar[Needs] = Needs(task=("causal", "reward"))
+    run = "tenfold.align.r3m.stage:run_r3m"
+
     target: Literal["reward", "dpo"] = "reward"
     """``reward``: a model with one score; ``dpo``: a policy, whose log-ratios are its rewards."""
     rank: Annotated[int, Field(ge=0)] = 8
@@ -137,7 +155,7 @@ class R3MConfig(RobustFields, TrainingFields):
     """Instead of ``lam``: train with each of these caps, and keep the one whose model explains best the pairs that it
     has not seen, such as ``[1, 0.75, 0.5, 0.25]``. Without ``trusted`` a fifth of the training pairs judges, and their
     labels may be wrong; so many further trainings."""
-    trusted: str | None = None
+    trusted: Annotated[str | None, Takes(("rows",))] = None
     """Pairs whose labels are known to be right, in a file or as ``data`` names them: they choose among ``lams``."""
     worst: Annotated[int, Field(ge=1)] = 12
     """Most doubtful pairs that the report shows."""
@@ -157,12 +175,24 @@ class R3MConfig(RobustFields, TrainingFields):
             parse_noise(self.noise)
         return self
 
+    def artefacts(self) -> Mapping[str, ArtefactKind]:
+        """An adapter or a model, the labels ranked by doubt, and what was trained on, noise included."""
+        trained: ArtefactKind = "adapter" if self.rank else "model"
+        return {trained: trained, "audit": "table", "training": "rows"}
+
+    def other_rows(self) -> dict[str, OtherRows]:
+        """The pairs that choose among caps, read like the training data."""
+        return {} if self.trusted is None else {"trusted": OtherRows(self.trusted, "preference", self.columns)}
+
+    def task_after(self, task: Task) -> Task:
+        """A reward model has another head."""
+        return "reward" if self.target == "reward" else task
+
     def applied_to(self, shape: Shape) -> Shape:
         """An adapter or other weights, with the head that the target needs."""
         shape = super().applied_to(shape)
         shape.check_rank(self.rank)
-        task = "reward" if self.target == "reward" else shape.task
-        return replace(shape, adapted=self.rank > 0, task=task)
+        return replace(shape, adapted=self.rank > 0, task=self.task_after(shape.task))
 
     def needs_matrices(self, shape: Shape) -> bool:
         """Targets may match nothing."""
@@ -201,12 +231,23 @@ AUDIT_LAM = 0.85
 class AuditConfig(DataFields):
     """Which preference labels to doubt, by the margins of a reward model or of a DPO policy."""
 
+    verb = "audit"
+    summary = "which preference labels to doubt, by a reward model or a DPO policy"
+    verb_summary = "say which preference labels to doubt"
+    examples = ("tenfold audit runs/reward/01-r3m/adapter --data prefs.jsonl --out audit.csv --clean cleaned.jsonl",)
+    reads: ClassVar[tuple[str, ...]] = ("preference",)
+    reads_columns: ClassVar[bool] = True  # cleaned rows keep them
+    needs: ClassVar[Needs] = Needs(task=("causal", "reward"))
+    makes: ClassVar[Mapping[str, ArtefactKind]] = {"audit": "table", "cleaned": "rows"}
+    run = "tenfold.align.audit.stage:run_audit"
+    out_files: ClassVar[Mapping[str, str]] = {".csv": "csv"}
+
     lam: Annotated[float, Field(gt=0, lt=1)] = AUDIT_LAM
     """A pair is flagged where the model gives its label less than ``1 - lam``."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """For policies: the beta that they were trained with. Default: what the adapter says that this library trained,
     else 0.1."""
-    reference: str | None = None
+    reference: Annotated[str | None, Takes(("model",))] = None
     """For policies without an adapter: the model that they started from, a folder, a hub id or ``demo``."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Pairs of a forward pass, which has twice as many sequences."""
@@ -217,13 +258,33 @@ class AuditConfig(DataFields):
     """Most doubtful pairs that the report shows."""
     by: str | None = None
     """Column that says who gave the label, or where the row comes from: these are ranked, too."""
-    csv: Path | None = None
+    csv: Annotated[Path | None, Incidental] = None
     """Also write the ranked table to this file; on the command line ``--out NAME.csv`` says the same."""
     action: Literal["drop", "flip", "weights"] = "drop"
     """What the cleaned data does with suspects: leaves them out, flips those that are almost surely wrong, or
     keeps all with a column ``weight``, for trainers that weigh rows (those here do not)."""
-    clean: Path | None = None
+    clean: Annotated[Path | None, Incidental] = None
     """Also write the cleaned rows to this file (.jsonl)."""
+
+    def models(self) -> dict[str, str]:
+        """What a policy is compared with."""
+        return {} if self.reference is None else {"reference": self.reference}
+
+    def delivers(self) -> dict[str, Path]:
+        """The ranked table and the cleaned rows."""
+        asked = {"audit.csv": self.csv, "cleaned.jsonl": self.clean}
+        return {name: target for name, target in asked.items() if target is not None}
+
+    def check(self, rows: Rows | None) -> None:
+        """Preferences, places for what is written, and the column by which labels are grouped."""
+        check_kind(rows, self.reads, "auditing labels")
+        assert rows is not None
+        for key, path, suffix in (("csv", self.csv, ".csv"), ("clean", self.clean, ".jsonl")):
+            if path is not None:
+                _check_output(key, path, suffix, Path(str(self.data)).resolve())
+        if self.by is not None and not any(self.by in other for other in rows.others):
+            there = ", ".join(dict.fromkeys(name for other in rows.others for name in other)) or "none"
+            raise ConfigError(f"by: {rows.source} has no column {self.by!r}", remedy=f"further columns are: {there}")
 
     def applied_to(self, shape: Shape) -> Shape:
         """A policy is judged against what it started from."""
@@ -233,3 +294,12 @@ class AuditConfig(DataFields):
                 remedy="give the model that the policy started from as reference, or a reward model as the model",
             )
         return shape
+
+
+def _check_output(key: str, path: Path, suffix: str, data: Path) -> None:
+    if path.suffix != suffix or path.is_dir():
+        raise ConfigError(f"{key}: {path} is not a {suffix} file", remedy=f"give a name that ends in {suffix}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{key}: there is no folder {path.parent}", remedy="make it, or give another one")
+    if path.resolve() == data or data in path.resolve().parents:
+        raise ConfigError(f"{key}: {path} belongs to the data, which would be lost", remedy="give another file")

@@ -12,8 +12,9 @@ from tenfold.config.base import Config
 class ModelFields(Config):
     """Which model, and how it is opened."""
 
-    model: str
-    """``demo`` (the embedded SmolLM2-135M-Instruct), a hub id, a folder, a GGUF file, or ``tiny:llama``."""
+    model: str | None = None
+    """``demo`` (the embedded SmolLM2-135M-Instruct), a hub id, a folder, a GGUF file, or ``tiny:llama``. Recipes whose
+    stages need no model leave it out."""
     task: Literal["causal", "seq2seq", "classification", "reward"] = "causal"
     """What the model's head is for."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
@@ -36,4 +37,8 @@ class Recipe(ModelFields):
     """
 
     stages: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
-    """Each stage: ``use`` names the method, the other keys are those of its configuration."""
+    """Each stage: ``use`` names the method, the other keys are those of its configuration. ``id`` names the stage, so
+    that ``${id.artefact}`` stands for what it makes wherever a later stage takes a path; ``model`` lets it start from
+    another model than the one that the stages before have left."""
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str] = {}
+    """Further models by name, each as under ``model``: ``${models.NAME}`` stands for one wherever a model may stand."""

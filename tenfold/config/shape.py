@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tenfold.errors import ConfigError
+
+Task = Literal["causal", "seq2seq", "classification", "reward"]
+"""What a model's head is for."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Shape:
     kv_heads: int | None = None
     vocabulary: int | None = None
     positions: int | None = None
-    task: str = "causal"
+    task: Task = "causal"
     adapted: bool = False
     spans: Mapping[str, Any] | None = None
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
-from tenfold.errors import ConfigError
+from tenfold.config.stage import Incidental, check_kind
+from tenfold.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from tenfold.data.read import Rows
 
 
 class TrainingFields(DataFields):
     """How to train, whatever is trained."""
+
+    reads: ClassVar[tuple[str, ...]] = ("text", "completion", "chat")
+    learns: ClassVar[bool] = True
 
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; give this, ``epochs`` or ``tokens``. Default: one epoch."""
@@ -38,12 +46,21 @@ class TrainingFields(DataFields):
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
     """Trade time for memory: recompute activations in the backward pass."""
-    save_every: Annotated[int, Field(ge=1)] = 25
+    save_every: Annotated[int, Field(ge=1), Incidental] = 25
     """Optimizer steps between checkpoints, from which a killed run resumes."""
-    log_every: Annotated[int, Field(ge=1)] = 5
+    log_every: Annotated[int, Field(ge=1), Incidental] = 5
     """Optimizer steps between lines of ``metrics.jsonl``."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Incidental] = ()
     """Also log to these, as the transformers Trainer does."""
+
+    def check(self, rows: Rows | None) -> None:
+        """Rows to learn from, of which some can be held out, and loggers that are installed."""
+        check_kind(rows, self.reads, "training")
+        assert rows is not None
+        rows.split(self.holdout)
+        for name in self.report_to:
+            if find_spec(name) is None and not (name == "tensorboard" and find_spec("tensorboardX")):
+                raise MissingDependencyError(f"report_to: {name} is not installed", f"pip install {name}")
 
     def applied_to(self, shape: Shape) -> Shape:
         """Sequences must be within what the model can read."""

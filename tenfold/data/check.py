@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
-from tenfold.config.data import Kind
+from tenfold.config.stage import Kind
 from tenfold.data.rows import KINDS, Choice, Preference, Question, Row, content_id
 from tenfold.data.sources import Record, shorten
 from tenfold.errors import DataError

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, overload
 
-from tenfold.config.data import Kind
+from tenfold.config.stage import Kind
 from tenfold.data.check import build, kind_of, unknown_kind, wrong
 from tenfold.data.conversations import as_texts, in_messages
 from tenfold.data.groups import DIVIDED, kept_together, places, subject, twin

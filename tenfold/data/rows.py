@@ -20,7 +20,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from tenfold.config.data import Kind
+from tenfold.config.stage import Kind
 
 
 @dataclass(frozen=True)

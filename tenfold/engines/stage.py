@@ -11,6 +11,7 @@ from tenfold.attend.autopasta.answering import Answer, AutoPasta
 from tenfold.attend.pasta.prompts import chat_prompt, loops, profile_of, uses_template
 from tenfold.attend.pasta.steering import lifts, steer
 from tenfold.attend.text_marks import encode, from_substrings
+from tenfold.cache.packing import cache_note, packed_caches
 from tenfold.cache.spans import own_cache
 from tenfold.config.generate import GenerateConfig
 from tenfold.errors import DataError
@@ -49,8 +50,6 @@ def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
                 written[f"{name}, emphasised"], more = emphasise()
                 notes += [f"{name}, {note}" for note in more]
             if config.kv is not None:
-                from tenfold.cache.packing import cache_note, packed_caches
-
                 with packed_caches(model, config.kv) as (make, made):
                     written[f"{name}, {config.kv}"] = write(make_cache=make)
                     if config.emphasise:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tenfold.config.shape import Shape
+from tenfold.config.shape import Shape, Task
 from tenfold.errors import MissingDependencyError, ModelError
 from tenfold.models.gguf import cache_dir, gguf_sha256
 from tenfold.models.reference import ModelRef
@@ -43,7 +43,7 @@ def shape_of(ref: ModelRef) -> Shape:
     return shape_from(_configuration(located, ref.revision), ref.source, ref.task, adapted=bool(chain))
 
 
-def shape_from(config: dict[str, Any], name: str, task: str = "causal", *, adapted: bool = False) -> Shape:
+def shape_from(config: dict[str, Any], name: str, task: Task = "causal", *, adapted: bool = False) -> Shape:
     """The shape that a ``config.json`` describes.
 
     >>> shape_from({"model_type": "gpt2", "n_layer": 12, "n_positions": 1024}, "gpt2").positions

@@ -18,14 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tenfold.compat import enable_checkpointing
-from tenfold.config.evaluate import EvaluateConfig
+from tenfold.config.stage import StageConfig
 from tenfold.config.training import TrainingFields
 from tenfold.models.meta_model import skeleton
 from tenfold.models.open import resolve_device
 from tenfold.models.reference import ModelRef
-from tenfold.pipeline.checking import check_model, model_of
-from tenfold.pipeline.recipe import Plan
-from tenfold.pipeline.stages import stage
+from tenfold.pipeline.checking import check_model, source_of
+from tenfold.pipeline.recipe import Plan, Step
+from tenfold.pipeline.references import is_reference
+from tenfold.pipeline.stages import load
 from tenfold.stage.numbers import quantity
 
 CPU_HEAP = 1.6
@@ -57,21 +58,25 @@ def estimate(plan: Plan) -> list[Estimate]:
     Returns:
         One estimate for the model, then one for each stage; that of a stage whose needs are not known is empty.
     """
-    ref = model_of(plan)
     check_model(plan)
-    model = skeleton(ref)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    amounts = {"parameters": sum(p.numel() for p in model.parameters()), "weights": weights}
-    found = [Estimate(f"model: {ref.source}", amounts)]
-    for step in plan.steps:
-        attach = stage(step.name).attach_function()
-        if attach is not None and isinstance(step.config, TrainingFields):
-            found.append(Estimate(step.folder, training_needs(attach, step.config, ref)))
-        elif isinstance(step.config, EvaluateConfig):
-            found.append(Estimate(step.folder, inference_needs(step.config, ref)))
-        else:
-            found.append(Estimate(step.folder, {}))
-    return found
+    found: list[Estimate] = []
+    if plan.recipe.model is not None:
+        ref = source_of(plan)
+        model = skeleton(ref)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        amounts = {"parameters": sum(p.numel() for p in model.parameters()), "weights": weights}
+        found.append(Estimate(f"model: {ref.source}", amounts))
+    return [*found, *(Estimate(step.folder, _needs(plan, step)) for step in plan.steps)]
+
+
+def _needs(plan: Plan, step: Step) -> dict[str, float]:
+    """Of one stage; nothing where it is not known."""
+    config = step.config
+    if not config.needs.model or (is_reference(step.model) and plan.made[str(step.model)].step is not None):
+        return {}
+    if config.attach is not None and isinstance(config, TrainingFields):
+        return training_needs(load(config.attach), config, source_of(plan, step))
+    return inference_needs(config, source_of(plan, step)) if config.prefills else {}
 
 
 def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: ModelRef) -> dict[str, float]:
@@ -114,18 +119,19 @@ def on_gpu(ref: ModelRef) -> bool:
     return resolve_device(ref.device).type == "cuda"
 
 
-def inference_needs(config: EvaluateConfig, ref: ModelRef) -> dict[str, float]:
+def inference_needs(config: StageConfig, ref: ModelRef) -> dict[str, float]:
     """Bytes of the cache for one token, and the peak growth while ``prompt_tokens`` are read."""
+    tokens: int = config.model_dump()["prompt_tokens"]
     model = skeleton(ref).eval()
     with FakeTensorMode(), torch.no_grad(), _Live() as live:
         _materialise(model)
         base_live = live.now
-        ids = torch.zeros((1, config.prompt_tokens), dtype=torch.long)
+        ids = torch.zeros((1, tokens), dtype=torch.long)
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         del output.logits
         cache = live.now - base_live
         peak = live.peak - base_live
-    return {"cache per token": cache / config.prompt_tokens, "cache": cache, "peak growth": peak}
+    return {"cache per token": cache / tokens, "cache": cache, "peak growth": peak}
 
 
 def _materialise(model: nn.Module) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tenfold.config.autopasta import AutoPastaConfig
-from tenfold.config.base import Config
 from tenfold.config.data import DataFields
-from tenfold.config.pasta import PastaConfig, ProfileConfig, SteeringFields
-from tenfold.config.r3m import R3MConfig
 from tenfold.config.reading import read_yaml, write_yaml
 from tenfold.config.recipe import Recipe
-from tenfold.config.training import TrainingFields
+from tenfold.config.shape import Task
+from tenfold.config.stage import StageConfig, Takes
 from tenfold.errors import ConfigError
+from tenfold.pipeline.references import MODELS, Made, inherit, is_reference, look_up, reference
 from tenfold.pipeline.stages import stage, stages
-
-STEERING = (ProfileConfig, PastaConfig, AutoPastaConfig)
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,11 @@ class Step:
     index: int
     """Its place, from 1."""
     name: str
-    config: Config
+    config: StageConfig
+    id: str = ""
+    """By which later stages refer to what it makes; by default the name of its folder."""
+    model: str | None = None
+    """What it starts from, where that is not the model as the stages before have left it."""
 
     @property
     def folder(self) -> str:
@@ -49,11 +50,21 @@ class Plan:
 
     recipe: Recipe
     steps: tuple[Step, ...]
+    made: Mapping[str, Made]
+    """What references stand for."""
 
     def to_yaml(self) -> str:
         """The recipe with every default spelled out; reading it back gives the same plan."""
         values = self.recipe.model_dump(mode="json")
-        values["stages"] = [{"use": step.name, **step.config.model_dump(mode="json")} for step in self.steps]
+        values["stages"] = [
+            {
+                "use": step.name,
+                **({"id": step.id} if step.id != step.folder else {}),
+                **({"model": step.model} if step.model is not None else {}),
+                **step.config.model_dump(mode="json"),
+            }
+            for step in self.steps
+        ]
         return write_yaml(values)
 
 
@@ -115,7 +126,7 @@ def _refuse_bare_key(name: str, values: Mapping[str, Any], text: str) -> None:
         return
     for entry in values.get("stages") or ():
         use = entry.get("use") if isinstance(entry, dict) else None
-        if isinstance(use, str) and use in stages() and name in stage(use).config_class().model_fields:
+        if isinstance(use, str) and use in stages() and name in stage(use).model_fields:
             raise ConfigError(f"--set {text}: {name} is a key of the stage {use}", remedy=f"write --set {use}.{text}")
 
 
@@ -130,53 +141,88 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
     512
     """
     recipe = Recipe.parse(values, where)
+    made = {reference(MODELS, name): Made(reference(MODELS, name), "model", None, name) for name in recipe.models}
     steps: list[Step] = []
-    data: dict[str, Any] = {}
-    tagged: dict[str, Any] = {}
-    trained: dict[str, dict[str, Any]] = {}
-    profiled: Step | None = None
-    task: str = recipe.task
+    pools: dict[str, dict[str, Any]] = {}
+    learnt: dict[str, dict[str, Any]] = {}
+    task: Task = recipe.task
     for index, entry in enumerate(recipe.stages, start=1):
         name = entry.get("use")
         if not isinstance(name, str):
             raise ConfigError(f"{where}, stage {index}: use: missing", remedy="each stage begins with `use: NAME`")
         place = f"{where}, stage {index} ({name})"
-        keys = {key: value for key, value in entry.items() if key != "use"}
-        if task not in stage(name, place).tasks:
-            says = (
-                f"the recipe says task: {task}" if task == recipe.task else f"the stages before it made a {task} model"
-            )
-            raise ConfigError(
-                f"{place}: works on {' or '.join(stage(name).tasks)} models, and {says}",
-                remedy="leave the stage out, or open the model as causal; from Python, adapters train on every task",
-            )
-        config_class = stage(name, place).config_class()
-        if issubclass(config_class, DataFields):
-            # A stage without data reads what the stage before it read; steering has rows of its own kind.
-            if keys.get("data") is None:
-                before = tagged if config_class is PastaConfig else {} if issubclass(config_class, STEERING) else data
-                keys = {**before, **{key: value for key, value in keys.items() if value is not None}}
-            # What an earlier stage trained on is only measured on the share that it held out.
-            earlier = trained.get(_same(keys.get("data")))
-            if "split" in config_class.model_fields and earlier is not None:
-                keys = _held_out(keys, earlier, place)
-        config = config_class.parse(keys, place)
-        if isinstance(config, SteeringFields) and config.steers and config.profile is None and profiled is not None:
-            config = config.model_copy(update={"profile": profiled.folder})
-        steps.append(Step(index, name, config))
-        if isinstance(config, ProfileConfig):
-            profiled = steps[-1]
-        if isinstance(config, R3MConfig):
-            task = "reward" if config.target == "reward" else task
+        cls = stage(name, place)
+        keys = {key: value for key, value in entry.items() if key not in ("use", "id", "model")}
+        keys = _with_data(keys, cls, pools, learnt, place)
+        config = inherit(cls.parse(keys, place), made)
+        step = Step(index, name, config, model=entry.get("model"))
+        step = replace(step, id=_id(entry.get("id"), step.folder, steps, place))
+        _check_model(step, recipe, task, made, place)
+        for key, takes in config.takes().items():
+            if is_reference(getattr(config, key)):
+                look_up(getattr(config, key), made, takes, place, key)
+        steps.append(step)
+        for artefact, kind in config.artefacts().items():
+            known = Made(reference(step.id, artefact), kind, len(steps) - 1, artefact)
+            made[known.reference] = known
+        task = config.task_after(task)
         if isinstance(config, DataFields):
             read = {key: keys[key] for key in DataFields.model_fields if key in keys}
-            if not isinstance(config, STEERING):
-                data = read
-            elif isinstance(config, ProfileConfig):
-                tagged = read if config.data is not None else {}
-            if isinstance(config, TrainingFields | ProfileConfig) and config.data is not None:
-                trained[_same(config.data)] = {key: getattr(config, key) for key in DataFields.model_fields}
-    return Plan(recipe, tuple(steps))
+            if config.data_pool is not None:
+                pools[config.data_pool] = read
+            if config.learns and config.data is not None:
+                learnt[_same(config.data)] = {key: getattr(config, key) for key in DataFields.model_fields}
+    return Plan(recipe, tuple(steps), made)
+
+
+def _id(given: Any, folder: str, steps: Sequence[Step], place: str) -> str:
+    """The name of a stage; each has its own."""
+    if given is None:
+        return folder
+    if not isinstance(given, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", given) or given == MODELS:
+        raise ConfigError(f"{place}: id: {given!r} is no name", remedy="use letters, digits, - and _; models is taken")
+    if given in [step.id for step in steps]:
+        raise ConfigError(f"{place}: id: {given!r} names an earlier stage", remedy="give each stage an id of its own")
+    return given
+
+
+def _check_model(step: Step, recipe: Recipe, task: str, made: Mapping[str, Made], place: str) -> None:
+    """Refuse a stage that lacks a model, or whose model has another head."""
+    needs = step.config.needs
+    if step.model is not None and (not isinstance(step.model, str) or not needs.model):
+        problem = "works on no model" if not needs.model else f"{step.model!r} is no model"
+        raise ConfigError(f"{place}: model: {problem}", remedy="give a source as under model, or leave the key out")
+    if is_reference(step.model):
+        assert step.model is not None
+        look_up(step.model, made, Takes(("model", "adapter")), place, "model")
+    if not needs.model:
+        return
+    if step.model is None and recipe.model is None:
+        raise ConfigError(f"{place}: works on a model, and the recipe names none", remedy="write model: demo, for one")
+    if step.model is None and task not in needs.task:
+        says = f"the recipe says task: {task}" if task == recipe.task else f"the stages before it made a {task} model"
+        raise ConfigError(
+            f"{place}: works on {' or '.join(needs.task)} models, and {says}",
+            remedy="leave the stage out, or open the model as causal; from Python, adapters train on every task",
+        )
+
+
+def _with_data(
+    keys: dict[str, Any],
+    cls: type[StageConfig],
+    pools: Mapping[str, dict[str, Any]],
+    learnt: Mapping[str, dict[str, Any]],
+    place: str,
+) -> dict[str, Any]:
+    """The keys with the data of the stage before, read as before."""
+    if not issubclass(cls, DataFields):
+        return keys
+    if keys.get("data") is None:
+        before = pools.get(cls.data_pool, {}) if cls.data_pool is not None else {}
+        keys = {**before, **{key: value for key, value in keys.items() if value is not None}}
+    # What an earlier stage learnt from is only measured on the share that it held out.
+    earlier = learnt.get(_same(keys.get("data")))
+    return _held_out(keys, earlier, place) if "split" in cls.model_fields and earlier is not None else keys
 
 
 def _same(data: object) -> str:

@@ -15,7 +15,6 @@ from tenfold.stage.results import Result
 
 if TYPE_CHECKING:
     from tenfold.data.read import Rows
-    from tenfold.models.reference import ModelRef
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,9 @@ class StageOutput:
     attached: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     artefact: str | None = None
+    """The folder that the report and the next stage know."""
+    artefacts: Mapping[str, str] = field(default_factory=dict)
+    """Further artefacts: name as the configuration promises it -> file or folder within the stage's folder."""
     continues_with: Literal["adapter", "model"] | None = None
 
 
@@ -64,16 +66,18 @@ class Context:
 
     folder: Path
     """Its working folder; everything in it appears under its final name when the stage is complete."""
-    start: ModelRef
-    """The model that the recipe started from."""
-    model: ModelRef
-    """The model as the stages so far have left it."""
+    start: Any
+    """The model that the recipe started from, a `tenfold.models.reference.ModelRef`; None of a stage without one."""
+    model: Any
+    """The model as the stages so far have left it, likewise."""
     rows: Rows | None
     """Its data, read and checked before any weight was loaded."""
     seed: int
     recipe: str
     """The resolved recipe."""
     progress: Progress
+    other_rows: Mapping[str, Rows] = field(default_factory=dict)
+    """Further rows, by the key that names them."""
 
     @property
     def metrics(self) -> MetricsLog:

@@ -74,6 +74,8 @@ class StageSummary(Record):
     """Hash of everything the result depends on: configuration, inputs, seed, earlier stages."""
     previous: str = ""
     """Fingerprint of the stage before, on whose result this one rests; empty for the first."""
+    code: str = ""
+    """Hash of the code of the stage."""
     config: dict[str, Any]
     """The resolved configuration."""
     seed: int
@@ -89,6 +91,8 @@ class StageSummary(Record):
     """Sentences the reader must know: rows cut, modules skipped, departures."""
     artefact: str | None = None
     """Folder of the artefact, relative to the stage folder."""
+    artefacts: dict[str, str] = {}
+    """All artefacts by name, relative to the stage folder."""
     continues_with: Literal["adapter", "model"] | None = None
     """What the artefact is to the next stage: an adapter on top of the model, or the model itself."""
     timings: dict[str, float] = {}

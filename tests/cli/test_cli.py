@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from tenfold import cli
+from tenfold.pipeline.stages import verbs
 
-VERBS = [*cli.COMMANDS, *cli.MODEL_VERBS]
+VERBS = [*cli.COMMANDS, *verbs()]
 
 
 def tenfold(*arguments, **environment):
@@ -38,7 +39,7 @@ def test_every_help_has_examples(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"tenfold {verb}" in out
-    for line in cli.EXAMPLES[verb].splitlines():
+    for line in cli.examples(verb):
         assert " ".join(line.split()[:3]) in out
 
 
@@ -215,7 +216,7 @@ def summary(index=1, **subjects):
 
 
 def test_figures_are_shown_for_people():
-    from tenfold.pipeline.run import figures
+    from tenfold.report.terminal import figures
 
     def measured(seconds, size, loss):
         return [
@@ -235,7 +236,7 @@ def test_figures_are_shown_for_people():
 
 
 def test_a_single_model_is_called_model():
-    from tenfold.pipeline.run import figures
+    from tenfold.report.terminal import figures
 
     columns, rows = figures([summary(model=[{"name": "weights", "value": 16e9, "unit": "bytes"}])])
     assert (columns, rows) == (("what", "model", "unit"), [("measured: weights", "14.9", "GiB")])

@@ -69,7 +69,7 @@ def test_attaching_reports_and_detaching_leaves_no_trace(name, kind):
 def test_impossible_values_are_refused(row):
     for values in row.impossible:
         with pytest.raises(ConfigError, match=next(iter(values))):
-            stage(row.name).config_class().parse({**row.keys, **values}, "contract")
+            stage(row.name).parse({**row.keys, **values}, "contract")
 
 
 def test_the_summary_says_what_was_done_and_weights_stay(row, recipe, tmp_path):
@@ -120,7 +120,7 @@ def test_too_little_text_is_said_before_anything_is_measured(row, recipe, tmp_pa
 
 def test_what_the_house_asks_of_a_method_is_there(row):
     page = (ROOT / f"docs/methods/{row.name}.md").read_text()
-    fields = set(stage(row.name).config_class().model_fields) - set(DataFields.model_fields)
+    fields = set(stage(row.name).model_fields) - set(DataFields.model_fields)
     for key in fields | set(CacheConfig.model_fields):
         assert f"`{key}`" in page, f"docs/methods/{row.name}.md does not explain {key}"
     assert (ROOT / f"benchmarks/{row.name}.py").exists()

@@ -37,7 +37,7 @@ def recipe(row, number_rows):
 
 
 def config_of(row, **changes):
-    return stage(row.name).config_class().parse({**row.keys, **changes}, "contract")
+    return stage(row.name).parse({**row.keys, **changes}, "contract")
 
 
 def execute(recipe, out):
@@ -83,7 +83,7 @@ def test_impossible_values_are_refused(row):
     for values in row.impossible:
         kept = {key: value for key, value in row.keys.items() if key not in ("rank", "budget")}
         with pytest.raises(ConfigError, match=next(iter(values))):
-            stage(row.name).config_class().parse({**kept, **values}, "contract")
+            stage(row.name).parse({**kept, **values}, "contract")
 
 
 def test_the_artefact_needs_no_tenfold(row, recipe, tmp_path):
@@ -144,7 +144,7 @@ def test_what_the_house_asks_of_a_method_is_there(row):
     if row.baseline:
         return
     page = (ROOT / f"docs/methods/{row.name}.md").read_text()
-    for key in set(stage(row.name).config_class().model_fields) - set(TextTrainingFields.model_fields):
+    for key in set(stage(row.name).model_fields) - set(TextTrainingFields.model_fields):
         assert f"`{key}`" in page, f"docs/methods/{row.name}.md does not explain {key}"
     assert (ROOT / f"benchmarks/{row.name}.py").exists()
     assert (ROOT / f"tests/oracles/test_{row.name}.py").exists()

@@ -524,7 +524,7 @@ def test_the_base_is_untouched_and_the_adapter_needs_no_tenfold(tmp_path):
 )  # fmt: skip
 def test_impossible_values_are_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
-        stage("r3m").config_class().parse(values, "contract")
+        stage("r3m").parse(values, "contract")
 
 
 def test_noise_that_needs_true_rewards_says_so_where_there_are_none(tmp_path):
@@ -538,7 +538,7 @@ def test_noise_that_needs_true_rewards_says_so_where_there_are_none(tmp_path):
 def test_what_the_house_asks_of_a_method_is_there():
     page = (ROOT / "docs/methods/r3m.md").read_text()
     for name in ("r3m", "audit"):
-        fields = stage(name).config_class().model_fields
+        fields = stage(name).model_fields
         for key in set(fields) - (set(TrainingFields.model_fields) - set(RobustFields.model_fields)):
             assert f"`{key}`" in page, f"docs/methods/r3m.md does not explain {key}"
     assert (ROOT / "benchmarks/r3m.py").exists()

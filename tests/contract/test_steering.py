@@ -81,7 +81,7 @@ def test_heads_that_the_model_does_not_have_are_an_error_also_beside_right_ones(
 def test_impossible_values_are_refused(row):
     for values in row.impossible:
         with pytest.raises(ConfigError, match=next(iter(values))):
-            stage(row.name).config_class().parse({**row.keys, **values}, "contract")
+            stage(row.name).parse({**row.keys, **values}, "contract")
 
 
 def test_the_summary_says_what_was_done_and_weights_stay(row, recipe, tmp_path):
@@ -133,7 +133,7 @@ def test_runs_in_bfloat16(row, recipe, tmp_path):
 def test_a_profile_is_plain_json_that_the_next_stage_takes(recipe, tmp_path):
     stages = [*recipe["stages"], {"use": "pasta", "prompts": [MARKED], "max_new_tokens": 3}]
     plan = resolve({**recipe, "stages": stages}, "contract")
-    assert plan.steps[1].config.profile == "01-profile"
+    assert plan.steps[1].config.profile == "${01-profile.profile}"
     summaries = execute({**recipe, "stages": stages}, tmp_path / "run")
     path = tmp_path / "run/01-profile/profile/profile.json"
     heads = json.loads(path.read_text())["heads"]
@@ -143,7 +143,7 @@ def test_a_profile_is_plain_json_that_the_next_stage_takes(recipe, tmp_path):
 
 def test_what_the_house_asks_of_a_method_is_there(row):
     page = (ROOT / f"docs/methods/{row.page}.md").read_text()
-    for key in set(stage(row.name).config_class().model_fields) - set(DataFields.model_fields):
+    for key in set(stage(row.name).model_fields) - set(DataFields.model_fields):
         assert f"`{key}`" in page, f"docs/methods/{row.page}.md does not explain {key}"
     assert (ROOT / f"benchmarks/{row.page}.py").exists()
     assert (ROOT / f"tests/oracles/test_{row.page}.py").exists()

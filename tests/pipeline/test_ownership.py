@@ -10,6 +10,7 @@ from tenfold.errors import FolderError
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.ownership import RECORD, check_out, owned
 from tenfold.pipeline.recipe import resolve
+from tenfold.pipeline.stages import verbs
 
 QUIET = Console(quiet=True)
 
@@ -64,7 +65,7 @@ def test_no_verb_writes_into_a_folder_of_the_user(verb, number_rows, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     flags = [str(number_rows) if word == "ROWS" else word for word in VERBS[verb]]
-    assert set(VERBS) == set(cli.MODEL_VERBS)
+    assert set(VERBS) == set(verbs())
     assert cli.main([verb, "tiny:llama", *flags, "--out", "."]) == 2
     assert "holds files that no run wrote (recipe.yaml)" in capsys.readouterr().err
     assert contents(tmp_path) == {"recipe.yaml": RECIPE.encode()}

@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -17,9 +16,10 @@ from tenfold.config.full import FullConfig
 from tenfold.data.read import Rows
 from tenfold.data.rows import Text
 from tenfold.errors import ConfigError, DataError, MissingDependencyError, ModelError, RunError
+from tenfold.pipeline import folder
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.recipe import resolve
-from tenfold.pipeline.run import Job, _data_notes
+from tenfold.pipeline.run import _data_notes
 from tenfold.report.load import load_run
 
 QUIET = Console(quiet=True)
@@ -123,7 +123,7 @@ def test_a_damaged_summary_is_made_again(values, tmp_path):
 def test_a_stage_that_rests_on_one_that_was_made_again_is_not_shown(values, tmp_path):
     execute(values, tmp_path)
     plan = resolve({**values, "stages": [{**values["stages"][0], "rank": 1}, values["stages"][1]]}, "test")
-    runner.run(type(plan)(plan.recipe, plan.steps[:1]), tmp_path / "other", QUIET)
+    runner.run(type(plan)(plan.recipe, plan.steps[:1], {}), tmp_path / "other", QUIET)
     (tmp_path / "01-lora").rename(tmp_path / "gone")
     (tmp_path / "other/01-lora").rename(tmp_path / "01-lora")
     assert [summary.stage for summary in load_run(tmp_path)[1]] == ["lora"]
@@ -146,7 +146,7 @@ def test_what_only_changes_the_log_makes_nothing_anew(values, tmp_path):
 
 def test_killed_between_the_summary_and_the_name(values, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(runner, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             execute(values, tmp_path)
     (tmp_path / ".01-lora.123.old").mkdir()
@@ -157,7 +157,7 @@ def test_killed_between_the_summary_and_the_name(values, tmp_path, monkeypatch):
 
 
 def test_killed_between_training_and_saving_resumes_from_the_last_checkpoint(values, tmp_path, monkeypatch):
-    from tenfold.adapt import fitting as adapting
+    from tenfold.adapt.lora import stage as adapting
 
     values["stages"][0]["save_every"] = 2
     with monkeypatch.context() as patch:
@@ -241,8 +241,8 @@ def test_a_folder_that_cannot_be(values):
 )
 def test_a_full_disk_as_torch_says_it(error, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 4096})
-    monkeypatch.setattr(runner.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RunError if "inline" in str(error) else ValueError), runner._writable(tmp_path):
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError if "inline" in str(error) else ValueError), folder.writable(tmp_path):
         raise error
 
 
@@ -324,8 +324,7 @@ def test_a_second_adapter_goes_on_top_of_the_first(values, tmp_path):
 )
 def test_what_is_said_of_a_division_of_the_rows_is_in_the_summary(config, said):
     rows = Rows(tuple(Text(str(n), f"text {n}") for n in range(4)), "text", "here", ("read",), ("train", "test") * 2)
-    job = Job(SimpleNamespace(config=config), replace(rows, others=({},) * 4), "", "", {})
-    notes = _data_notes(job)
+    notes = _data_notes(config, replace(rows, others=({},) * 4))
     assert notes[0] == "read"
     assert any("own split column decides" in note for note in notes) is said
-    assert _data_notes(replace(job, rows=None)) == ()
+    assert _data_notes(config, None) == ()

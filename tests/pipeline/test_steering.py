@@ -142,7 +142,7 @@ def test_emphasised_generation_shows_both_texts(tmp_path):
 
 def test_emphasis_and_a_packed_cache_go_together(tmp_path, monkeypatch):
     """What is emphasised is also continued on the packed cache, as it is from Python."""
-    from tenfold.cache.gear import stage as caching
+    from tenfold.engines import stage as caching
 
     made = []
     note = caching.cache_note
@@ -174,7 +174,8 @@ def test_the_dose_of_chats_is_another_one_than_that_of_completions(monkeypatch):
         seen.append({key: settings[key] for key in ("alpha", "target_mass") if key in settings})
         return steer(model, marks, **settings)
 
-    monkeypatch.setattr("tenfold.attend.pasta.stage.steer", watched)
+    for module in ("tenfold.engines.stage", "tenfold.attend.pasta.stage"):
+        monkeypatch.setattr(f"{module}.steer", watched)
     keys = {"use": "generate", "profile": "heads.json", "prompts": ["Be brief."], "emphasise": ["brief"]}
     cases = [{}, {"chat": "no"}, {"alpha": "paper"}, {"alpha": 0.2}, {"target_mass": 0.4}]
     for number, case in enumerate(cases):
@@ -190,7 +191,7 @@ def test_the_dose_of_chats_is_another_one_than_that_of_completions(monkeypatch):
 
 
 def test_a_steered_text_that_goes_round_in_circles_is_noted(monkeypatch):
-    monkeypatch.setattr("tenfold.attend.pasta.stage.continue_inputs", lambda *_, **__: ["It is noon. " * 4, "Fine."])
+    monkeypatch.setattr("tenfold.engines.stage.continue_inputs", lambda *_, **__: ["It is noon. " * 4, "Fine."])
     keys = {"prompts": ["Be brief.", "Be kind."], "emphasise": ["Be"], "max_new_tokens": 2}
     (summary,) = execute({"use": "generate", "profile": "heads.json", **keys})
     assert summary.notes[0].startswith("model, the steered text of prompt 1 repeats itself; a gentler dose")
@@ -213,7 +214,7 @@ def test_a_profile_goes_to_the_stages_that_steer(tmp_path):
     emphasis = {"prompts": ["Be brief."], "emphasise": ["brief"]}
     stages = [{"use": "profile"}, {"use": "generate"}, {"use": "generate", **emphasis}, {"use": "autopasta"}]
     plan = resolve({"model": "tiny:llama", "stages": stages}, "test")
-    assert [step.config.profile for step in plan.steps[1:]] == [None, "01-profile", "01-profile"]
+    assert [step.config.profile for step in plan.steps[1:]] == [None, "${01-profile.profile}", "${01-profile.profile}"]
     assert resolve(yaml.safe_load(plan.to_yaml()), "test").steps == plan.steps
 
 
@@ -284,7 +285,7 @@ def test_bad_flags_of_steer_are_one_clear_error(flags, message, tmp_path, capsys
 
 def test_a_first_word_that_is_no_method_is_named(capsys):
     assert cli.main(["steer", "profil", "tiny:llama"]) == 2
-    assert "unknown method 'profil' of steer; did you mean 'profile'?\n  -> methods: profile" in capsys.readouterr().err
+    assert "unknown method 'profil' of steer; did you mean 'profile'?\n  -> methods: pasta" in capsys.readouterr().err
 
 
 def test_the_method_may_be_the_first_word(monkeypatch):

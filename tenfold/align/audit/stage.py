@@ -54,7 +54,8 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in cleaned)
     write_text(context.folder / "cleaned.jsonl", "".join(lines))
     tables = output.tables if config.by is None else [*output.tables, _groups(found, context.rows, config.by)]
-    return dataclasses.replace(output, tables=tables, notes=[*output.notes, *notes])
+    artefacts = {"audit": "audit.csv", "cleaned": "cleaned.jsonl"}
+    return dataclasses.replace(output, tables=tables, notes=[*output.notes, *notes], artefacts=artefacts)
 
 
 def _groups(found: Audit, rows: Rows, column: str) -> Table:

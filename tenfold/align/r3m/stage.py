@@ -91,6 +91,7 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
         notes=[*notes, *chosen, *output.notes],
         attached=method,
         artefact=kind,
+        artefacts={"audit": "audit.csv", "training": "training.jsonl"},
         continues_with=kind,
     )
 
@@ -299,7 +300,7 @@ def _chosen(
     if not config.lams:
         return config, [], []
     if config.trusted is not None:
-        judges = preferences(trusted_rows(config))
+        judges = preferences(context.other_rows["trusted"])
         known = {twin(row) for row in judges}
         rows = [row for row in pairs if twin(row) not in known]
         if not rows:
@@ -341,15 +342,3 @@ def _tried(one: Candidate, pairs: int, labels: str) -> Result:
     if labels == "doubtful":
         metrics.append(Metric(name="share of wrong labels, estimated", value=one.wrong))
     return Result(task="choice of lam", subject=f"{one.lam:g}", metrics=tuple(metrics), settings={"labels": labels})
-
-
-def trusted_rows(config: R3MConfig) -> Rows:
-    """The pairs that choose among caps, read like the training data.
-
-    Raises:
-        DataError: they cannot be read, or are no preferences.
-    """
-    from tenfold.data.read import read_rows
-
-    assert config.trusted is not None
-    return read_rows(config.trusted, rows="preference", columns=config.columns)

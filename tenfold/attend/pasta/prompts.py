@@ -15,7 +15,8 @@ from tenfold.stage.context import Context
 def profile_of(config: SteeringFields, context: Context) -> Profile:
     """The heads to steer: those an earlier stage found, or a profile by name or file."""
     path = config.profile_file()
-    return load_profile(path or context.folder.parent / str(config.profile) / "profile" / "profile.json")
+    assert path is not None, "references are resolved before a stage runs"
+    return load_profile(path)
 
 
 def uses_template(tokenizer: Any, chat: str) -> bool:

@@ -80,6 +80,7 @@ def run_profile(config: ProfileConfig, context: Context) -> StageOutput:
         tables=[_curve_table(found)],
         attached={"heads": found.size, "layers": len(found.heads), "tasks": list(found.tasks)},
         artefact=folder.name,
+        artefacts={"profile": f"{folder.name}/profile.json"},
     )
 
 

@@ -1,0 +1,85 @@
+"""``${id.name}`` in a recipe: the artefact ``name`` of the stage ``id``, or the model ``name`` under ``models``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tenfold.config.stage import ArtefactKind, StageConfig, Takes
+from tenfold.errors import ConfigError
+
+MODELS = "models"
+"""The id under which the recipe's further models stand."""
+_WHOLE = re.compile(r"\$\{([^{}.]+)\.([^{}.]+)\}")
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artefact that a recipe will have, before it is there.
+
+    Args:
+        reference: as recipes write it.
+        kind: what it is.
+        step: index in the plan of the stage that makes it; None for a model under ``models``.
+        name: of the artefact, or of the model.
+    """
+
+    reference: str
+    kind: ArtefactKind
+    step: int | None
+    name: str
+
+
+def is_reference(value: object) -> bool:
+    """Whether a value stands for an artefact.
+
+    >>> is_reference("${clean.cleaned}"), is_reference("cleaned.jsonl")
+    (True, False)
+    """
+    return isinstance(value, str) and value.startswith("${")
+
+
+def reference(id: str, name: str) -> str:
+    """As recipes write it.
+
+    >>> reference("clean", "cleaned")
+    '${clean.cleaned}'
+    """
+    return f"${{{id}.{name}}}"
+
+
+def look_up(value: str, known: Mapping[str, Made], takes: Takes, place: str, key: str) -> Made:
+    """The artefact that a value stands for.
+
+    Raises:
+        ConfigError: not of the form, unknown, made only later, or of a kind that cannot stand there.
+    """
+    if not _WHOLE.fullmatch(value):
+        raise ConfigError(f"{place}: {key}: cannot read {value!r}", remedy="write ${ID.NAME}, as in ${clean.cleaned}")
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        there = ", ".join(known) or "none: give an earlier stage an id, or list models under models"
+        raise ConfigError(f"{place}: {key}: nothing before this stage makes {value}{hint}", remedy=f"there is {there}")
+    found = known[value]
+    if found.kind not in takes.kinds:
+        raise ConfigError(
+            f"{place}: {key}: {value} is of kind {found.kind}, and {' or '.join(takes.kinds)} is asked for",
+            remedy=f"name another artefact: {', '.join(m.reference for m in known.values() if m.kind in takes.kinds)}"
+            if any(made.kind in takes.kinds for made in known.values())
+            else "put a stage before this one that makes it",
+        )
+    return found
+
+
+def inherit(config: StageConfig, known: Mapping[str, Made]) -> StageConfig:
+    """The configuration with what it left out taken from the last stage that made such a thing."""
+    changes: dict[str, Any] = {}
+    for key, takes in config.takes().items():
+        made = [one for one in known.values() if one.kind in takes.kinds]
+        if takes.inherits and getattr(config, key) is None and made:
+            changes[key] = made[-1].reference
+    return config.model_copy(update=changes) if changes else config

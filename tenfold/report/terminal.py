@@ -1,0 +1,41 @@
+"""What was measured, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tenfold.stage.numbers import fit
+from tenfold.stage.record import StageSummary
+
+
+def figures(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column titles and rows of what was measured, for the terminal: values as the report shows them.
+
+    >>> from tenfold.stage.results import Metric, Result
+    >>> result = Result(task="speed", subject="model", metrics=(Metric(name="prefill", value=0.0312, unit="s"),))
+    >>> summary = StageSummary(tenfold_version="", index=1, stage="", fingerprint="", config={}, seed=0,
+    ...                        results=(result,))
+    >>> figures([summary])
+    (('what', 'model', 'unit'), [('speed: prefill', '31.2', 'ms')])
+    """
+    found: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
+    for summary in summaries:
+        for result in summary.results:
+            for metric in result.metrics:
+                found.setdefault((result.task, metric.name), ({}, metric.unit))[0][result.subject] = metric.value
+    shown = {key: kept for key, (values, unit) in found.items() if (kept := _sides(values, unit))}
+    compared = any(before for before, _, _ in shown.values())
+    rows = [
+        (f"{task}: {name}", *((before, after) if compared else (after,)), unit)
+        for (task, name), (before, after, unit) in shown.items()
+    ]
+    return ("what", *(("before", "after") if compared else ("model",)), "unit"), rows
+
+
+def _sides(values: dict[str, float], unit: str) -> tuple[str, str, str] | None:
+    """Before, after and unit as text; a model that is measured alone counts as after."""
+    before, after = values.get("before"), values.get("after", values.get("model"))
+    if after is None:
+        return None
+    scale = fit([before, after], unit, finest=None if before is None else after - before)
+    return "" if before is None else scale.text(before), scale.text(after), scale.unit
