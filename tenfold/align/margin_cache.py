@@ -1,7 +1,4 @@
-"""Margins that are already known: in memory, and in a file that any run may read from and add to.
-
-What they are known by is all that decides them: the row, the weights, the adapters, the tokens, the limits.
-"""
+"""What a margin is kept by: all that decides it, the row, the weights, the adapters, the tokens, the limits."""
 
 from __future__ import annotations
 
@@ -9,65 +6,23 @@ import hashlib
 import json
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tenfold.data.rows import Preference, content
-from tenfold.errors import DataError
-
-_LINE = b'{"margins": ['
-"""How each line of a cache begins."""
 
 
-class KnownMargins:
-    """Margins that are already there: in memory, and in a file where one is given. None stands for an over-long pair.
+def row_key(settings: Sequence[Any], row: Preference) -> str:
+    """What the margin of a row is kept by, scored in this way.
 
-    A line holds a whole batch, so that a batch is either there or not, whenever the process is killed.
+    Args:
+        settings: all else that decides it, as plain values.
+        row: the pair.
     """
-
-    def __init__(self, path: Path | None, settings: Sequence[Any]) -> None:
-        self._path = path
-        self._settings = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-        self.margins: dict[str, float | None] = {}
-        if path is not None and path.exists():
-            self._load(path)
-
-    def _load(self, path: Path) -> None:
-        torn = False
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                torn = not line.endswith(b"\n")
-                try:
-                    entries = json.loads(line)["margins"]
-                    self.margins.update({key: margin for _, key, margin in entries})
-                except json.JSONDecodeError:
-                    # What a killed run was writing is the beginning of a line; anything else is of no cache.
-                    if not line.startswith(_LINE[: len(line.rstrip())]):
-                        raise _no_cache(path, number) from None
-                except (ValueError, TypeError, KeyError):
-                    raise _no_cache(path, number) from None
-        if torn:
-            with path.open("ab") as file:
-                file.write(b"\n")
-
-    def key(self, row: Preference) -> str:
-        """What stands for this row, scored in this way."""
-        return hashlib.sha256(f"{self._settings}|{row.id}|{content(row)}".encode()).hexdigest()[:32]
-
-    def add(self, ids: Sequence[str], keys: Sequence[str], margins: Sequence[float | None]) -> None:
-        """Remember the margins of a batch; None for pairs that are over-long."""
-        new = list(zip(ids, keys, margins, strict=True))
-        self.margins.update((key, margin) for _, key, margin in new)
-        if self._path is not None and new:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"margins": new}) + "\n")
-
-
-def _no_cache(path: Path, number: int) -> DataError:
-    return DataError(f"{path}, line {number}: holds no margins", remedy="name another file as cache")
+    how = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return hashlib.sha256(f"{how}|{row.id}|{content(row)}".encode()).hexdigest()[:32]
 
 
 def fingerprint(model: Any) -> str:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tenfold.align.margin_cache import KnownMargins, fingerprint, tokenizer_hash
+from tenfold.align.margin_cache import fingerprint, row_key, tokenizer_hash
 from tenfold.data.encode import pad_id
 from tenfold.data.groups import kept_together, places
 from tenfold.data.rows import Preference
@@ -32,6 +32,7 @@ from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.inference import evaluating, input_device
 from tenfold.models.scoring import Progress, Window, score
 from tenfold.models.source import REFERENCE
+from tenfold.stage.store import Store
 
 Model = TypeVar("Model")
 
@@ -122,7 +123,8 @@ def score_pairs(
         rows,
         partial(_tokenised, tokenizer=tokenizer, chat=chat),
         partial(_reward_margins, model, pad),
-        known=KnownMargins(cache, settings),
+        known=Store(cache),
+        settings=settings,
         sizes=(batch_size, max_length),
         progress=progress,
     )
@@ -178,7 +180,8 @@ def score_policy_pairs(
         rows,
         partial(_tokenised, tokenizer=tokenizer, chat=chat),
         partial(_policy_margins, model, reference, tokenizer, chat, beta),
-        known=KnownMargins(cache, [*models, beta, _template(tokenizer, chat), max_length]),
+        known=Store(cache),
+        settings=[*models, beta, _template(tokenizer, chat), max_length],
         sizes=(batch_size, max_length),
         progress=progress,
     )
@@ -282,7 +285,8 @@ def _score(
     tokenise: Tokenise,
     measure: Measure,
     *,
-    known: KnownMargins,
+    known: Store,
+    settings: Sequence[Any],
     sizes: tuple[int, int],
     progress: Progress | None,
 ) -> Scored:
@@ -293,15 +297,15 @@ def _score(
     margins: list[float] = []
     over_long: list[str] = []
     total, stream, done = length_hint(rows), iter(rows), 0
-    while window := [(known.key(row), row) for row in islice(stream, _AHEAD * sizes[0])]:
-        if any(key not in known.margins for key, _ in window):
+    while window := [(row_key(settings, row), row) for row in islice(stream, _AHEAD * sizes[0])]:
+        if any(key not in known.entries for key, _ in window):
             for scored in _fill([tokenise(key, row) for key, row in window], measure, known, sizes):
                 if progress is not None:
                     progress(done + scored, total)
         elif progress is not None:
             progress(done + len(window), total)
         for key, row in window:
-            margin = known.margins[key]
+            margin = known.entries[key]
             if margin is None:
                 over_long.append(row.id)
             else:
@@ -311,23 +315,20 @@ def _score(
     return Scored(tuple(ids), torch.tensor(margins, dtype=torch.float32), tuple(over_long))
 
 
-def _fill(pairs: list[_Pair], measure: Measure, known: KnownMargins, sizes: tuple[int, int]) -> Iterator[int]:
+def _fill(pairs: list[_Pair], measure: Measure, known: Store, sizes: tuple[int, int]) -> Iterator[int]:
     """Make the margins of a window known; gives after each batch how many of its pairs are done."""
     batch_size, max_length = sizes
     over_long = [pair for pair in pairs if pair.length > max_length]
-    new = [pair for pair in over_long if pair.key not in known.margins]
-    _remember(known, new, [None] * len(new))
+    new = [pair for pair in over_long if pair.key not in known.entries]
+    known.add({pair.key: None for pair in new})
     fitting = sorted((pair for pair in pairs if pair.length <= max_length), key=lambda pair: -pair.length)
     for first in range(0, len(fitting), batch_size):
         # Batches are those of a run without a cache: after a kill, padding and margins come out the same.
-        missing = [pair for pair in fitting[first : first + batch_size] if pair.key not in known.margins]
+        missing = [pair for pair in fitting[first : first + batch_size] if pair.key not in known.entries]
         if missing:
-            _remember(known, missing, _finite(missing, measure(missing)))
+            found = _finite(missing, measure(missing))
+            known.add({pair.key: margin for pair, margin in zip(missing, found, strict=True)})
         yield len(over_long) + min(first + batch_size, len(fitting))
-
-
-def _remember(known: KnownMargins, pairs: Sequence[_Pair], margins: Sequence[float | None]) -> None:
-    known.add([pair.row.id for pair in pairs], [pair.key for pair in pairs], margins)
 
 
 def _finite(pairs: Sequence[_Pair], margins: Tensor) -> list[float]:

@@ -40,7 +40,7 @@ def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
 
     results: list[Result] = []
     for task in config.tasks:
-        results += context.remember(task, partial(_measure, task, config, context, subjects, rows))
+        results += context.store.get(task, partial(_measure, task, config, context, subjects, rows), list[Result])
     return StageOutput(results=results, notes=_left_out(results))
 
 

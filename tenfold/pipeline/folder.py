@@ -14,13 +14,15 @@ from tenfold.errors import FolderError, RunError, TenfoldError
 from tenfold.files import replace_folder
 from tenfold.pipeline.ownership import LOCK, Owned
 from tenfold.pipeline.recipe import Plan
+from tenfold.stage.context import STORE
 
 
 def finish(work: Path, final: Path, ours: Owned) -> None:
     """Give a complete working folder its name; what only a resume needs goes first."""
     for path in (*work.glob("checkpoint-*"), *work.glob(".*.partial-*")):
         shutil.rmtree(path)
-    (work / "fingerprint").unlink(missing_ok=True)
+    for name in ("fingerprint", STORE):
+        (work / name).unlink(missing_ok=True)
     ours.check_folder(final)
     ours.remember_folder(work, final)
     replace_folder(work, final)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from tenfold.files import write_text
 from tenfold.stage.progress import Progress
 from tenfold.stage.record import Figure, Sample, Table
 from tenfold.stage.results import Result
+from tenfold.stage.store import Store
 
 if TYPE_CHECKING:
     from tenfold.data.read import Rows
@@ -60,6 +62,10 @@ def _step(line: str) -> float:
         return float("inf")
 
 
+STORE = "store.jsonl"
+"""Finished work of a stage, in its working folder."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage works with."""
@@ -84,11 +90,7 @@ class Context:
         """The log of the stage's steps."""
         return MetricsLog(self.folder / "metrics.jsonl")
 
-    def remember(self, key: str, compute: Callable[[], Sequence[Result]]) -> list[Result]:
-        """Results of a part of the stage: computed once, read back when the stage is resumed after a kill."""
-        path = self.folder / f"{key.replace(':', '_').replace('/', '_')}.json"
-        if path.exists():
-            return [Result.model_validate(item) for item in json.loads(path.read_text(encoding="utf-8"))]
-        results = list(compute())
-        write_text(path, json.dumps([result.model_dump(mode="json") for result in results]))
-        return results
+    @cached_property
+    def store(self) -> Store:
+        """What the stage has finished so far; empty whenever anything it depends on has changed."""
+        return Store(self.folder / STORE)

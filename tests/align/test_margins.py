@@ -280,7 +280,7 @@ def test_a_killed_run_resumes_with_the_same_margins_and_scores_nothing_twice(rew
     assert len(reward.calls) == 3
     # The fourth line was being written.
     with cache.open("a") as file:
-        file.write('{"margins": [["sum", "abc')
+        file.write('{"store": {"sum": "abc')
     with pytest.raises(KilledError):
         score_pairs(reward.model, reward.tokenizer, ROWS, progress=kill_after(5), **kwargs)
     assert len(reward.calls) == 5
@@ -349,11 +349,11 @@ def test_the_cache_is_by_row_and_by_what_scores(reward, policy, tmp_path):
     assert tokenizer_hash(policy.tokenizer) != before
 
 
-@pytest.mark.parametrize("text", ['{"prompt": "p"}', '{"margins": 3}', '{"margins": [[1]]}', "id,prompt"], ids=repr)
+@pytest.mark.parametrize("text", ['{"prompt": "p"}', '{"margins": 3}', '{"store": [[1]]}', "id,prompt"], ids=repr)
 def test_another_kind_of_file_is_no_cache(reward, tmp_path, text):
     path = tmp_path / "data.jsonl"
     path.write_text(text + "\n")
-    with pytest.raises(DataError, match="line 1: holds no margins"):
+    with pytest.raises(DataError, match="line 1: not written by a run"):
         score_pairs(reward.model, reward.tokenizer, ROWS, cache=path)
     assert path.read_text() == text + "\n"
 

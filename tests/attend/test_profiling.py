@@ -9,6 +9,7 @@ from tenfold.attend.pasta.profiling import choose, find_profile
 from tenfold.attend.pasta.tasks import conflict_items, evidence_items
 from tenfold.errors import ConfigError
 from tenfold.models.tiny import tiny_model
+from tenfold.stage.store import Store
 
 TASKS = {
     "conflict": (conflict_items(4), conflict_items(4, seed=1)),
@@ -45,7 +46,7 @@ def test_profile_says_where_it_comes_from_and_reads_back(tmp_path):
 
 
 def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):
-    whole, _ = found(memory=None)
+    whole, _ = found(store=None)
     calls = []
     real = profiling._point
 
@@ -58,10 +59,10 @@ def test_interrupted_it_goes_on_and_finds_the_same(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(profiling, "_point", stop)
         with pytest.raises(KeyboardInterrupt):
-            found(memory=tmp_path)
+            found(store=Store(tmp_path / "store.jsonl"))
     with monkeypatch.context() as patch:
         patch.setattr(profiling, "effects", lambda *_, **__: pytest.fail("measured again"))
-        again, _ = found(memory=tmp_path)
+        again, _ = found(store=Store(tmp_path / "store.jsonl"))
     assert (again.heads, again.curve) == (whole.heads, whole.curve)
 
 
@@ -78,8 +79,8 @@ def test_the_choice_is_the_best_score_among_fluent_sets():
 
 
 def test_what_was_kept_for_another_search_is_not_used(tmp_path):
-    first, _ = found(memory=tmp_path)
-    other, _ = found(memory=tmp_path, alpha=0.5)
+    first, _ = found(store=Store(tmp_path / "store.jsonl"))
+    other, _ = found(store=Store(tmp_path / "store.jsonl"), alpha=0.5)
     fresh, _ = found(alpha=0.5)
     assert other.curve == fresh.curve != first.curve
 

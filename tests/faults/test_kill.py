@@ -88,7 +88,7 @@ MOMENTS = {
         not (path / ".complete").exists() for path in (out / ".01-adalora").glob("checkpoint-1*")
     ),
     "when the stage is finished": lambda out: (out / "01-adalora").exists(),
-    "between two tasks": lambda out: (out / ".02-evaluate/perplexity.json").exists(),
+    "between two tasks": lambda out: (out / ".02-evaluate/store.jsonl").exists(),
 }
 
 

@@ -26,7 +26,7 @@ TRAINED = "r3m.json"
 
 def score_cache(context: Context) -> Path:
     """Scores of all runs in this folder: what judges otherwise need not score again."""
-    return context.folder.parent / ".margins.jsonl"
+    return context.folder.parent / ".store.jsonl"
 
 
 def preferences(rows: Rows) -> list[Preference]:

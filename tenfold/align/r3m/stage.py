@@ -68,9 +68,10 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
         _check_folds(pairs, config)
     config, tried, chosen = _chosen(pairs, config, context)
     trained = _learnt(pairs, config, context, context.folder)
-    results = trained.results + context.remember(
-        "held-out", lambda: [_quality(trained.model, trained.opened, held, config, context)]
-    )
+    results = [
+        *trained.results,
+        context.store.get("held-out", lambda: _quality(trained.model, trained.opened, held, config, context), Result),
+    ]
     scored = _judged(trained, pairs, config, context)
     found, output = audited(scored, pairs, flips, config.audit_lam or _level(scored, config.share), config.worst,
                              context.folder, trained.margins)  # fmt: skip
@@ -275,17 +276,18 @@ def _judged(trained: Trained, pairs: Sequence[Preference], config: R3MConfig, co
 def _unseen(
     rows: Sequence[Preference], judged: Sequence[Preference], config: R3MConfig, context: Context, name: str
 ) -> Scored:
-    """Margins of pairs by a model trained on others; kept in a file, for a resumed stage that has trained it."""
-    kept, folder = context.folder / f"{name}.json", context.folder / name
-    if not kept.exists():
+    """Margins of pairs by a model trained on others; kept, for a resumed stage that has trained it."""
+    folder = context.folder / name
+
+    def found() -> dict[str, Any]:
         folder.mkdir(exist_ok=True)
         trained = _learnt(rows, config, context, folder)
         tell = partial(context.progress, f"scoring, {name}")
         found = _scorer(config, trained.opened, progress=tell)(trained.model, list(judged))
-        values = {"ids": found.ids, "margins": found.margins.tolist(), "over_long": found.over_long}
-        write_text(kept, json.dumps(values))
+        return {"ids": found.ids, "margins": found.margins.tolist(), "over_long": found.over_long}
+
+    values = context.store.get(name, found)
     shutil.rmtree(folder, ignore_errors=True)
-    values = json.loads(kept.read_text(encoding="utf-8"))
     return Scored(tuple(values["ids"]), torch.tensor(values["margins"]), tuple(values["over_long"]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ from tenfold.errors import DataError
 from tenfold.evaluate.choice import share
 from tenfold.evaluate.compare import paired_metric
 from tenfold.evaluate.qa import exact_match, normalise, token_f1
-from tenfold.files import write_text
 from tenfold.models.inference import max_positions
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Table
@@ -141,17 +139,18 @@ def _questions(config: AutoPastaConfig, context: Context) -> list[Question]:
 def _mode(
     ask: AutoPasta, asked: Sequence[Asked], mode: Any, config: AutoPastaConfig, context: Context
 ) -> dict[str, list[float]]:
-    """One value for each question and figure; kept in a file, batch by batch, so that a killed run goes on."""
-    folder = context.folder / "checkpoint-parts"
-    folder.mkdir(exist_ok=True)
+    """One value for each question and figure; finished batches are kept, so that a killed run goes on."""
+    size = config.batch_size
+    batches = {f"{mode} {start}": asked[start : start + size] for start in range(0, len(asked), size)}
+    parts = context.store.map(
+        batches,
+        lambda some: measure(ask, some, mode),
+        tell=lambda done, _: context.progress(f"autopasta, {mode}", min(done * size, len(asked)), len(asked)),
+    )
     found: dict[str, list[float]] = {}
-    for start in range(0, len(asked), config.batch_size):
-        path = folder / f"{mode} {start}.json"
-        if not path.exists():
-            write_text(path, json.dumps(measure(ask, asked[start : start + config.batch_size], mode)))
-        for name, values in json.loads(path.read_text(encoding="utf-8")).items():
+    for part in parts.values():
+        for name, values in part.items():
             found.setdefault(name, []).extend(values)
-        context.progress(f"autopasta, {mode}", min(start + config.batch_size, len(asked)), len(asked))
     return found
 
 

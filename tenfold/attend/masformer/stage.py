@@ -21,7 +21,7 @@ from tenfold.models.export import save_model
 from tenfold.models.inference import max_positions
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Figure, Series, Table
-from tenfold.stage.results import Metric, Result
+from tenfold.stage.results import Result
 
 LENGTHS = (2048, 8192, 32768)
 """Contexts of which the cost is predicted."""
@@ -36,10 +36,10 @@ def run_masformer(config: MasformerConfig, context: Context) -> StageOutput:
     _count(model, config)
     found, measured = _texts(opened.tokenizer, model, span, config, context)
     quality = partial(copying, model, measured, config.passage, progress=partial(context.progress, "quality"))
-    before = context.remember("before", lambda: [quality(subject="before")])
+    before = context.store.get("before", lambda: [quality(subject="before")], list[Result])
     full, heads, scores = _chosen(model, span, found, config, context)
     handle = convert(model, full_layers=full, span=span, heads=heads)
-    after = context.remember("after", lambda: [quality(subject="after")])
+    after = context.store.get("after", lambda: [quality(subject="after")], list[Result])
     save_model(model, opened.tokenizer, context.folder / "model")
     report = handle.report()
     return StageOutput(
@@ -94,21 +94,12 @@ def _chosen(
     context.progress("profile", 0, 1, f"{len(layers) * each} {config.by} in one backward pass")
     passages = [repeated(ids, config.passage, len(ids) - config.passage)[0] for ids in texts]
 
-    def scored() -> list[Result]:
+    def scored() -> dict[int, list[float]]:
         if config.by == "heads":
-            rows = profile_heads(model, passages, span)
-        else:
-            rows = {layer: [score] for layer, score in profile(model, passages, span).items()}
-        metrics = tuple(
-            Metric(name=f"{layer}.{head}", value=score, unit="nats/token", better="neither")
-            for layer, row in rows.items()
-            for head, score in enumerate(row)
-        )
-        return [Result(task="profile", subject=config.by, metrics=metrics)]
+            return profile_heads(model, passages, span)
+        return {layer: [score] for layer, score in profile(model, passages, span).items()}
 
-    scores: dict[int, list[float]] = {}
-    for metric in context.remember("profile", scored)[0].metrics:
-        scores.setdefault(int(metric.name.partition(".")[0]), []).append(metric.value)
+    scores = context.store.get("profile", scored, dict[int, list[float]])
     return *choose_heads(scores, count), scores
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +19,9 @@ from tenfold.attend.pasta.tasks import Item
 from tenfold.attend.text_marks import encode
 from tenfold.data.text_checks import fluency
 from tenfold.errors import ConfigError
-from tenfold.files import write_text
 from tenfold.models.generation import continue_inputs
 from tenfold.models.inference import input_device
+from tenfold.stage.store import Store
 
 SIZES = (4, 8, 16, 24, 32, 48, 64)
 """Numbers of heads that are tried."""
@@ -42,7 +40,7 @@ def find_profile(
     min_fluency: float = 0.9,
     batch_size: int = 16,
     provenance: Mapping[str, Any] | None = None,
-    memory: Path | None = None,
+    store: Store | None = None,
     tell: Tell | None = None,
 ) -> Profile:
     """Find the heads of a model (PASTA, section 3.2, by the shorter way of `tenfold.attend.pasta.heads`).
@@ -63,7 +61,7 @@ def find_profile(
         min_fluency: least n-gram entropy of steered texts, as a share of that of plain ones.
         batch_size: prompts of one forward pass.
         provenance: what else the profile should say about where it comes from.
-        memory: folder in which finished parts are kept, so that an interrupted search goes on.
+        store: keeps finished parts, so that an interrupted search goes on.
         tell: called with the work done, all work, and a text.
 
     Returns:
@@ -90,7 +88,11 @@ def find_profile(
         describe_model(model),
         {name: list(map(list, parts)) for name, parts in tasks.items()},
     ]
-    keep = partial(_recall, memory, hashlib.sha256(repr(given).encode()).hexdigest()[:12])
+    store, search = store or Store(None), hashlib.sha256(repr(given).encode()).hexdigest()[:12]
+
+    def keep(name: str, compute: Callable[[], Any]) -> Any:
+        return store.get(f"{search} {name}", compute)
+
     prepared = {name: batches_of(model, tokenizer, train, batch_size) for name, (train, _) in tasks.items()}
     slopes = {
         name: _heads(keep(f"gradient {name}", partial(_slopes, model, batches, alpha)))
@@ -216,13 +218,3 @@ def _point(
         "accuracy": {name: round(float((values > 0).float().mean()), 4) for name, values in found.items()},
         "margin": {name: round(float(values.mean()), 3) for name, values in found.items()},
     }
-
-
-def _recall(folder: Path | None, given: str, name: str, compute: Callable[[], Any]) -> Any:
-    """A finished part of the search that was given this: read back, or computed and kept."""
-    if folder is None:
-        return compute()
-    path = folder / f"{given} {name}.json"
-    if not path.exists():
-        write_text(path, json.dumps(compute()))
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -51,8 +51,6 @@ def run_profile(config: ProfileConfig, context: Context) -> StageOutput:
         # What is held out is for whoever tests the profile; its size is chosen on a part of the rest.
         items = _items(context.rows.split(config.holdout)[0], config.tags)
         tasks["data"] = ([item for index, item in enumerate(items) if index % SIZED], items[::SIZED])
-    parts = context.folder / "checkpoint-parts"
-    parts.mkdir(exist_ok=True)
     found = find_profile(
         opened.model,
         opened.tokenizer,
@@ -63,7 +61,7 @@ def run_profile(config: ProfileConfig, context: Context) -> StageOutput:
         min_fluency=config.min_fluency,
         batch_size=config.batch_size,
         provenance={"source": opened.identity["source"], "seed": context.seed, **_data(context)},
-        memory=parts,
+        store=context.store,
         tell=lambda done, total, what: context.progress("profile", done, total, what),
     )
     folder = context.folder / "profile"
@@ -116,7 +114,9 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
     results: list[Result] = []
     for number, (name, items) in enumerate(tasks.items()):
         context.progress("steering", number, len(tasks), name)
-        results += context.remember(name, partial(_measured, model, tokenizer, name, items, scored, config))
+        results += context.store.get(
+            name, partial(_measured, model, tokenizer, name, items, scored, config), list[Result]
+        )
     samples, figures, touched = _prompts(model, tokenizer, prompts, config, chatting, context)
     texts = {f"prompt {number}": sample.outputs["after"] for number, sample in enumerate(samples, 1)}
     return StageOutput(

@@ -39,8 +39,10 @@ def run_gear(config: GearConfig, context: Context) -> StageOutput:
     spans = isinstance(first, SpanCache)
     _check_lengths(model, config)
     texts = _pieces(opened.tokenizer, context, config)
-    quality = context.remember(
-        "quality", lambda: _quality(model, texts, made, config, partial(context.progress, "quality"))
+    quality = context.store.get(
+        "quality",
+        lambda: _quality(model, texts, made, config, partial(context.progress, "quality")),
+        list[Result],
     )
     own: dict[str, Callable[[], Any]] = {"exact": lambda: own_cache(model) or DynamicCache(config=model.config)}
     times: list[Result] = []
@@ -50,7 +52,7 @@ def run_gear(config: GearConfig, context: Context) -> StageOutput:
         static = {"static": partial(StaticCache, config=model.config, max_cache_len=room)}
         raw = {"16 bits, packed": partial(_packed_cache, model, CacheConfig(bits=16))}
         timed = own | ({} if spans else static) | raw | made
-        times += context.remember(f"decode-{length}", partial(_decoding, model, timed, length, config))
+        times += context.store.get(f"decode-{length}", partial(_decoding, model, timed, length, config), list[Result])
     return StageOutput(
         results=[*quality, *times],
         tables=[_table(quality, times)],
