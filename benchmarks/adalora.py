@@ -106,7 +106,7 @@ def attach_ours(model, size: str, rate: float, importance: str = "full"):
     """Ours, at the number of parameters that LoRA of this rank has."""
     per_rank = sum(slot.in_features + slot.out_features for slot in layer_map(model).select(["all-linear"]))
     budget = SMALL if size == "small" else int(size) * per_rank
-    config = AdaLoraConfig(budget=str(budget), gamma=GAMMA, importance=importance, **fields(rate))
+    config = AdaLoraConfig(budget=str(budget), init="normal", gamma=GAMMA, importance=importance, **fields(rate))
     handle = adalora.attach(model, config)
     handle.model.tenfold_handle = handle  # keeps it alive as long as its model
     return handle.model, config, [], lambda: handle.attached()["exported parameters"]

@@ -207,7 +207,10 @@ def _measured(net: Any, tokenizer: Any, pieces: Sequence[torch.Tensor]) -> dict[
 RECOVERIES: dict[str, tuple[AdaLoraConfig | LoraConfig, int]] = {
     "hidden states, lora": (LoraConfig(distil=1.0, learning_rate=5e-3, budget="0.4%"), 4),
     "hidden states, lora, no sinks": (LoraConfig(distil=1.0, learning_rate=5e-3, budget="0.4%"), 0),
-    "hidden states, adalora": (AdaLoraConfig(distil=1.0, learning_rate=1e-2, gamma=1e-3, budget="0.4%"), 4),
+    "hidden states, adalora": (
+        AdaLoraConfig(distil=1.0, init="normal", learning_rate=1e-2, gamma=1e-3, budget="0.4%"),
+        4,
+    ),
     "text alone, lora": (LoraConfig(learning_rate=5e-4, budget="0.4%"), 4),
 }
 """What a converted model is trained by, in which adapter of 0.4 % of the model, and its sinks."""

@@ -47,10 +47,6 @@ class AdaLoraConfig(TextTrainingFields):
     run = "tenfold.adapt.adalora.stage:run_adalora"
     attach = "tenfold.adapt.adalora.stage:attach_adalora"
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    """Peak learning rate of AdamW: ten times that of the other stages, because lambda starts at zero between factors of
-    0.02, so that the first steps change a weight about fifty times less than LoRA's do. The paper's runs, of tens of
-    thousands of steps, on models of 184M parameters and more: 5e-4 to 2.2e-3."""
     budget: BudgetText | None = None
     """Trainable parameters left at the end: a share of all parameters of the model (``0.4%``), a count (``300k``), or
     bytes of the exported adapter in fp32 (``2MiB``). A triplet costs ``in_features + out_features``. Never exceeded."""
@@ -84,9 +80,11 @@ class AdaLoraConfig(TextTrainingFields):
     orthogonality: Literal["mean_norm", "sum_squared"] = "mean_norm"
     """``mean_norm``: the mean of un-squared norms, which the published code minimises and every published gamma was
     tuned for. ``sum_squared``: the sum of squared norms, which the paper prints (section 3.1)."""
-    init: Literal["normal", "orthonormal"] = "normal"
-    """P and Q at the start: normal with standard deviation 0.02 (the published code), or orthonormal, where the
-    penalty starts at zero at every width. Lambda starts at zero: the model is unchanged."""
+    init: Literal["lora", "normal", "orthonormal"] = "lora"
+    """How P, lambda and Q start; the model is unchanged under each. ``lora``: 0, 1 and as LoRA's A, so that training
+    begins as LoRA's does and its learning rates serve (not in the paper). ``normal``: lambda is 0, and P and Q are
+    normal with standard deviation 0.02 (the published code); short runs then want ten times the rate. ``orthonormal``:
+    lambda is 0, and the penalty starts at zero at every width."""
     importance: Literal["full", "light"] = "full"
     """``full``: score all entries of a triplet (section 3.2). ``light``: score lambda alone, at a fraction of the time
     and memory; it keeps nearly the same triplets."""

@@ -477,7 +477,8 @@ def test_training_that_nobody_saw_is_an_error(tmp_path):
         adapter.export(tmp_path / "out")
     adapter.model.save_pretrained(tmp_path / "fresh")  # nothing wrong with that
     for matrix in adapter.matrices.values():
-        matrix.singular.data += 0.1  # as an optimizer would that steps copies
+        for factor in (matrix.P, matrix.singular):
+            factor.data += 0.1  # as an optimizer would that steps copies
     for act in (
         adapter.report,
         lambda: adapter.model.save_pretrained(tmp_path / "trained"),

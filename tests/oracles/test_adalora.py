@@ -76,7 +76,7 @@ def train(adapter, steps, optimizer=None):
 def test_01_zero_at_init(kind):
     model = tiny_model(kind).model
     base = logits(model, kind)
-    for init in ("normal", "orthonormal"):
+    for init in ("lora", "normal", "orthonormal"):
         with attach(model, AdaLoraConfig(rank=2, init=init), task=TASKS[kind]) as adapter:
             assert torch.equal(logits(adapter.model, kind), base)
         assert torch.equal(logits(model, kind), base)
@@ -194,7 +194,7 @@ def test_06_penalty_at_init():
     assert 4096 * sigma**2 == pytest.approx(1.6384)
     assert 2500 * sigma**2 == pytest.approx(1)
     # What attach fills in has this distribution.
-    adapter = attach(tiny_model("llama", hidden_size=896).model, AdaLoraConfig(rank=8, initial_rank=12, targets=("q",)))
+    adapter = attach(tiny_model("llama", hidden_size=896).model, AdaLoraConfig(rank=8, initial_rank=12, targets=("q",), init="normal"))
     for matrix in adapter.matrices.values():
         assert float(penalty([], [matrix.Q.detach()], "mean_norm")[0]) == pytest.approx(2.2278, abs=0.08)
 

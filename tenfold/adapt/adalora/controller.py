@@ -421,11 +421,12 @@ class Controller:
         """Refuse to go on as if all was well when the adapter was trained and no step was seen.
 
         Raises:
-            RunError: lambdas have moved although no optimizer with torch's step hooks has stepped.
+            RunError: the update is no longer zero although no optimizer with torch's step hooks has stepped.
         """
         if self.step > 0 or self.trained or any(m.layer.lora_B[ADAPTER].loaded for m in self.matrices.values()):
             return
-        if any(bool(matrix.singular.detach().any()) for matrix in self.matrices.values()):
+        # Whatever the start, P or lambda is zero until something has trained them.
+        if any(bool((m.P.detach() * m.singular.detach().T).any()) for m in self.matrices.values()):
             raise RunError(
                 "the adapter was trained, but AdaLoRA saw no optimizer step: nothing was allocated",
                 remedy="train with a torch.optim optimizer that holds the model's own parameters (no flattened copies)",

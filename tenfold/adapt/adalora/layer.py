@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -117,21 +118,27 @@ class SvdLinear(lora.Linear):
 
 
 @torch.no_grad()
-def initialise(layer: SvdLinear, adapter_name: str, kind: Literal["normal", "orthonormal"]) -> None:
-    """Fill P and Q; lambda is 0, so that the layer still computes what its base does.
+def initialise(layer: SvdLinear, adapter_name: str, kind: Literal["lora", "normal", "orthonormal"]) -> None:
+    """Fill P, lambda and Q so that the layer still computes what its base does.
 
     Args:
         layer: to fill.
         adapter_name: which adapter of it.
-        kind: normal with standard deviation 0.02, or orthonormal columns of P and rows of Q.
+        kind: ``lora``: P is 0, lambda is 1 and Q is drawn as LoRA's A, so that the first steps are LoRA's. Otherwise
+            lambda is 0, and P and Q are normal with standard deviation 0.02, or have orthonormal columns and rows.
     """
     P, Q = layer.lora_B[adapter_name].left, layer.lora_A[adapter_name].weight
+    singular = layer.lora_B[adapter_name].singular
+    singular.fill_(float(kind == "lora"))
+    if kind == "lora":
+        nn.init.kaiming_uniform_(Q, a=math.sqrt(5))  # as PEFT draws it
+        P.zero_()
+        return
     for factor in (Q, P):
         if kind == "normal":
             nn.init.normal_(factor, std=0.02)
         else:
             nn.init.orthogonal_(factor)
-    layer.lora_B[adapter_name].singular.zero_()
 
 
 def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
