@@ -75,6 +75,7 @@ bench-slow: $(VENV)/.test
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.docs
+	$(BIN)/python -m docs.generate
 	$(BIN)/mkdocs build --strict
 
 clean:

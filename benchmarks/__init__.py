@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,18 @@ def keep_in(results: Path, row: dict[str, Any]) -> None:
 def done_in(results: Path, **keys: Any) -> bool:
     """Whether a row with these values is there."""
     return any(all(row.get(key) == value for key, value in keys.items()) for row in rows_in(results))
+
+
+def section(title: str, command: str, rows: Iterable[dict[str, Any]] = ()) -> None:
+    """Begin a table of docs/results: its heading, the command that measured it, and what the rows say of the machine.
+
+    Args:
+        title: under which `docs/results/notes` comments on the table.
+        command: without `python -m benchmarks.`.
+        rows: those that the table is made of.
+    """
+    machine = sorted({f"torch {row['torch']}" for row in rows if "torch" in row})
+    threads = sorted({row["threads"] for row in rows if "threads" in row})
+    if threads:
+        machine.append(f"{' or '.join(map(str, threads))} thread{'s' if threads != [1] else ''}")
+    print(f"\n## {title}\n\n{', '.join([f'`python -m benchmarks.{command}`', *machine])}\n")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.adalora quality   # resumable, one row at a time; about 2 minutes a row on 2 cores
     python -m benchmarks.adalora cost
-    python -m benchmarks.adalora table     # what docs/methods/adalora.md shows
+    python -m benchmarks.adalora table     # what docs/results/adalora.md shows
     python -m benchmarks.adalora defaults  # AdaLoRA's default learning rate against plain LoRA's (adalora_defaults.py)
     python -m benchmarks.adalora defaults-table
 
@@ -28,6 +28,7 @@ from peft import AdaLoraConfig as PeftAdaLoraConfig
 from peft import get_peft_model
 from transformers import TrainerCallback, set_seed
 
+from benchmarks import section
 from benchmarks.adalora_defaults import defaults, defaults_table, wide
 from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
@@ -209,8 +210,9 @@ def paired(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) ->
 
 
 def table() -> None:
-    """Markdown for the docs page."""
+    """Markdown for docs/results: quality at equal final parameters, and how the rates were chosen."""
     found = [row for row in rows() if row["split"] == "test"]
+    section("Quality at equal final parameters", "adalora quality", found)
     base = [row for row in found if row["method"] == "none"]
     print(f"base model: {base[0]['nll']:.4f} nats/token\n" if base else "base model: not measured\n")
     print("| final parameters | method | learning rate | seeds | nll (mean ± sd) | against LoRA, paired [95 %] |")
@@ -232,6 +234,20 @@ def table() -> None:
             size_text = f"{min(parameters):,}" + (f" to {max(parameters):,}" if len(parameters) > 1 else "")
             rate, mean_nll = next(iter(group.values()))["rate"], statistics.mean(nll)
             print(f"| {size_text} | {method} | {rate:g} | {len(nll)} | {mean_nll:.4f} ± {spread:.4f} | {against} |")
+    _rates_table([row for row in rows() if row["split"] == "validation"])
+
+
+def _rates_table(found: Sequence[dict[str, Any]]) -> None:
+    section("The learning rate of each method", "adalora quality", found)
+    losses = {(row["method"], row["rate"]): row["nll"] for row in found}
+    methods = [method for method in METHODS if any(key[0] == method for key in losses)]
+    best = {method: min(nll for (other, _), nll in losses.items() if other == method) for method in methods}
+    print(f"| learning rate | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
+    for rate in sorted({key[1] for key in losses}):
+        cells = [losses.get((method, rate)) for method in methods]
+        marks = ["**" if nll == best[method] else "" for method, nll in zip(methods, cells, strict=True)]
+        texts = ["" if nll is None else f"{mark}{nll:.4f}{mark}" for mark, nll in zip(marks, cells, strict=True)]
+        print(f"| {rate:g} | {' | '.join(texts)} |")
 
 
 def filled(model) -> list[torch.nn.Parameter]:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import get_linear_schedule_with_warmup, set_seed
 
+from benchmarks import section
 from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
 from tenfold.config.adalora import AdaLoraConfig
@@ -193,10 +194,11 @@ def paired(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float]
 
 
 def defaults_table() -> None:
-    """Markdown for the docs page: validation loss of all, test loss of what was chosen."""
+    """Markdown for docs/results: validation loss of all, test loss of what was chosen."""
     found = {(row["data"], row["steps"], row["variant"]): row for row in rows()}
     lengths = sorted({steps for _, steps, _ in found if steps})
     shown = [variant for variant in VARIANTS if any(key[2] == variant for key in found)]
+    section("The default learning rate", "adalora defaults", rows())
     print("| steps | data | " + " | ".join(shown) + " |")
     print("|---|---|" + "---|" * len(shown))
     for steps in lengths:
@@ -205,7 +207,8 @@ def defaults_table() -> None:
             print(
                 f"| {steps} | {data} | " + " | ".join(f"{c['validation nll']:.3f}" if c else "" for c in cells) + " |"
             )
-    print(f"\n| steps | data | untrained | LoRA | AdaLoRA, {CHOSEN} | difference, paired [95 %] |")
+    section("The default learning rate: test loss", "adalora defaults", rows())
+    print(f"| steps | data | untrained | LoRA | AdaLoRA, {CHOSEN} | difference, paired [95 %] |")
     print("|---|---|---|---|---|---|")
     for steps in lengths:
         for data in SETS:

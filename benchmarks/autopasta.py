@@ -4,7 +4,7 @@
     python -m benchmarks.autopasta nq      # resumable, batch by batch; needs the real data (TENFOLD_DATA)
     python -m benchmarks.autopasta bench   # the synthetic bench of the specification
     python -m benchmarks.autopasta words   # finding quotes again, and nonsense; no model
-    python -m benchmarks.autopasta table   # what docs/methods/autopasta.md shows
+    python -m benchmarks.autopasta table   # what docs/results/autopasta.md shows
 
 Questions: 200 of the dev split of NQ-Open with distractors, each with as many passages as fit into 384 tokens (passages
 without an answer are left out first; the gold passage stays where it was among the others; questions whose gold passage
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rows_in
+from benchmarks import rows_in, section
 from benchmarks.adalora import alternate, quotient, spread
 from benchmarks.pasta import DATA, interval, keep_steered, shipped
 from tenfold.attend.autopasta.answering import AutoPasta
@@ -171,7 +171,7 @@ def cost(repeats: int = 5) -> None:
 
 
 def table() -> None:
-    """Markdown for the docs page."""
+    """Markdown for docs/results."""
     found = rows()
     nq_rows: dict[str, dict[str, list[float]]] = {}
     asked = [row for row in found if row["part"] == "nq" and row["profile"] == shipped()]
@@ -180,6 +180,7 @@ def table() -> None:
         for name, values in row.items():
             if isinstance(values, list):
                 nq_rows.setdefault(row["mode"], {}).setdefault(name, []).extend(values)
+    section("NQ-Open with distractors", "autopasta nq", asked)
     print("| mode | questions | p(gold), % | to direct, points [95 %] | evidence, % | EM, % | F1, % | fallback, % |")
     print("|---|---|---|---|---|---|---|---|")
     for mode, values in nq_rows.items():
@@ -190,10 +191,12 @@ def table() -> None:
         names = ("probability", "evidence", "exact_match", "f1", "fallback")
         cells = [_mean(values[name]) if name in values else "" for name in names]
         print(f"| {mode} | {len(values['f1'])} | {cells[0]} | {against} | {' | '.join(cells[1:])} |")
-    print("\n| marked | accuracy, % | p(gold against the best foil), % |\n|---|---|---|")
+    section("Made-up texts of six alike sentences", "autopasta bench", [row for row in found if row["part"] == "bench"])
+    print("| marked | accuracy, % | p(gold against the best foil), % |\n|---|---|---|")
     for row in (row for row in found if row["part"] == "bench"):
         print(f"| {row['marked']} | {_mean(row['right'])} | {_mean(row['probability'])} |")
-    print("\n| context tokens | way | median [quartiles] | of direct |\n|---|---|---|---|")
+    section("Time to an answer", "autopasta cost", [row for row in found if row["part"] == "cost"])
+    print("| context tokens | way | median [quartiles] | of direct |\n|---|---|---|---|")
     direct = {row["tokens"]: row for row in found if row["part"] == "cost" and row["way"] == "direct"}
     for row in (row for row in found if row["part"] == "cost"):
         ratio = quotient(row["seconds"], direct[row["tokens"]]["seconds"])

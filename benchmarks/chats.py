@@ -1,7 +1,7 @@
 """PASTA in chats: which dose makes the embedded model obey a marked instruction and still write well.
 
     python -m benchmarks.chats write   # resumable: every dose on every instruction, one row a text
-    python -m benchmarks.chats table   # what docs/methods/pasta.md shows
+    python -m benchmarks.chats table   # what docs/results/pasta.md shows of chats
 
 ``chat_instructions.jsonl`` has 80 instructions of eight kinds, written for this benchmark, each with a rule that says
 whether a text obeys. Half of each kind (``choose``) is for choosing the dose, the other half (``report``) says what the
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import rows_in
+from benchmarks import rows_in, section
 from benchmarks.pasta import interval, keep_steered, shipped
 from tenfold.attend.pasta.steering import steer
 from tenfold.attend.text_marks import Marks, MessageSpan, encode, in_chat
@@ -159,7 +159,8 @@ def texts(model: Any, tokenizer: Any, marks: Marks, dose: dict[str, float]) -> l
 
 
 def table() -> None:
-    """Markdown for the docs page."""
+    """Markdown for docs/results."""
+    section("Chats", "chats", rows())
     found = {(row["id"], row["dose"]): row for row in rows() if row["profile"] == shipped()}
     eye = {(row["id"], row["dose"]): row["verdict"] for row in rows_in(EYE)}
     print("| half | dose | obeyed, % | to plain, points [95 %] | repeating, % | nats a token | by eye: better, worse |")

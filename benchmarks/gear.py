@@ -5,7 +5,7 @@
     python -m benchmarks.gear quality    # resumable; needs the real data (TENFOLD_DATA)
     python -m benchmarks.gear agreement  # greedy texts after real questions; needs the real data
     python -m benchmarks.gear cot        # slow, only when asked for: 50 worked problems on each cache
-    python -m benchmarks.gear table      # what docs/methods/gear.md shows
+    python -m benchmarks.gear table      # what docs/results/gear.md shows
 
 `--model FOLDER_OR_GGUF` takes another model than the embedded one for cost, quality and agreement.
 
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from benchmarks import done_in, keep_in, rows_in
+from benchmarks import done_in, keep_in, rows_in, section
 from benchmarks.adalora import alternate, quotient, spread
 from tenfold.attend.attention import installed
 from tenfold.cache.gear import GearCache
@@ -263,34 +263,47 @@ def cot(source: str = "demo", count: int = 50, new: int = 256) -> None:
 
 
 def table() -> None:
-    """Markdown for the docs page."""
+    """Markdown for docs/results."""
     found = rows()
+    _bytes_table([row for row in found if row["part"] == "bytes"])
     for model in dict.fromkeys(row["model"] for row in found if "model" in row):
         mine = [row for row in found if row.get("model") == model]
-        print(f"\n## {model}")
+        of = "" if model == "demo" else f" ({model})"
         for dtype in ("bfloat16", "float32"):
-            _decode_table([row for row in mine if row["part"] == "decode" and row["dtype"] == dtype], dtype)
-        _prefill_table([row for row in mine if row["part"] == "prefill"])
+            _decode_table([row for row in mine if row["part"] == "decode" and row["dtype"] == dtype], f"{dtype}{of}")
+        _prefill_table([row for row in mine if row["part"] == "prefill"], of)
         kinds = dict.fromkeys((row["kind"], row["length"]) for row in mine if row["part"] == "quality")
         for kind, length in kinds:
             rest = [row for row in mine if row["part"] == "quality" and (row["kind"], row["length"]) == (kind, length)]
-            _quality_table(rest, f"{kind}, {length} tokens before")
-        print("\n| cache | tokens before the first other one, % of the text | same text, % |\n|---|---|---|")
+            _quality_table(rest, f"{kind}, {length:,} tokens before{of}")
+        _agreement_table([row for row in mine if row["part"] == "agreement"], of)
         for row in (row for row in mine if row["part"] == "cot"):
-            print(f"worked problems, {row['cache']}: {sum(row['right']):.0f} of {len(row['right'])} right")
-        for row in (row for row in mine if row["part"] == "agreement"):
-            whole = statistics.mean(share == 1 for share in row["same"])
-            print(f"| {row['cache']} | {100 * statistics.mean(row['same']):.0f} | {100 * whole:.0f} |")
-    print("\n| cache | bits | formula | of the formula | smaller than bfloat16 |\n|---|---|---|---|---|")
-    for row in (row for row in found if row["part"] == "bytes"):
+            print(f"\nworked problems, {row['cache']}: {sum(row['right']):.0f} of {len(row['right'])} right")
+    speed = [row for row in found if row["part"] == "bandwidth"]
+    section("Bandwidth of the memory", "gear bandwidth", speed)
+    for row in speed:
+        print(f"{row['bytes'] / statistics.median(row['seconds']) / 1e9:.1f} GB/s")
+
+
+def _bytes_table(found: Sequence[dict[str, Any]]) -> None:
+    section("Bytes", "gear bytes", found)
+    print("| cache | bits | formula | of the formula | smaller than bfloat16 |\n|---|---|---|---|---|")
+    for row in found:
         ratio = row["bits"] / row["formula"]
         print(f"| {row['cache']} | {row['bits']:.3f} | {row['formula']:.3f} | {ratio:.4f} | {16 / row['bits']:.2f} |")
-    for row in (row for row in found if row["part"] == "bandwidth"):
-        print(f"\nreading memory: {row['bytes'] / statistics.median(row['seconds']) / 1e9:.1f} GB/s")
 
 
-def _prefill_table(timed: Sequence[dict[str, Any]]) -> None:
-    print("\n| dtype | tokens | cache | prefill | of DynamicCache | peak growth, MiB |\n|---|---|---|---|---|---|")
+def _agreement_table(found: Sequence[dict[str, Any]], of: str) -> None:
+    section(f"Greedy agreement{of}", "gear agreement", found)
+    print("| cache | tokens before the first other one, % of the text | same text, % |\n|---|---|---|")
+    for row in found:
+        whole = statistics.mean(share == 1 for share in row["same"])
+        print(f"| {row['cache']} | {100 * statistics.mean(row['same']):.0f} | {100 * whole:.0f} |")
+
+
+def _prefill_table(timed: Sequence[dict[str, Any]], of: str) -> None:
+    section(f"Prefill{of}", "gear cost", timed)
+    print("| dtype | tokens | cache | prefill | of DynamicCache | peak growth, MiB |\n|---|---|---|---|---|---|")
     for row in timed:
         key = (row["dtype"], row["tokens"])
         plain = next(r for r in timed if (r["dtype"], r["tokens"]) == key and r["cache"] == "DynamicCache")
@@ -298,8 +311,9 @@ def _prefill_table(timed: Sequence[dict[str, Any]]) -> None:
         print(f"| {key[0]} | {key[1]} | {row['cache']} | {spread(row['seconds'])} | {ratio} | {peak:.0f} |")
 
 
-def _decode_table(found: Sequence[dict[str, Any]], dtype: str) -> None:
-    print(f"\n{dtype}\n\n| cache | " + " | ".join(f"{context:,}" for context in CONTEXTS) + " |")
+def _decode_table(found: Sequence[dict[str, Any]], kind: str) -> None:
+    section(f"Time of a token, {kind}", "gear cost", found)
+    print("| cache; tokens before | " + " | ".join(f"{context:,}" for context in CONTEXTS) + " |")
     print("|---" * (1 + len(CONTEXTS)) + "|")
     for name in dict.fromkeys(row["cache"] for row in found):
         cells = []
@@ -317,7 +331,8 @@ def _quality_table(found: Sequence[dict[str, Any]], kind: str) -> None:
     texts = len({row["text"] for row in found})
     if not texts:
         return
-    print(f"\n{texts} {kind}\n\n| cache | bits | NLL - exact [95 %] | KL | same top token, % |\n|---|---|---|---|---|")
+    section(f"Quality: {texts} {kind}", "gear quality", found)
+    print("| cache | bits | NLL - exact [95 %] | KL | same top token, % |\n|---|---|---|---|---|")
     lines = []
     for name in dict.fromkeys(row["cache"] for row in found):
         mine = [row for row in found if row["cache"] == name]

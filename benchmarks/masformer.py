@@ -6,7 +6,7 @@
     python -m benchmarks.masformer quality   # text, far copies, needles by placement, with and without sinks, at 2k
     python -m benchmarks.masformer long      # the same at 8k
     python -m benchmarks.masformer recover   # what short training on other long documents gives back
-    python -m benchmarks.masformer table     # what docs/methods/masformer.md shows
+    python -m benchmarks.masformer table     # what docs/results/masformer.md shows
 
 The peers of the kernel: full causal sdpa, and what a stock sliding layer does on sdpa, a mask of all pairs.
 """
@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import done_in, keep_in, rows_in
+from benchmarks import done_in, keep_in, rows_in, section
 from benchmarks.adalora import alternate, quotient, spread
 from benchmarks.gear import documents
 from tenfold.adapt import adalora, lora
@@ -251,8 +251,10 @@ def _encoded(tokenizer: Any) -> Encoded:
 
 
 def table() -> None:
-    """Markdown for the docs page."""
+    """Markdown for docs/results."""
     found = rows()
+    of_part = {part: [row for row in found if row["part"] == part] for part in dict.fromkeys(r["part"] for r in found)}
+    section("Kernel", "masformer cost", of_part["kernel"])
     print("| tokens, span | pass | way | median [quartiles] | of full | of stock | peak growth, MiB |")
     print("|---|---|---|---|---|---|---|")
     for row in (row for row in found if row["part"] == "kernel"):
@@ -268,14 +270,16 @@ def table() -> None:
         what = "forward and backward" if row["backward"] else "forward"
         cells = f"{spread(row['seconds'])} | {ratios[0]} | {ratios[1]} | {row['peak'] / 2**20:.0f} |"
         print(f"| {row['n']}, {row['size']} | {what} | {row['way']} | {cells}")
-    print("\n| way | pass | 8k | 32k over 8k | peak 8k, MiB | 32k over 8k |\n|---|---|---|---|---|---|")
+    section("Growth with the length", "masformer length", of_part["length"])
+    print("| way | pass | 8k | 32k over 8k | peak 8k, MiB | 32k over 8k |\n|---|---|---|---|---|---|")
     for row in (row for row in found if row["part"] == "length"):
         what = "forward and backward" if row["backward"] else "forward"
         times = quotient(row["times"]["32768"], row["times"]["8192"])
         peaks = row["peaks"]["32768"] / row["peaks"]["8192"]
         first = row["peaks"]["8192"] / 2**20
         print(f"| {row['way']} | {what} | {spread(row['times']['8192'])} | {times} | {first:.0f} | {peaks:.2f} |")
-    print("\n| model, tokens | way | prefill | of full | decode | of full | cache, MiB | smaller |")
+    section("Whole models", "masformer model", of_part["model"])
+    print("| model, tokens | way | prefill | of full | decode | of full | cache, MiB | smaller |")
     print("|---|---|---|---|---|---|---|---|")
     for row in (row for row in found if row["part"] == "model"):
         same = [r for r in found if r["part"] == "model" and all(r[k] == row[k] for k in ("model", "tokens"))]
@@ -283,7 +287,8 @@ def table() -> None:
         cells = [f"{spread(row[key])} | {quotient(row[key], full[key])}" for key in ("prefill", "decode")]
         size = f"{row['cache'] / 2**20:.1f} | {full['cache'] / row['cache']:.2f}"
         print(f"| {row['model']}, {row['tokens']} | {row['way']} | {cells[0]} | {cells[1]} | {size} |")
-    print("\n| context, window | full layers | sinks | text | far copies | needle | needles found |")
+    section("Quality right after conversion", "masformer quality", of_part["quality"])
+    print("| context, window | full layers | sinks | text | far copies | needle | needles found |")
     print("|---|---|---|---|---|---|---|")
     for row in (row for row in found if row["part"] == "quality"):
         name = row["placement"] if row["placement"] != "profile" else f"profile {row['full']}"
@@ -294,7 +299,8 @@ def table() -> None:
 
 
 def _recovered(found: Sequence[dict[str, Any]]) -> None:
-    print("\n| trained by | tokens | minutes | text | far copies | needle |\n|---|---|---|---|---|---|")
+    section("Recovery on real documents", "masformer recover", found)
+    print("| trained by | tokens | minutes | text | far copies | needle |\n|---|---|---|---|---|---|")
     for row in found:
         cells = [
             f"{row['before'][key]:.3f} → {row['after'][key]:.3f}" for key in ("text_nll", "repeat_nll", "needle_nll")

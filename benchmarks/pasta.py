@@ -3,7 +3,7 @@
     python -m benchmarks.pasta cost decode # one process, the ways taking turns; run them on an idle machine
     python -m benchmarks.pasta effect      # resumable; needs the real data (TENFOLD_DATA)
     python -m benchmarks.pasta profiling   # the shortlist against the exhaustive search
-    python -m benchmarks.pasta table       # what docs/methods/pasta.md shows
+    python -m benchmarks.pasta table       # what docs/results/pasta.md shows
 
 The peers of the cost: sdpa with a dense mask per head in the steered layers, and eager attention everywhere with the
 same mask, which is what the authors' pastalib does. Effects: items of the test split, steered with the shipped profile
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from benchmarks import keep_in, rows_in
+from benchmarks import keep_in, rows_in, section
 from benchmarks.adalora import alternate, quotient, spread
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.pasta.heads import batches_of, effects, gradients, margins, rank, steerable
@@ -395,14 +395,16 @@ def interval(change: Sequence[float]) -> str:
 
 
 def table() -> None:
-    """Markdown for the docs page."""
+    """Markdown for docs/results."""
     found = rows()
-    for part in ("prefill", "decode"):
-        print(f"\n| {part}: batch x tokens | way | median [quartiles] | of plain | memory growth, of plain |")
+    for part, command in (("prefill", "cost"), ("decode", "decode")):
+        measured = [row for row in found if row["part"] == part]
+        section(f"Time and memory: {part}", f"pasta {command}", measured)
+        print(f"| {part}: batch x tokens | way | median [quartiles] | of plain | memory growth, of plain |")
         print("|---|---|---|---|---|")
-        shapes = dict.fromkeys((row["batch"], row["tokens"]) for row in found if row["part"] == part)
+        shapes = dict.fromkeys((row["batch"], row["tokens"]) for row in measured)
         for shape in shapes:
-            group = {r["way"]: r for r in found if r["part"] == part and (r["batch"], r["tokens"]) == shape}
+            group = {r["way"]: r for r in measured if (r["batch"], r["tokens"]) == shape}
             plain = group["plain sdpa"]
             for name, row in group.items():
                 memory = ""
@@ -412,7 +414,8 @@ def table() -> None:
                 print(f"| {shape[0]} x {shape[1]} | {name} | {spread(row['seconds'])} | {ratio} | {memory} |")
     group = [row for row in found if row["part"] == "effect" and row["profile"] == shipped()]
     plain = {row["task"]: row for row in group if row["setting"] == "plain"}
-    print("\n| task | setting | right, % | against plain, points [95 %] | second, % | fluency |")
+    section("What emphasis changes", "pasta effect", group)
+    print("| task | setting | right, % | against plain, points [95 %] | second, % | fluency |")
     print("|---|---|---|---|---|---|")
     for row in sorted(group, key=lambda row: list(plain).index(row["task"])):
         base = plain[row["task"]]["right"]
@@ -423,9 +426,12 @@ def table() -> None:
         fluent = f"{row['fluency']:.2f}" if "fluency" in row else ""
         right = 100 * statistics.mean(row["right"])
         print(f"| {row['task']} | {row['setting']} | {right:.1f} | {against} | {second} | {fluent} |")
-    for row in found:
-        if row["part"] == "profiling":
-            print("\n", row)
+    for row in (row for row in found if row["part"] == "profiling"):
+        section("Finding the heads", "pasta profiling", [row])
+        said = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "threads"}
+        print("| what | value |\n|---|---|")
+        for name, value in said.items():
+            print(f"| {name} | {value if isinstance(value, int) else round(value, 2)} |")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

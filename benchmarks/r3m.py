@@ -7,7 +7,7 @@
     python -m benchmarks.r3m heads     # reward heads on them, labels flipped; needs `embed`
     python -m benchmarks.r3m dpo       # a tiny policy on StepAudit
     python -m benchmarks.r3m adapter   # the embedded model with an adapter on real pairs; slow
-    python -m benchmarks.r3m table     # what docs/methods/r3m.md shows
+    python -m benchmarks.r3m table     # what docs/results/r3m.md shows
 
 `python -m benchmarks.r3m_choose` is a part of its own: the choice of the cap, on the same heads. All of it is resumable
 row by row. Times are of the CPU (one thread, ``process_time``), since the machine was shared.
@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks import done_in, keep_in, rows_in
+from benchmarks import done_in, keep_in, rows_in, section
 from benchmarks.pasta import DATA, read
 from tenfold.adapt import lora
 from tenfold.align.audit.judging import Action, cleaned_rows, write_csv
@@ -721,15 +721,20 @@ def adapter(pairs: int = 500, held: int = 300) -> None:
 
 
 def table() -> None:
-    """Markdown for the docs page."""
+    """Markdown for docs/results."""
     _cost_tables()
     _bandit_table()
     _heads_table()
     _rest_tables()
 
 
+@cache
+def _rows_once() -> list[dict[str, Any]]:
+    return rows()  # a table asks for them some thousand times
+
+
 def _of(part: str, **keys: Any) -> list[dict[str, Any]]:
-    return [row for row in rows() if row["part"] == part and all(row.get(key) == keys[key] for key in keys)]
+    return [row for row in _rows_once() if row["part"] == part and all(row.get(key) == keys[key] for key in keys)]
 
 
 def paired(first: Sequence[float], second: Sequence[float], scale: float = 100) -> str:
@@ -752,13 +757,15 @@ def _ratio(first: Sequence[float], second: Sequence[float]) -> str:
 
 
 def _cost_tables() -> None:
+    section("Time of an audit", "r3m audit", _of("audit"))
     for row in _of("audit"):
         cells = " | ".join(f"{statistics.median(row['seconds'][name]):.2f}" for name in row["seconds"])
         total = sum(statistics.median(values) for values in row["seconds"].values())
         print("| pairs | rows, s | cached margins, s | audit, s | csv, s | all, s | peak growth, MiB |")
         print("|---|---|---|---|---|---|---|")
         print(f"| {row['pairs']} | {cells} | {total:.2f} | {row['peak'] / 2**20:.0f} |")
-    print("\n| what | R3M | TRL / Bradley-Terry | ratio of pairs |\n|---|---|---|---|")
+    section("Cost of a step", "r3m overhead", [*_of("step"), *_of("loss")])
+    print("| what | R3M | TRL / Bradley-Terry | ratio of pairs |\n|---|---|---|---|")
     for row in (*_of("step"), *_of("loss")):
         ours, theirs = row["seconds"]["r3m"], row["seconds"]["trl" if row["part"] == "step" else "bt"]
         unit, factor = ("ms", 1e3) if row["part"] == "step" else ("µs", 1e6)
@@ -768,7 +775,9 @@ def _cost_tables() -> None:
 
 
 def _bandit_table() -> None:
-    print(f"\n| setting | pairs | wrong labels | {' | '.join(f'lam {lam:g}' for lam in LAMS)} |")
+    section("Made-up rewards", "r3m bandit", _of("bandit"))
+    print("In a cell: error of the rewards, the same after rescaling, accuracy in %.\n")
+    print(f"| setting | pairs | wrong labels | {' | '.join(f'lam {lam:g}' for lam in LAMS)} |")
     print("|---|---|---|" + "---|" * len(LAMS))
     for row in (row for row in _of("bandit") if row["n"] in (1000, 16000)):
         found = [row["lams"][str(lam)] for lam in LAMS]
@@ -785,7 +794,8 @@ def _bandit_table() -> None:
 def _heads_table() -> None:
     for truth in TRUTHS:
         for name, path in FIGURES.items():
-            print(f"\n{name}, the {truth} is right\n\n| noise | wrong | {' | '.join(METHODS)} |")
+            section(f"Heads on real pairs: {name}, the {truth} is right", "r3m heads", _of("heads"))
+            print(f"| noise | wrong | {' | '.join(METHODS)} |")
             print("|---|---|" + "---|" * len(METHODS))
             for part, noise in (*(("heads", noise) for noise in NOISES), ("memorise", "uniform 20%")):
                 found = {method: _of(part, truth=truth, noise=noise, loss=method) for method in METHODS}
@@ -818,7 +828,8 @@ def _cell(found: list[dict[str, Any]], plain: list[dict[str, Any]], path: tuple[
 
 
 def _rest_tables() -> None:
-    print("\n| wrong | loss | accuracy | minus bt | nll | AUC seen | AUC online | precision seen | precision online |")
+    section("DPO on StepAudit", "r3m dpo", _of("dpo"))
+    print("| wrong | loss | accuracy | minus bt | nll | AUC seen | AUC online | precision seen | precision online |")
     print("|---|---|---|---|---|---|---|---|---|")
     for noise in (0.0, SHARE):
         plain = {row["seed"]: row["accuracy"] for row in _of("dpo", noise=noise, loss="bt")}
@@ -832,7 +843,8 @@ def _rest_tables() -> None:
             cells = [f"{statistics.mean([row[key] for row in found]):.3f}" if key in found[0] else "" for key in names]
             print(f"| {100 * noise:.0f} % | {name} | {100 * statistics.mean(right):.1f} | {against} | "
                   f"{' | '.join(cells)} |")  # fmt: skip
-    print("\n| wrong | cleaned by | accuracy | minus plain DPO | nll | wrong, estimated | suspects | of these wrong |")
+    section("DPO on what the audit cleaned", "r3m dpo", _of("cleaning"))
+    print("| wrong | cleaned by | accuracy | minus plain DPO | nll | wrong, estimated | suspects | of these wrong |")
     print("|---|---|---|---|---|---|---|---|")
     for noise in (0.0, SHARE):
         plain = {row["seed"]: row["accuracy"] for row in _of("dpo", noise=noise, loss="bt")}
@@ -844,7 +856,8 @@ def _rest_tables() -> None:
                 print(f"| {100 * noise:.0f} % | {action} | {100 * statistics.mean(right):.1f} | "
                       f"{paired(right, [plain[row['seed']] for row in found])} | {means[0]:.3f} | {means[1]:.3f} | "
                       f"{means[2]:.0f} | {means[3]:.0f} |")  # fmt: skip
-    print("\n| loss | pairs | minutes of CPU | accuracy on held-out pairs | nll | AUC | precision |")
+    section("The embedded model on real pairs", "r3m adapter", _of("adapter"))
+    print("| loss | pairs | minutes of CPU | accuracy on held-out pairs | nll | AUC | precision |")
     print("|---|---|---|---|---|---|---|")
     for row in _of("adapter"):
         error = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / row["held"])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import section
 from benchmarks.r3m import (
     FOLDS,
     MEMORISING,
@@ -105,11 +106,12 @@ def measure(setting: str, noise: str, seed: int, fit: ByLam, crossed: ByLam, rig
 
 
 def table() -> None:
-    """Markdown: accuracy on right labels, and what it is more than without a cap (points, interval over seeds)."""
+    """Markdown for docs/results: accuracy on right labels, and points more than without a cap, interval over seeds."""
     heads = ("setting", "noise", "lam 1", "lam 0.75", "chosen", "chosen, trusted", "by count", "by count, trusted",
              "best", "lams", "wrong, estimated")  # fmt: skip
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     measured = [row for row in rows() if row["part"] == "choose"]
+    section("The choice of `lam`: accuracy on right labels", "r3m_choose", measured)
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for setting, noise in dict.fromkeys((row["setting"], row["noise"]) for row in measured):
         found = [row for row in measured if (row["setting"], row["noise"]) == (setting, noise)]
         plain = [row["accuracy"]["1"] for row in found]
@@ -124,14 +126,15 @@ def table() -> None:
 
 
 def lost() -> None:
-    """Markdown: points of accuracy lost to the best cap, mean over noise models and seeds; what the docs page shows."""
+    """Markdown: points of accuracy lost to the best cap, mean over noise models and seeds."""
     ways: dict[str, Callable[[dict[str, Any]], float]] = {f"always {lam}": (lambda row, lam=lam: row["accuracy"][lam])
                                                           for lam in ("1", "0.75", "0.25")}  # fmt: skip
     for key, said in (("accuracy", "chosen"), ("by count", "by counting")):
         for judge in ("doubtful", "trusted"):
             ways[f"{said}, {judge}"] = lambda row, key=key, judge=judge: row[judge][key]
-    print(f"\n| setting | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}")
     measured = [row for row in rows() if row["part"] == "choose"]
+    section("The choice of `lam`: points lost to the best", "r3m_choose", measured)
+    print(f"| setting | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}")
     for setting in dict.fromkeys(row["setting"] for row in measured):
         found = [row for row in measured if row["setting"] == setting]
         means = (statistics.mean(max(row["accuracy"].values()) - way(row) for row in found) for way in ways.values())

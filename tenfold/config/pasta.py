@@ -54,7 +54,7 @@ def profile_path(source: str | Path) -> Path:
 
 PAPER_ALPHA = 0.01
 CHAT_MASS, CHAT_ALPHA = 0.15, 0.3
-"""Chosen on instructions of eight kinds (benchmarks/chats.py, docs/methods/pasta.md); the second where no layer can be
+"""Chosen on instructions of eight kinds (benchmarks/chats.py, docs/results/pasta.md); the second where no layer can be
 lifted to a target mass."""
 
 

@@ -326,9 +326,9 @@ def test_search_prefers_fewer_heads():
 
 
 def test_the_search_that_the_page_shows_runs(tmp_path, monkeypatch):
-    """What docs/methods/pasta.md tells people to type, on a tiny model: two layers of four heads."""
+    """What docs/steering.md tells people to type, on a tiny model: two layers of four heads."""
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs/methods/pasta.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/steering.md").read_text()
     (block,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "coarse_to_fine" in code]
     names: dict = {}
     exec(block.replace('"demo"', '"tiny:llama"').replace("32", "4").replace("keep=4", "keep=1"), names)

@@ -16,8 +16,6 @@ from tenfold.align.audit import stage as auditing
 from tenfold.align.margins import Scored, score_pairs, score_policy_pairs
 from tenfold.align.r3m import stage as aligning
 from tenfold.align.r3m.losses import kink
-from tenfold.config.r3m import RobustFields
-from tenfold.config.training import TrainingFields
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Preference
 from tenfold.data.sources import open_source
@@ -538,9 +536,7 @@ def test_noise_that_needs_true_rewards_says_so_where_there_are_none(tmp_path):
 def test_what_the_house_asks_of_a_method_is_there():
     page = (ROOT / "docs/methods/r3m.md").read_text()
     for name in ("r3m", "audit"):
-        fields = stage(name).model_fields
-        for key in set(fields) - (set(TrainingFields.model_fields) - set(RobustFields.model_fields)):
-            assert f"`{key}`" in page, f"docs/methods/r3m.md does not explain {key}"
+        assert f"options/{name}.md" in page  # where every key is explained: tests/docs
     assert (ROOT / "benchmarks/r3m.py").exists()
     assert (ROOT / "tests/oracles/test_r3m.py").exists()
     used = [yaml.safe_load(path.read_text()) for path in (ROOT / "recipes").glob("*.yaml")]

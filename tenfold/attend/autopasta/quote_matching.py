@@ -24,7 +24,7 @@ Stage = Literal["exact", "normalised", "ratio", "embedding"]
 Embed = Callable[[Sequence[str]], Any]
 
 MIN_RATIO = 0.8
-MIN_RARE = 0.25  # chosen on NQ's train split: nonsense is marked in 1 % (docs/methods/autopasta.md)
+MIN_RARE = 0.25  # chosen on NQ's train split: nonsense is marked in 1 % (docs/results/autopasta.md)
 SHORT = 3  # pieces of fewer words are headings and cells: they match anything by accident
 _LAYERS = 20
 _EDGE = " .,;:!?-"  # models end a quote with "..." or drop the full stop

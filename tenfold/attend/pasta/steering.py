@@ -138,7 +138,7 @@ def steer(
             sees a mark any more; within the block, inputs other than those of ``marks``.
         ModelError: a model outside the attention interface, or one with virtual tokens in front of the prompt.
 
-    Source: section 2 of the paper; departures in docs/methods/pasta.md.
+    Source: section 2 of the paper; departures in docs/papers.md.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")

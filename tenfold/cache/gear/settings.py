@@ -14,7 +14,7 @@ KEYS, VALUES = -2, -1
 
 LADDER: tuple[tuple[int, int], ...] = ((2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (8, 4), (8, 8), (16, 16))
 """Widths of keys and values by rising size: each measures better than all before it, and keys deserve the bits (GEAR
-specification, section 4; docs/methods/gear.md)."""
+specification, section 4; docs/results/gear.md)."""
 
 
 @dataclass(frozen=True)
