@@ -178,8 +178,8 @@ def recipe() -> str:
         "## Keys of a recipe",
         _table(Recipe, list(Recipe.model_fields)),
         "## Stages",
-        "`use` names the stage; its other keys are its options. A later stage takes what it makes (here: with its defaults) as "
-        "`${id.name}`.",
+        "`use` names the stage; its other keys are its options. A later stage takes what it makes (here: with its "
+        "defaults) as `${id.name}`.",
         "\n".join(lines),
     ]
     return "\n\n".join(parts) + "\n"
