@@ -17,6 +17,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import brentq
+from scipy.stats import chi2
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -24,7 +26,7 @@ _TEMPERATURES = torch.logspace(-3, 3, 61, dtype=torch.float64)
 """Where the temperature is looked for first, in units of the middle margin: the likelihood may have several peaks."""
 _SHARES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.49)
 """Where the share of flipped labels is looked for first."""
-_LIKELY = 3.841459 / 2
+_LIKELY = float(chi2.ppf(0.95, 1)) / 2
 """Nats by which the best likelihood may exceed that of a share inside the 95 % interval (Wilks)."""
 _FINE = 5e-4
 """How exactly the ends of the interval are found."""
@@ -80,20 +82,19 @@ def wrong_interval(margins: Tensor, best: Recalibrated) -> tuple[float, float]:
     scaled, _ = _scaled(margins)
     enough = float(best.nats.sum()) + _LIKELY
 
-    def inside(share: float) -> bool:
-        return len(scaled) * _at(scaled, share).nats <= enough
+    def beyond(share: float) -> float:
+        return len(scaled) * _at(scaled, share).nats - enough
 
-    return _end(best.wrong, 0.0, inside), _end(best.wrong, 0.5 - _FINE, inside)
+    return _end(best.wrong, 0.0, beyond), _end(best.wrong, 0.5 - _FINE, beyond)
 
 
-def _end(inner: float, outer: float, inside: Callable[[float], bool]) -> float:
-    """The last share inside, between one that is and the last one possible."""
-    if inside(outer):
+def _end(inner: float, outer: float, beyond: Callable[[float], float]) -> float:
+    """Where the interval ends between a share inside and the last one possible."""
+    if beyond(outer) <= 0:
         return outer
-    while abs(outer - inner) > _FINE:
-        middle = (inner + outer) / 2
-        inner, outer = (middle, outer) if inside(middle) else (inner, middle)
-    return inner
+    if beyond(inner) >= 0:  # of so few pairs that the best share is the only one
+        return inner
+    return float(brentq(beyond, inner, outer, xtol=_FINE))
 
 
 class _Point(NamedTuple):

@@ -130,6 +130,11 @@ class SteeringFields(StageConfig):
 
     def applied_to(self, shape: Shape) -> Shape:
         """Heads must be there; released files name no model and are looked at when it is open."""
+        if self.target_mass is not None and shape.spans is not None:
+            raise ConfigError(
+                f"target_mass: {shape.name} has local spans, under which attention knows no target mass",
+                remedy="give alpha instead, such as 0.3 for chats",
+            )
         path = self.profile_file() if self.steers else None
         made_for = _profiled_model(path) if path is not None else {}
         here = {"layers": shape.layers, "heads": shape.heads}

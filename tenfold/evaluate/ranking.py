@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
+
+from scipy.stats import rankdata
 
 from tenfold.errors import ConfigError, DataError
 
@@ -32,13 +34,9 @@ def roc_auc(scores: Sequence[float], mask: Sequence[bool]) -> float:
             f"{wrong} of {len(mask)} items are marked, so there is nothing to tell apart",
             remedy="give some that are and some that are not",
         )
-    won, below = 0.0, 0
-    for tied in _by_score(scores, mask, descending=False):
-        marked = sum(tied)
-        others = len(tied) - marked
-        won += marked * (below + others / 2)
-        below += others
-    return won / (wrong * right)
+    ranks = rankdata(scores)  # Mann and Whitney's U from the sum of the marked ones' ranks; ties share theirs
+    marked = sum(float(rank) for rank, mark in zip(ranks, mask, strict=True) if mark)
+    return (marked - wrong * (wrong + 1) / 2) / (wrong * right)
 
 
 def precision_at(scores: Sequence[float], mask: Sequence[bool], k: int) -> float:
@@ -63,19 +61,15 @@ def precision_at(scores: Sequence[float], mask: Sequence[bool], k: int) -> float
     if not 1 <= k <= len(scores):
         raise ConfigError(f"k: {k} is not between 1 and {len(scores)}", remedy="give how many of the items to look at")
     hits, room = 0.0, k
-    for tied in _by_score(scores, mask, descending=True):
+    pairs = sorted(zip(scores, map(bool, mask), strict=True), key=lambda pair: pair[0], reverse=True)
+    for _, group in groupby(pairs, key=lambda pair: pair[0]):
+        tied = [mark for _, mark in group]
         taken = min(room, len(tied))
         hits += sum(tied) * taken / len(tied)
         room -= taken
         if not room:
             break
     return hits / k
-
-
-def _by_score(scores: Sequence[float], mask: Sequence[bool], *, descending: bool) -> Iterator[list[bool]]:
-    """The marks of items of equal score, one list for each score in order."""
-    pairs = sorted(zip(scores, map(bool, mask), strict=True), key=lambda pair: pair[0], reverse=descending)
-    return ([mark for _, mark in tied] for _, tied in groupby(pairs, key=lambda pair: pair[0]))
 
 
 def _check(scores: Sequence[float], mask: Sequence[bool]) -> None:

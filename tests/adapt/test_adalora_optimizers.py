@@ -20,7 +20,10 @@ QUIET = {"steps": 40, "tinit": 30, "tfinal": 5, "interval": 1, "gamma": GAMMA}
 
 def adapter_of(**settings):
     torch.manual_seed(0)
-    return attach(tiny_model("llama").model, AdaLoraConfig(**{"init": "normal", "rank": 1, "initial_rank": 3, **QUIET, **settings}))
+    return attach(
+        tiny_model("llama").model,
+        AdaLoraConfig(**{"init": "normal", "rank": 1, "initial_rank": 3, **QUIET, **settings}),
+    )
 
 
 def trainable(adapter):

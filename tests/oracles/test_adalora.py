@@ -194,7 +194,10 @@ def test_06_penalty_at_init():
     assert 4096 * sigma**2 == pytest.approx(1.6384)
     assert 2500 * sigma**2 == pytest.approx(1)
     # What attach fills in has this distribution.
-    adapter = attach(tiny_model("llama", hidden_size=896).model, AdaLoraConfig(rank=8, initial_rank=12, targets=("q",), init="normal"))
+    adapter = attach(
+        tiny_model("llama", hidden_size=896).model,
+        AdaLoraConfig(rank=8, initial_rank=12, targets=("q",), init="normal"),
+    )
     for matrix in adapter.matrices.values():
         assert float(penalty([], [matrix.Q.detach()], "mean_norm")[0]) == pytest.approx(2.2278, abs=0.08)
 

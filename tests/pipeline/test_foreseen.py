@@ -46,6 +46,10 @@ CASES = {
     "no adapter": ([{"use": "export", "form": "adapter"}], "tiny:llama carries no adapter"),
     "no adapter any more": ([TRAIN, {"use": "export"}, {"use": "export", "form": "adapter"}], "03-export: form"),
     "no spans": ([{"use": "export", "form": "native"}], "form: native: tiny:llama has no local spans"),
+    "target mass": (
+        [SPANS, {"use": "generate", "prompts": ["be brief"], "emphasise": ["brief"], "target_mass": 0.3}],
+        "02-generate: target_mass: tiny:llama has local spans",
+    ),
     "sinks": ([SPANS, {"use": "export", "form": "native"}], "sinks is 4"),
     "blocks": ([{**SPANS, "pattern": "block", "sinks": 0}, {"use": "export", "form": "native"}], "not pattern block"),
     "nothing to pack": ([NOWHERE, {"use": "gear", "context": 64}], "02-gear: caches: .* nothing to pack"),
