@@ -18,8 +18,8 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from tenfold.kernels import compressed
-from tenfold.kernels.compressed import RAW, Side
+from tenfold.kernels import packed_blocks
+from tenfold.kernels.packed_blocks import RAW, Side
 
 PIECE = 256
 """Tokens of one piece of work."""
@@ -231,9 +231,9 @@ def _raw_sums(weights, values, pieces, found):  # type: ignore[no-untyped-def]
 
 
 def scores(side: Side, query: Tensor) -> Tensor:
-    """As `tenfold.kernels.compressed.scores`; what these kernels do not read goes there."""
+    """As `tenfold.kernels.packed_blocks.scores`; what these kernels do not read goes there."""
     if not _reads(side, query, -2):
-        return compressed.scores(side, query)
+        return packed_blocks.scores(side, query)
     _share_threads()
     pieces = -(-side.length // PIECE)
     given = query.numpy()
@@ -248,9 +248,9 @@ def scores(side: Side, query: Tensor) -> Tensor:
 
 
 def combine(side: Side, weights: Tensor) -> Tensor:
-    """As `tenfold.kernels.compressed.combine`; what these kernels do not read goes there."""
+    """As `tenfold.kernels.packed_blocks.combine`; what these kernels do not read goes there."""
     if not _reads(side, weights, -1):
-        return compressed.combine(side, weights)
+        return packed_blocks.combine(side, weights)
     _share_threads()
     pieces = -(-side.length // PIECE)
     batch, heads, rows = weights.shape[:3]

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tenfold.kernels import compressed
-from tenfold.kernels.compressed import RAW, Side
+from tenfold.kernels import packed_blocks
+from tenfold.kernels.packed_blocks import RAW, Side
 
 MAX_TILE = 64
 """Tokens that are unpacked at once, at most."""
@@ -196,9 +196,9 @@ def _value_outliers(
 
 
 def scores(side: Side, query: Tensor) -> Tensor:
-    """As `tenfold.kernels.compressed.scores`; what these kernels do not read goes there."""
+    """As `tenfold.kernels.packed_blocks.scores`; what these kernels do not read goes there."""
     if not _reads(side, query, -2):
-        return compressed.scores(side, query)
+        return packed_blocks.scores(side, query)
     query = query.contiguous()
     batch, heads, rows, _ = query.shape
     pairs, length, total = batch * heads, side.length, side.blocks * side.length
@@ -226,9 +226,9 @@ def scores(side: Side, query: Tensor) -> Tensor:
 
 
 def combine(side: Side, weights: Tensor) -> Tensor:
-    """As `tenfold.kernels.compressed.combine`; what these kernels do not read goes there."""
+    """As `tenfold.kernels.packed_blocks.combine`; what these kernels do not read goes there."""
     if not _reads(side, weights, -1):
-        return compressed.combine(side, weights)
+        return packed_blocks.combine(side, weights)
     weights = weights.contiguous()
     batch, heads, rows, total = weights.shape
     tile = _tile_length(side, side.length)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenfold.errors import ModelError
 from tenfold.kernels.biased import attention_with_lse, biased_mask
-from tenfold.kernels.compressed import REFERENCE, Functions, Side
+from tenfold.kernels.packed_blocks import REFERENCE, Functions, Side
 
 DIRECT_ROWS = 32
 """Up to so many queries of a group of heads read the codes; more of them read one expanded chunk after the other."""

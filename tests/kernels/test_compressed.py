@@ -9,7 +9,8 @@ import torch
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.errors import ConfigError
 from tenfold.kernels import compressed
-from tenfold.kernels.compressed import RAW, choose
+from tenfold.kernels.compressed import choose
+from tenfold.kernels.packed_blocks import RAW
 
 FORMS = [
     *(Format(bits, -2, 64) for bits in (2, 3, 4, 8, RAW)),

@@ -15,7 +15,8 @@ import torch
 
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.errors import ConfigError
-from tenfold.kernels.compressed import RAW, Side, choose, combine, scores
+from tenfold.kernels.compressed import choose
+from tenfold.kernels.packed_blocks import RAW, Side, combine, scores
 
 installed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install triton")
 

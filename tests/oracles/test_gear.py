@@ -13,7 +13,7 @@ from tenfold.cache.gear.recipe import Format, compress, element_bits
 from tenfold.core.formats import dequantise, quantise
 from tenfold.core.low_rank import low_rank
 from tenfold.errors import ModelError
-from tenfold.kernels.compressed import combine, scores
+from tenfold.kernels.packed_blocks import combine, scores
 from tenfold.kernels.view import View, attend
 from tenfold.models.tiny import tiny_model
 

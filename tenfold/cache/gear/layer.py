@@ -21,7 +21,8 @@ from tenfold.cache.gear.settings import KEYS, VALUES, LayerFormats, layer_format
 from tenfold.config.gear import CacheConfig
 from tenfold.core.formats import half_or_float
 from tenfold.errors import ModelError
-from tenfold.kernels.compressed import RAW, Functions, Side, choose
+from tenfold.kernels.compressed import choose
+from tenfold.kernels.packed_blocks import RAW, Functions, Side
 from tenfold.kernels.view import View
 
 PIECE = 1024

@@ -11,7 +11,7 @@ from torch import Tensor
 from tenfold.core.formats import dequantise, half_or_float, pack, quantise
 from tenfold.core.low_rank import low_rank
 from tenfold.core.outliers import outlier_count, outliers
-from tenfold.kernels.compressed import RAW, Side
+from tenfold.kernels.packed_blocks import RAW, Side
 
 SMALL = 256
 """Lines of up to so many entries have positions of 8 bits."""
