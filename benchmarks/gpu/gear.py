@@ -99,7 +99,7 @@ def packed_layer(bench: Bench, way: str, key: Tensor, value: Tensor) -> GearLaye
     settings = parse_kv(way).model_copy(update={"kernel": bench.kernel})
     layer = GearLayer(settings, 0, lambda: True)
     layer.update(key, value)
-    layer.finish()
+    layer.commit()
     return layer
 
 
@@ -145,7 +145,7 @@ def _step(bench: Bench, shape: Shape, model: Any, batch: int, tokens: int, way: 
         key, value = _tensors(bench, shape, tokens)
         cache.update(key, value, index)
         if isinstance(layer, GearLayer):
-            layer.finish()
+            layer.commit()
             key, value = _stored(layer)
         exact.update(key.double(), value.double(), index)
     ids = random_ids(bench, 1, 1)

@@ -10,7 +10,7 @@ What a layer is given arrives with the call, in the keyword arguments of its att
 * ``key_bias``: a tuple of `tenfold.kernels.biased.KeyBias`, which add up;
 * ``probe``: something that looks on, such as the picture of the attention mass.
 
-A compressed cache hands over a `tenfold.kernels.view.View` in the place of keys and values; it is read part by part.
+A cache of ours hands over a `tenfold.attend.handle.CacheHandle` in the place of keys and values.
 """
 
 from __future__ import annotations
@@ -24,28 +24,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from tenfold.attend.handle import CacheHandle
 from tenfold.errors import ConfigError, ModelError
-from tenfold.kernels.biased import (
-    KeyBias,
-    biased_mask,
-    has_fused,
-    in_parts,
-    lift,
-    merge,
-    split_heads,
-    with_key_channel,
-)
-from tenfold.kernels.view import View, attend
+from tenfold.kernels.biased import KeyBias, biased_attention, in_parts
 
 PREFIX = "tenfold_"
-FLASH_CHANNELS = 256
-"""Most channels of a head that flash kernels take."""
 
 Probe = Callable[[int, Tensor, Callable[[Tensor], Tensor]], None]
 
@@ -195,9 +183,29 @@ _OWN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 """Implementations of ours that stand in front of none: their function and mask function."""
 
 
+_READERS: set[Callable[..., Any]] = set()
+"""Functions of ours that read the handles of caches."""
+
+
+def reader(config: Any) -> Callable[..., Any] | None:
+    """Our function that the attention of a model runs as now, where it reads handles of caches; None for any other.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> model = tiny_model("llama").model
+    >>> reader(model.config) is None
+    True
+    >>> with installed(model):
+    ...     reader(model.config).func.__name__
+    'attention'
+    """
+    function = ALL_ATTENTION_FUNCTIONS.get(str(config._attn_implementation))
+    return function if function in _READERS else None
+
+
 def register(name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> None:
     """Make an implementation known to transformers, with its mask function; `installed` repairs what is lost of it."""
     _OWN[name] = function, mask
+    _READERS.add(function)
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask)
 
@@ -213,7 +221,10 @@ def _registered(base: str) -> str:
         return base
     name, masks = PREFIX + base, AttentionMaskInterface._global_mapping
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, partial(attention, base=base))
+        function = partial(attention, base=base)
+        AttentionInterface.register(name, function)
+        if base != "flex_attention":  # its masks are no tensors
+            _READERS.add(function)
     if base in masks:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     else:
@@ -238,7 +249,7 @@ def attention(
     Args:
         module: the attention module.
         query: ``[batch, heads, queries, head_dim]``.
-        key: ``[batch, kv_heads, keys, head_dim]``, or the view of a compressed cache.
+        key: ``[batch, kv_heads, keys, head_dim]``, or the handle of a cache.
         value: as ``key``.
         attention_mask: as the mask function of ``base`` makes it, or as the caller gave it.
         base: the implementation that the model had before.
@@ -251,9 +262,11 @@ def attention(
     Returns:
         Output ``[batch, queries, heads, head_dim]``, and the weights where ``base`` gives them.
     """
-    if isinstance(key, View):
-        return _on_view(module, query, key, attention_mask, base, key_bias, probe, arguments)
-    plain = partial(_function(module, base), module)
+    if isinstance(key, CacheHandle):
+        if probe is None and not key.exact:
+            return _on_handle(module, query, key, attention_mask, key_bias, arguments), None
+        key, value = key.dense(attention_mask)  # a picture is drawn from whole tensors: it is no part of generating
+    plain = partial(_function(module, base), module, **arguments)
     if probe is not None:
 
         def read(values: Tensor) -> Tensor:
@@ -262,7 +275,7 @@ def attention(
         layer: Any = module.layer_idx
         probe(layer, value, read)
     if not key_bias:
-        return plain(query, key, value, attention_mask, **arguments)
+        return plain(query, key, value, attention_mask)
     if any(bias.until is not None for bias in key_bias):
 
         def attend_with(some: tuple[KeyBias, ...]) -> tuple[Tensor, Tensor | None]:
@@ -278,86 +291,26 @@ def attention(
         )
     scale = arguments.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if base == "sdpa" or key_bias[0].target is not None:
-        return _biased_sdpa(plain, query, key, value, attention_mask, scale, key_bias, arguments), None
-    if "flash" in base:
-        value_size = value.shape[-1]
-        for bias in key_bias:
-            query, key, value = with_key_channel(query, key, value, scale, bias)
-        _check_channels(module, base, query.shape[-1])
-        output, weights = plain(query, key, value, attention_mask, **{**arguments, "scaling": scale})
-        return output[..., :value_size].contiguous(), weights
-    dense = sum_biases(key_bias, query)
-    if base == "flex_attention":
-        _check_takes_bias(plain)
-        dense = dense.expand(-1, -1, query.shape[2], -1)
-        return plain(query, key, value, attention_mask, position_bias=dense, **arguments)
-    keys = key.shape[2]
-    mask = None if attention_mask is None else attention_mask[..., :keys]
-    return plain(query, key, value, biased_mask(mask, dense, query.shape[2], keys), **arguments)
+    dropout = bool(arguments.get("dropout"))
+    return biased_attention(base, plain, query, key, value, attention_mask, scale, key_bias, dropout=dropout)
 
 
-def _on_view(
+def _on_handle(
     module: nn.Module,
     query: Tensor,
-    view: View,
+    handle: CacheHandle,
     attention_mask: Any,
-    base: str,
     key_bias: tuple[KeyBias, ...],
-    probe: Probe | None,
     arguments: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """Attention on a compressed cache; as long as nothing of it is packed, it is that on its exact tensors."""
-    if not view.packed or probe is not None:  # a picture is drawn from whole tensors: it is no part of generating
-        tensors = view.tensors()
-        given = {"base": base, "key_bias": key_bias, "probe": probe, **arguments}
-        output, weights = attention(module, query, *tensors, attention_mask, **given)
-    else:
-        weights = None
-        if key_bias:
-            _refuse(module, "eager", key_bias, arguments)
-        scale = arguments.get("scaling")
-        with torch.autocast(query.device.type, enabled=False):  # it computes in float32
-            bias = sum_biases(key_bias, query.to(torch.promote_types(query.dtype, torch.float32))) if key_bias else None
-            output = attend(
-                query,
-                view,
-                _dense_mask(attention_mask, query.shape[2], view.tokens),
-                query.shape[-1] ** -0.5 if scale is None else scale,
-                bias=bias,
-                lift=partial(lift, key_bias[0], query.shape[1])
-                if key_bias and key_bias[0].target is not None
-                else None,
-                softcap=arguments.get("softcap"),
-                sinks=arguments.get("s_aux"),
-            ).transpose(1, 2)
-    view.finish(partial(_seen_keys, attention_mask, view.tokens))
-    return output, weights
+) -> Tensor:
+    """Attention on what a cache keeps, as the cache computes it."""
+    if key_bias:
+        _refuse(module, "eager", key_bias, arguments)
 
+    def attend_with(some: tuple[KeyBias, ...]) -> tuple[Tensor, None]:
+        return handle.attend(module, query, attention_mask, some, **arguments), None
 
-def _dense_mask(mask: Any, queries: int, keys: int) -> Tensor | None:
-    """A mask ``[batch or 1, heads or 1, queries, keys]``, also where the implementation takes one of padding."""
-    if mask is None:
-        return None
-    if mask.ndim == 4:
-        return mask[..., :keys]
-    seen = mask[:, None, None, :keys].bool()
-    if queries == 1:
-        return seen
-    return seen & seen.new_ones(queries, keys).tril(keys - queries)
-
-
-def _seen_keys(mask: Tensor | None, keys: int) -> Tensor | None:
-    """Keys that some query of some head sees: ``[batch or 1, keys]``, None for all; padding is not among them."""
-    if mask is None:
-        return None
-    mask = mask[..., :keys]
-    if mask.dtype.is_floating_point:
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    if mask.ndim == 2:
-        return mask.bool()
-    # Most often the last query sees all, and the rest of a large mask need not be read.
-    return None if bool(mask[:, :, -1].any(1).all()) else mask.bool().any(2).any(1)
+    return in_parts(key_bias, attend_with)[0]
 
 
 def _refuse(module: nn.Module, base: str, key_bias: tuple[KeyBias, ...], arguments: dict[str, Any]) -> None:
@@ -368,21 +321,13 @@ def _refuse(module: nn.Module, base: str, key_bias: tuple[KeyBias, ...], argumen
         raise ModelError(f"{name} has a bias of positions and takes no other", remedy="steer another model")
     if softcap and (base == "sdpa" or "flash" in base):  # sdpa knows no cap, and flash would cap the bias as well
         raise ModelError(f"{name} caps its scores and cannot be biased on {base}", remedy="open it with 'eager'")
+    if base == "flex_attention" and key_bias[0].target is None:
+        _check_takes_bias(_function(module, base))
     if any(bias.target is not None for bias in key_bias):
         if len(key_bias) > 1:
             raise ConfigError("target_mass within another steer block", remedy="give that block alone, or use alpha")
         if softcap or sinks:
             raise ModelError(f"target_mass: {name} caps its scores or has sinks", remedy="use alpha")
-
-
-def _check_channels(module: nn.Module, base: str, channels: int) -> None:
-    """Raise where the heads of a layer and the channels of the bias are more than a flash kernel takes."""
-    if channels > FLASH_CHANNELS:
-        raise ModelError(
-            f"{type(module).__name__}: with its bias a head has {channels} channels, and {base} takes up to "
-            f"{FLASH_CHANNELS}",
-            remedy="open the model with attn_implementation='sdpa'",
-        )
 
 
 def _check_takes_bias(function: Callable[..., Any]) -> None:
@@ -392,40 +337,6 @@ def _check_takes_bias(function: Callable[..., Any]) -> None:
             f"flex_attention of transformers {transformers.__version__} takes no bias of keys",
             remedy="pip install -U transformers, or open the model with attn_implementation='sdpa'",
         )
-
-
-def _biased_sdpa(
-    plain: Callable[..., Any],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    key_bias: tuple[KeyBias, ...],
-    arguments: dict[str, Any],
-) -> Tensor:
-    """The fastest exact way: see `tenfold.kernels.biased`."""
-    queries = query.shape[2]
-    if mask is None and 1 < queries < key.shape[2]:  # the first prefill of a static cache: the rest is not written yet
-        key, value = key[:, :, :queries], value[:, :, :queries]
-        key_bias = tuple(bias.first_keys(queries) for bias in key_bias)
-    bias = key_bias[0]
-    simple = len(key_bias) == 1 and bias.weights is None and not arguments.get("dropout")
-    simple = simple and not torch.compiler.is_compiling()
-    if bias.target is not None or (simple and queries > 1 and bias.raised is not None and has_fused(query, key, value)):
-        return merge(query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
-    if simple and queries > 1 and len(bias.heads) < query.shape[1]:
-        output = plain(query, key, value, mask, **arguments)[0].transpose(1, 2)
-        return split_heads(output, query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
-    dense = biased_mask(mask, sum_biases(key_bias, query), queries, key.shape[2])
-    result: Tensor = plain(query, key, value, dense.contiguous(), **arguments)[0]
-    return result
-
-
-def sum_biases(key_bias: tuple[KeyBias, ...], query: Tensor) -> Tensor:
-    """All biases of a layer together: ``[batch, heads, 1, keys]`` in the dtype of ``query``."""
-    parts = [bias.dense(query.shape[1], query.dtype) for bias in key_bias]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 def _function(module: nn.Module, base: str) -> Callable[..., Any]:

@@ -8,7 +8,6 @@ of all pairs shall exist. MASFormer specification, section 2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,22 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.attend.attention import PREFIX, Probe, attention, check_mask, register
+from tenfold.attend.handle import CacheHandle
+from tenfold.attend.span_handle import Part, SpanHandle, full_mask, places_of
 from tenfold.compat import captures
 from tenfold.errors import ModelError
-from tenfold.kernels.biased import KeyBias, in_parts, with_key_channel
-from tenfold.kernels.local import (
-    FULL,
-    Held,
-    HeldHeads,
-    Softmax,
-    Span,
-    dense_attention,
-    held_positions,
-    local_attention,
-    real_positions,
-    visible,
-)
-from tenfold.kernels.view import View
+from tenfold.kernels.biased import KeyBias, in_parts
+from tenfold.kernels.local import FULL, Span
 
 NAME = f"{PREFIX}span"
 FIELD = "tenfold_span"
@@ -108,8 +97,8 @@ def spanned(
     Args:
         module: the attention module.
         query: ``[batch, heads, queries, head_dim]``.
-        key: ``[batch, kv_heads, keys, head_dim]``, or the view of a compressed cache (full layers only), or what a
-            small cache holds (local layers only).
+        key: ``[batch, kv_heads, keys, head_dim]``, or the handle of a packed cache (full layers only) or of a small
+            one (local layers only).
         value: as ``key``.
         attention_mask: ``[batch, keys]``, bool, what is no padding; None for all. One of four dimensions, given by the
             caller, is honoured by full layers alone.
@@ -137,24 +126,27 @@ def spanned(
     if attention_mask is not None and attention_mask.ndim == 4 and not full:
         raise _four_dimensions(layer)
     asked = _asks_weights(module, arguments)
-    if asked and isinstance(key, Held | HeldHeads | View):
+    if asked and isinstance(key, CacheHandle):
         raise _needs_all_keys(layer, "the weights of its attention are asked for")
-    if isinstance(key, Held | HeldHeads):
-        given = {"key_bias": key_bias, "probe": probe, "gate": gate, **arguments}
-        return _on_held(module, query, key, attention_mask, spans, given), None
+    if isinstance(key, SpanHandle):
+        _check_made_for(layer, spans, key)
+        if probe is None and gate is None:
+            return key.attend(module, query, attention_mask, key_bias, **arguments), None
+        if not key.exact:
+            raise _needs_all_keys(layer, f"a picture of attention needs all {key.tokens} keys")
+        key, value = key.dense(attention_mask)
     if full:
         base = "eager" if asked or any(arguments.get(name) is not None for name in _EAGER) else "sdpa"
-        keys = key.tokens if isinstance(key, View) else key.shape[2]
+        keys = key.tokens if isinstance(key, CacheHandle) else key.shape[2]
         mask = _mask_for(base, query, keys, attention_mask, arguments.get("position_ids"))
         return attention(module, query, key, value, mask, base=base, key_bias=key_bias, probe=probe, **arguments)
 
     def seeing(spans: Sequence[Span], value: Tensor) -> Tensor:
-        return _on_parts(module, query, _parts(key, value, spans), attention_mask, key_bias, arguments)
+        return _whole(key, value, spans).attend(module, query, attention_mask, key_bias, **arguments)
 
     if asked:
-        places = _places(len(query), query.shape[2], key.shape[2], attention_mask, arguments.get("position_ids"))
-        every = _parts(key, value, spans)
-        return in_parts(key_bias, lambda some: _with_weights(module, query, every, places, some, arguments))
+        every = _whole(key, value, spans)
+        return in_parts(key_bias, lambda some: every.with_weights(module, query, attention_mask, some, **arguments))
     if gate is not None:
         whole, local = seeing([FULL] * len(spans), value), seeing(spans, value)
         share = gate.to(local).expand(len(spans)).repeat_interleave(query.shape[1] // len(spans))
@@ -162,6 +154,27 @@ def spanned(
     if probe is not None:
         probe(layer, value, partial(seeing, spans))
     return seeing(spans, value), None
+
+
+def _whole(key: Tensor, value: Tensor, spans: Sequence[Span]) -> SpanHandle:
+    """All keys and values of a layer, ``[batch, kv_heads, keys, channels]``, apart by span."""
+    groups = by_span(spans)
+    cut = [(key, value)] if len(groups) == 1 else [(key[:, heads], value[:, heads]) for heads in groups.values()]
+    parts = [
+        Part(heads, *tensors, span, key.shape[2]) for (span, heads), tensors in zip(groups.items(), cut, strict=True)
+    ]
+    return SpanHandle(lambda seen: None, tuple(parts))
+
+
+def _check_made_for(layer: int, spans: Sequence[Span], handle: SpanHandle) -> None:
+    """Refuse what a cache kept for other spans than the layer has now."""
+    for part in handle.parts:
+        if other := [head for head in part.heads if spans[head] != part.span]:
+            made, has = ("full attention" if span == FULL else span for span in (part.span, spans[other[0]]))
+            raise ModelError(
+                f"layer {layer}: its cache was made for {made}, and the layer has {has} in KV head {other[0]}",
+                remedy="make another SpanCache after each conversion",
+            )
 
 
 def note(config: Any) -> None:
@@ -207,217 +220,10 @@ def _four_dimensions(layer: int) -> ModelError:
     )
 
 
-def _on_held(
-    module: nn.Module,
-    query: Tensor,
-    held: Held | HeldHeads,
-    mask: Tensor | None,
-    spans: Sequence[Span],
-    given: dict[str, Any],
-) -> Tensor:
-    """Attention on a small cache."""
-    layer: Any = module.layer_idx
-    parts = held.parts if isinstance(held, HeldHeads) else ((list(range(len(spans))), held),)
-    for heads, part in parts:
-        if other := [head for head in heads if spans[head] != part.span]:
-            made, has = ("full attention" if span == FULL else span for span in (part.span, spans[other[0]]))
-            raise ModelError(
-                f"layer {layer}: its cache was made for {made}, and the layer has {has} in KV head {other[0]}",
-                remedy="make another SpanCache after each conversion",
-            )
-    tokens = parts[0][1].tokens
-    seen = None if mask is None else mask[:, -tokens:].bool()
-    if given["probe"] is None and given["gate"] is None:
-        arguments = {key: value for key, value in given.items() if key not in ("key_bias", "probe", "gate")}
-        output = _on_parts(module, query, parts, seen, given["key_bias"], arguments)
-    elif all(part.places is None for _, part in parts):
-        key, value = (_joined(parts, [getattr(part, x) for _, part in parts], 1) for x in ("keys", "values"))
-        output = spanned(module, query, key, value, seen, **given)[0]
-    else:
-        raise ModelError(
-            f"layer {layer}: a picture of attention needs all {tokens} keys, and the cache holds fewer",
-            remedy="call the model with use_cache=False",
-        )
-    for _, part in parts:
-        part.finish(seen)
-    return output
-
-
-Parts = Sequence[tuple[list[int], Held]]
-"""KV heads, and their keys and values; every head of a layer is in one part."""
-
-
-def _parts(key: Tensor, value: Tensor, spans: Sequence[Span]) -> Parts:
-    """Keys and values of a layer, ``[batch, kv_heads, keys, channels]``, apart by span."""
-    groups = by_span(spans)
-    cut = [(key, value)] if len(groups) == 1 else [(key[:, heads], value[:, heads]) for heads in groups.values()]
-    return [
-        (heads, Held(*tensors, span, key.shape[2], None, lambda seen: None))
-        for (span, heads), tensors in zip(groups.items(), cut, strict=True)
-    ]
-
-
-def _joined(parts: Parts, tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Tensors of the parts in one, in the order of the KV heads, which are dimension ``dim``."""
-    if len(tensors) == 1:
-        return tensors[0]
-    order = torch.tensor([head for heads, _ in parts for head in heads], device=tensors[0].device).argsort()
-    return torch.cat(list(tensors), dim).index_select(dim, order)
-
-
-def _on_parts(
-    module: nn.Module,
-    query: Tensor,
-    parts: Parts,
-    seen: Tensor | None,
-    key_bias: tuple[KeyBias, ...],
-    arguments: dict[str, Any],
-) -> Tensor:
-    """Attention of each part with its own queries and biases; ``[batch, queries, heads, head_dim]``."""
-    tokens, count = parts[0][1].tokens, sum(len(heads) for heads, _ in parts)
-    plain = _places(len(query), query.shape[2], tokens, seen, arguments.get("position_ids"))
-    grouped = query.unflatten(1, (count, -1))
-    outputs = []
-    for heads, part in parts:
-        its, biases, places = query, key_bias, plain
-        if len(parts) > 1:
-            its, biases = grouped[:, heads].flatten(1, 2), _biases_of(key_bias, heads, grouped.shape[2])
-        if part.places is not None:
-            index = part.places.clamp(min=0)
-            biases = tuple(replace(bias, values=bias.values.take_along_dim(index, 1)) for bias in biases)
-            places = held_positions(part.places, seen), None
-        softmax = _softmax(query, arguments, heads, grouped.shape[2])
-        if _sees_all(query, part, seen) and softmax.plain:
-            output = attention(module, its, part.keys, part.values, None, base="sdpa", key_bias=biases, **arguments)[0]
-        else:
-            output = _of_span(module, its, part, places, biases, softmax, arguments)
-        outputs.append(output.unflatten(2, (len(heads), -1)))
-    return _joined(parts, outputs, 2).flatten(2, 3)
-
-
-def _biases_of(key_bias: tuple[KeyBias, ...], heads: list[int], each: int) -> tuple[KeyBias, ...]:
-    """Biases for the queries of some KV heads, ``each`` of which has so many; without those that concern none."""
-    found = []
-    for bias in key_bias:
-        own = torch.tensor(heads)[:, None] * each + torch.arange(each)
-        same = bias.heads[:, None] == own.flatten().to(bias.heads.device)
-        kept = same.any(1)
-        if bool(kept.any()):
-            weights = None if bias.weights is None else bias.weights[..., kept]
-            found.append(replace(bias, heads=same[kept].int().argmax(1), weights=weights))
-    return tuple(found)
-
-
-def _of_span(
-    module: nn.Module,
-    query: Tensor,
-    part: Held,
-    places: tuple[Tensor | None, Tensor | None],
-    key_bias: tuple[KeyBias, ...],
-    softmax: Softmax,
-    arguments: dict[str, Any],
-) -> Tensor:
-    """Attention of heads of one span, with biases of keys; ``[batch, queries, heads, head_dim]``."""
-    if any(bias.until is not None for bias in key_bias):
-
-        def of_some(some: tuple[KeyBias, ...]) -> tuple[Tensor, None]:
-            return _of_span(module, query, part, places, some, softmax, arguments), None
-
-        return in_parts(key_bias, of_some)[0]
-    if part.span == FULL and softmax.plain:
-        mask = _full_mask(query, part.keys.shape[2], *places)
-        given = {**arguments, "s_aux": None}
-        return attention(module, query, part.keys, part.values, mask, base="sdpa", key_bias=key_bias, **given)[0]
-    its = _biased(module, query, part, softmax, key_bias)
-    if part.span == FULL:
-        seen = visible(FULL, query, its[1].shape[2], *places)
-        output = dense_attention(*its, seen, softmax)[0]
-    else:
-        output = local_attention(*its, part.span, softmax, *places)
-    return output[..., : part.values.shape[-1]].transpose(1, 2).contiguous()
-
-
-def _softmax(query: Tensor, arguments: dict[str, Any], heads: list[int], each: int) -> Softmax:
-    """How the query heads of some KV heads make weights, ``each`` of which has so many."""
-    scale, sink = arguments.get("scaling"), arguments.get("s_aux")
-    if sink is not None:
-        sink = sink.view(-1, each)[heads].flatten()
-    return Softmax(query.shape[-1] ** -0.5 if scale is None else scale, arguments.get("softcap"), sink)
-
-
-def _biased(
-    module: nn.Module, query: Tensor, part: Held, softmax: Softmax, key_bias: tuple[KeyBias, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values with biases of keys in channels of their own."""
-    layer: Any = module.layer_idx
-    its = query, part.keys, part.values
-    for bias in key_bias:
-        if bias.target is not None:
-            raise ModelError(f"layer {layer}: target_mass, and this layer has a span", remedy="use alpha")
-        if softmax.softcap is not None:  # the channel would be capped as well
-            raise ModelError(
-                f"layer {layer}: it caps its scores and has a span, and cannot be biased",
-                remedy="steer layers of full attention",
-            )
-        its = with_key_channel(*its, softmax.scale, bias)
-    return its
-
-
-def _with_weights(
-    module: nn.Module,
-    query: Tensor,
-    parts: Parts,
-    places: tuple[Tensor | None, Tensor | None],
-    key_bias: tuple[KeyBias, ...],
-    arguments: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Attention on whole keys, and all of its weights, as they are asked for in eager attention."""
-    grouped = query.unflatten(1, (sum(len(heads) for heads, _ in parts), -1))
-    outputs, weights = [], []
-    for heads, part in parts:
-        softmax = _softmax(query, arguments, heads, grouped.shape[2])
-        biases = _biases_of(key_bias, heads, grouped.shape[2])
-        its = _biased(module, grouped[:, heads].flatten(1, 2), part, softmax, biases)
-        seen = visible(part.span, query, part.keys.shape[2], *places)
-        output, its_weights = dense_attention(*its, seen, softmax)
-        outputs.append(output[..., : part.values.shape[-1]].unflatten(1, (len(heads), -1)))
-        weights.append(its_weights.unflatten(1, (len(heads), -1)))
-    output, whole = (_joined(parts, tensors, 1).flatten(1, 2) for tensors in (outputs, weights))
-    return output.transpose(1, 2).contiguous(), whole
-
-
-def _sees_all(query: Tensor, part: Held, seen: Tensor | None) -> bool:
-    """Whether one query, without padding, sees all that a small cache holds: then there is nothing to mask."""
-    span, keys = part.span, part.keys.shape[2]
-    alone = seen is None and query.shape[2] == 1
-    return alone and span.pattern == "sliding" and keys <= span.sinks + span.size
-
-
-def _places(
-    batch: int, queries: int, keys: int, mask: Tensor | None, position_ids: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Positions of the keys within their documents, and their documents, each ``[batch, keys]``; None where plain.
-
-    Padding has position -1. Documents are packed where positions begin again and no padding mask is given.
-    """
-    if mask is not None:
-        return real_positions(mask[:, -keys:]), None
-    if position_ids is None or queries != keys or keys == 1:
-        return None, None
-    places = position_ids.expand(batch, -1)
-    begins = places[:, 1:] <= places[:, :-1]
-    if not bool(begins.any()):
-        return None, None
-    documents = torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
-    first = torch.nn.functional.pad(begins, (1, 0), value=True)
-    index = torch.arange(keys, device=places.device)
-    return index - torch.where(first, index, 0).cummax(1).values, documents
-
-
 def _mask_for(base: str, query: Tensor, keys: int, mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
     """The mask of a layer of full attention, as ``sdpa`` or ``eager`` takes it."""
     if mask is None or mask.ndim == 2:
-        mask = _full_mask(query, keys, *_places(len(query), query.shape[2], keys, mask, position_ids))
+        mask = full_mask(query, keys, *places_of(query, keys, mask, position_ids))
     if base == "sdpa":
         return mask
     if mask is None and query.shape[2] > 1:
@@ -426,20 +232,6 @@ def _mask_for(base: str, query: Tensor, keys: int, mask: Tensor | None, position
         return mask
     # Eager attention adds its mask, and a row of nothing but -inf would become NaN.
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-
-
-def _full_mask(query: Tensor, keys: int, positions: Tensor | None, documents: Tensor | None) -> Tensor | None:
-    """What sdpa is to be given for causal attention; None where its own causal flag says it."""
-    queries = query.shape[2]
-    if positions is None and queries in (1, keys):
-        return None
-    if positions is None:
-        return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
-    index = torch.arange(keys, device=positions.device)
-    seen = (index <= index[keys - queries :, None]) & (positions >= 0)[:, None, None]
-    if documents is not None:
-        seen = seen & (documents[:, keys - queries :, None] == documents[:, None])[:, None]
-    return seen
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **sizes: Any) -> Tensor | None:

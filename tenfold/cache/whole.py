@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from tenfold.attend.handle import CacheHandle
+from tenfold.cache.layer import CacheLayer
 from tenfold.errors import ModelError
-from tenfold.kernels.view import View
 
 
 class WholeCalls(Cache):
     """A cache that takes back a call as a whole where one of its layers refuses it, or fails while it packs.
 
-    The layers before that one have taken the call's keys already. A layer with ``mark`` and ``take_back`` undoes it by
-    these; from layers of full attention the new keys are cut off; others of transformers replace their tensors, so the
-    old ones are put back. Recurrent states are overwritten: a cache with such layers is emptied where the failed call
-    was its first, and else refuses all calls until `reset`.
+    The layers before that one have taken the call's keys already. Layers of ours undo it by ``mark`` and ``take_back``;
+    those of transformers replace their tensors, so the old ones are put back. Recurrent states are overwritten: a cache
+    with such layers is emptied where the failed call was its first, and else refuses all calls until `reset`.
 
     Args:
         layers: of the cache.
@@ -56,15 +56,16 @@ class WholeCalls(Cache):
         self._before[layer_idx] = _mark(self.layers[layer_idx])
         with self._whole():
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(keys, View):  # it packs once its attention is done
-            keys = values = dataclasses.replace(keys, finish=partial(self._finish, layer_idx, keys.finish))
+        if isinstance(keys, CacheHandle):
+            keys = values = dataclasses.replace(keys, commit=partial(self._commit, layer_idx, keys.commit))
         elif layer_idx == self._last:
             self._before = {}
         return keys, values
 
-    def _finish(self, layer_idx: int, finish: Callable[..., None], *seen: Any) -> None:
+    def _commit(self, layer_idx: int, commit: Callable[[Tensor | None], None], mask: Tensor | None) -> None:
+        """The step is over in this layer."""
         with self._whole():
-            finish(*seen)
+            commit(mask)
         if layer_idx == self._last:
             self._before = {}
 
@@ -101,19 +102,12 @@ class WholeCalls(Cache):
 
 
 def _mark(layer: Any) -> Mapping[str, Any]:
-    tokens = layer.get_seq_length()
-    if hasattr(layer, "mark"):
-        return {"tokens": tokens, "state": layer.mark()}
-    # Keys of all tokens are not held twice: a call appends to them.
-    return (
-        {"tokens": tokens} if tokens and type(layer) is DynamicLayer else {"tokens": tokens, "state": {**vars(layer)}}
-    )
+    state = layer.mark() if isinstance(layer, CacheLayer) else {**vars(layer)}
+    return {"tokens": layer.get_seq_length(), "state": state}
 
 
 def _take_back(layer: Any, before: Mapping[str, Any]) -> None:
-    if "state" not in before:
-        layer.keys, layer.values = (x[:, :, : before["tokens"]].clone() for x in (layer.keys, layer.values))
-    elif hasattr(layer, "take_back"):
+    if isinstance(layer, CacheLayer):
         layer.take_back(before["state"])
     else:
         vars(layer).clear()

@@ -5,6 +5,8 @@ A dense mask says it all but costs ``[batch, heads, queries, keys]`` and the fus
 * `merge` corrects the plain result by what a few keys add to it (PASTA's specification calls it the LSE merge),
 * `split_heads` computes again only the heads that have a bias,
 * `with_key_channel` hides the bias in one more pair of channels, for kernels that take no bias at all.
+
+`biased_attention` chooses among them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tenfold.errors import ModelError
+
 BLOCK = 2**20
 """Scores that `merge` holds at once."""
+FLASH_CHANNELS = 256
+"""Most channels of a head that flash kernels take."""
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+"""From query, key, value and mask, and perhaps ``scaling=`` or ``position_bias=``, to an output ``[batch, queries,
+heads, head_dim]`` and weights or None, as attention functions of transformers do."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,94 @@ class KeyBias:
     def first_keys(self, keys: int) -> KeyBias:
         """The same for the first so many keys."""
         return replace(self, values=self.values[:, :keys])
+
+
+def biased_attention(
+    base: str,
+    plain: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    key_bias: tuple[KeyBias, ...],
+    *,
+    dropout: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with biases of keys, in the fastest exact way that an implementation allows.
+
+    Args:
+        base: the implementation: ``sdpa``, a name with ``flash`` in it, ``flex_attention``, or one that adds its mask.
+        plain: attention without biases, by that implementation.
+        query: ``[batch, heads, queries, head_dim]``.
+        key: ``[batch, kv_heads, keys, head_dim]``.
+        value: as ``key``, but for the size of its heads, which may be another.
+        mask: as that implementation takes it.
+        scale: factor of the scores.
+        key_bias: one or more, none with ``until`` (see `in_parts`); they add up. One with ``target`` stands alone.
+        dropout: whether ``plain`` drops weights: only a mask brings a bias in then.
+
+    Returns:
+        Output ``[batch, queries, heads, head_dim]``, and the weights where ``plain`` gives them.
+
+    Raises:
+        ModelError: heads that with their bias are wider than flash kernels take.
+    """
+    if base == "sdpa" or key_bias[0].target is not None:
+        return _on_sdpa(plain, query, key, value, mask, scale, key_bias, dropout=dropout), None
+    if "flash" in base:
+        size = value.shape[-1]
+        for bias in key_bias:
+            query, key, value = with_key_channel(query, key, value, scale, bias)
+        _check_channels(base, query.shape[-1])
+        output, weights = plain(query, key, value, mask, scaling=scale)
+        return output[..., :size].contiguous(), weights
+    dense, queries, keys = sum_biases(key_bias, query), query.shape[2], key.shape[2]
+    if base == "flex_attention":
+        return plain(query, key, value, mask, position_bias=dense.expand(-1, -1, queries, -1))
+    mask = None if mask is None else mask[..., :keys]
+    return plain(query, key, value, biased_mask(mask, dense, queries, keys))
+
+
+def _on_sdpa(
+    plain: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    key_bias: tuple[KeyBias, ...],
+    *,
+    dropout: bool,
+) -> Tensor:
+    queries = query.shape[2]
+    if mask is None and 1 < queries < key.shape[2]:  # the first prefill of a static cache: the rest is not written yet
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        key_bias = tuple(bias.first_keys(queries) for bias in key_bias)
+    bias = key_bias[0]
+    simple = len(key_bias) == 1 and bias.weights is None and not dropout and not torch.compiler.is_compiling()
+    if bias.target is not None or (simple and queries > 1 and bias.raised is not None and has_fused(query, key, value)):
+        return merge(query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
+    if simple and queries > 1 and len(bias.heads) < query.shape[1]:
+        output = plain(query, key, value, mask)[0].transpose(1, 2)
+        return split_heads(output, query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
+    dense = biased_mask(mask, sum_biases(key_bias, query), queries, key.shape[2])
+    return plain(query, key, value, dense.contiguous())[0]
+
+
+def _check_channels(base: str, channels: int) -> None:
+    """Raise where the channels of heads and bias are more than a flash kernel takes."""
+    if channels > FLASH_CHANNELS:
+        raise ModelError(
+            f"with its bias a head has {channels} channels, and {base} takes up to {FLASH_CHANNELS}",
+            remedy="open the model with attn_implementation='sdpa'",
+        )
+
+
+def sum_biases(key_bias: tuple[KeyBias, ...], query: Tensor) -> Tensor:
+    """All biases of a layer together: ``[batch, heads, 1, keys]`` in the dtype of ``query``."""
+    parts = [bias.dense(query.shape[1], query.dtype) for bias in key_bias]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 def in_parts(

@@ -6,15 +6,12 @@ from positions where they are padded or packed. MASFormer specification, section
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
-
-from tenfold.errors import ModelError
 
 CHUNK = 2**24
 """Scores of the tiles that are worked on at once: it bounds the copies of keys and values."""
@@ -78,59 +75,6 @@ class Span:
 
 FULL = Span("sliding", 2**40)
 """Every earlier key."""
-
-
-class _NoTensor:
-    """What a model that handles its keys itself meets in the place of tensors."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _no_tensor(f"asks its keys for .{name}")
-
-    @classmethod
-    def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
-        raise _no_tensor(f"calls {getattr(function, '__name__', function)} on its keys")
-
-
-def _no_tensor(what: str) -> ModelError:
-    return ModelError(
-        f"this model {what} between cache and attention: a small cache has no such tensor",
-        remedy="call it with its own cache, not with a SpanCache",
-    )
-
-
-@dataclass(frozen=True)
-class Held(_NoTensor):
-    """What a small cache hands to the attention function in the place of keys and values.
-
-    Args:
-        keys: ``[batch, kv_heads, keys, channels]``, in order of the text; the last are those of this call.
-        values: as ``keys``.
-        span: for which the keys were chosen.
-        tokens: of the whole text so far.
-        places: of the keys in the text, ``[batch, keys]``, -1 where a row has no key; None where they are all of it.
-        finish: to be called with what is no padding, ``[batch, tokens]`` bool or None for all, once the outputs are
-            there: only then is it known which keys are sinks.
-    """
-
-    keys: Tensor
-    values: Tensor
-    span: Span
-    tokens: int
-    places: Tensor | None
-    finish: Callable[[Tensor | None], None]
-
-
-@dataclass(frozen=True)
-class HeldHeads(_NoTensor):
-    """The same of a layer whose KV heads see different spans.
-
-    Args:
-        parts: KV heads, ascending, and what is held of them; every head is in one part.
-    """
-
-    parts: tuple[tuple[list[int], Held], ...]
 
 
 def real_positions(seen: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tenfold.core.formats import dequantise, unpack
+
 RAW = 16
 """``bits`` of values that are stored as they are, in bfloat16."""
 

@@ -1,4 +1,4 @@
-"""What a compressed cache hands to the attention function, and attention on it.
+"""Keys and values of one layer as a compressed cache keeps them, and attention on them.
 
 The keys and values of a layer are exact first tokens, packed blocks and an exact buffer, in this order of tokens. They
 are read part by part: the cache is never expanded as a whole. GEAR specification, sections 2.2 and 2.3.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tenfold.errors import ModelError
 from tenfold.kernels.biased import attention_with_lse, biased_mask
 from tenfold.kernels.packed_blocks import REFERENCE, Functions, Side
 
@@ -35,8 +33,6 @@ class View:
         buffer: exact keys and values of the last tokens, those of this call among them.
         rotation: orthogonal ``[channels, channels]`` by which packed keys and values were multiplied; None for none.
         functions: the implementation that reads the packed form.
-        finish: to be called once the outputs are there, for the buffer may be packed then; with a function that gives
-            the keys that some query sees, ``[batch or 1, tokens]`` bool or None for all.
     """
 
     first: tuple[Tensor, Tensor]
@@ -44,7 +40,6 @@ class View:
     buffer: tuple[Tensor, Tensor]
     rotation: Tensor | None = None
     functions: Functions = REFERENCE
-    finish: Callable[[Callable[[], Tensor | None]], None] = lambda seen: None
 
     @property
     def tokens(self) -> int:
@@ -65,23 +60,6 @@ class View:
                 side[:, :, start : start + part.shape[2]] = narrowed(turned, kind)
             start += key.shape[2]
         return whole[0], whole[1]
-
-    def __getattr__(self, name: str) -> Any:
-        """What a model asks of keys and values that are no tensors."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ModelError(
-            f"this model asks its keys for .{name} between cache and attention: a packed cache has no tensors",
-            remedy="use a bare GearCache, outside of attach; and one that was made for this very model",
-        )
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Any function of torch that is given a view."""
-        raise ModelError(
-            f"this model calls {getattr(function, '__name__', function)} on its keys between cache and attention",
-            remedy="use a bare GearCache, outside of attach",
-        )
 
 
 def attend(

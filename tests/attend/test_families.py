@@ -8,7 +8,8 @@ from tenfold.attend import masformer, spans
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.masformer import native
 from tenfold.cache.gear.layer import GearLayer
-from tenfold.cache.spans import SpanCache, SpanLayer, formula_bytes, own_cache
+from tenfold.cache.span_layers import SpanLayer
+from tenfold.cache.spans import SpanCache, formula_bytes, own_cache
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ConfigError, ModelError
 from tenfold.evaluate.long_context import repeated

@@ -6,10 +6,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, GenerationConfig
 
 from tenfold import gear, pasta
+from tenfold.attend.span_handle import Part, SpanHandle
+from tenfold.cache.gear.handle import PackedHandle
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.cache.gear.settings import LADDER, layer_formats
 from tenfold.config.gear import CacheConfig, parse_kv
 from tenfold.errors import ConfigError, ModelError
+from tenfold.kernels.local import FULL
 from tenfold.kernels.view import View, attend
 from tenfold.models.memory import stored_bytes
 from tenfold.models.tiny import tiny_model
@@ -64,7 +67,7 @@ def test_reading_the_packed_form_is_reading_what_it_stands_for(kind, name):
         position = (mask[:, :prompt].cumsum(1) - 1).clamp(min=0)
         opened.model(**inputs, position_ids=position, past_key_values=cache)
         for layer in cache.packed_layers:
-            layer.views = lambda: False
+            layer.reads = lambda: False
         for step in range(23):
             ids = found.sequences[:, prompt + step, None]
             seen = mask[:, : prompt + step + 1]
@@ -467,10 +470,17 @@ def test_autocast_does_not_reach_the_packed_form():
 
 def test_models_that_look_at_their_keys_are_told_what_to_do():
     view = View(*[(torch.zeros(1, 1, 0, 8),) * 2, (), (torch.zeros(1, 1, 3, 8),) * 2])
-    with pytest.raises(ModelError, match=r"\.shape between cache and attention"):
-        view.shape  # noqa: B018
-    with pytest.raises(ModelError, match="chunk on its keys"):
-        torch.chunk(view, 2)
+    part = Part([0], *view.buffer, FULL, 3)
+    nothing = lambda mask: None  # noqa: E731
+    for handle, remedy in (
+        (PackedHandle(nothing, view), "bare GearCache"),
+        (SpanHandle(nothing, (part,)), "SpanCache"),
+    ):
+        assert handle.tokens == 3
+        with pytest.raises(ModelError, match=rf"\.shape between cache and attention.*\n.*{remedy}"):
+            handle.shape  # noqa: B018
+        with pytest.raises(ModelError, match=rf"chunk on its keys between cache and attention.*\n.*{remedy}"):
+            torch.chunk(handle, 2)
 
 
 def test_the_steered_mass_is_that_on_the_exact_cache():

@@ -125,7 +125,7 @@ def test_a_call_that_is_refused_leaves_every_layer_as_it_was(before, layer, bare
         for each in (cache, reference):
             if bare:
                 for part in each.packed_layers:
-                    part.views = lambda: False
+                    part.reads = lambda: False
             if before:
                 opened.model(input_ids=ids_of(before), past_key_values=each)
         hook = spoiled(opened, layer)
@@ -310,9 +310,9 @@ def test_outputs_of_float16_heads_are_clamped(queries):
     x = torch.full((1, 2, 64, 16), 65000.0).half()
     x[:, :, :, ::3] = -65000
     cache.update(torch.zeros_like(x), x, 0)
-    cache.layers[0].views = lambda: True
-    view, _ = cache.update(torch.zeros_like(x[:, :, :queries]), x[:, :, :queries], 0)
-    found = attend(torch.zeros(1, 4, queries, 16).half(), view, None, 1.0)
+    cache.layers[0].reads = lambda: True
+    handle, _ = cache.update(torch.zeros_like(x[:, :, :queries]), x[:, :, :queries], 0)
+    found = attend(torch.zeros(1, 4, queries, 16).half(), handle.view, None, 1.0)
     assert found.dtype == torch.float16
     assert bool(found.isfinite().all())
 

@@ -8,7 +8,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from tenfold.attend import masformer
-from tenfold.cache.spans import DRAFTED, HeadSpanLayer, SpanCache, SpanLayer
+from tenfold.cache.span_layers import DRAFTED, HeadSpanLayer, SpanLayer
+from tenfold.cache.spans import SpanCache
 from tenfold.kernels.local import Span
 from tenfold.models.tiny import tiny_model
 
@@ -63,7 +64,7 @@ def test_recording_ends_with_the_tokens_that_no_draft_is_as_long_as():
     layer = SpanLayer(NEAR, 0, lambda: True)
 
     def call(tokens):
-        layer.update(*torch.randn(2, 1, 2, tokens, 4))[0].finish(None)
+        layer.update(*torch.randn(2, 1, 2, tokens, 4))[0].commit(None)
         return layer.keys.shape[2]
 
     layer.activate_past_recording()

@@ -9,7 +9,8 @@ from tenfold.attend import masformer
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.pasta.attention_share import attention_mass
 from tenfold.cache.gear.layer import GearLayer
-from tenfold.cache.spans import HeadSpanLayer, SpanCache, SpanLayer, formula_bytes
+from tenfold.cache.span_layers import HeadSpanLayer, SpanLayer
+from tenfold.cache.spans import SpanCache, formula_bytes
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
 from tenfold.kernels.local import FULL, Span
@@ -198,10 +199,10 @@ def test_crop_while_recording(span):
 def test_crop_of_what_is_gone():
     layer = SpanLayer(Span("sliding", 8), 0, lambda: True)
     layer.crop(0)
-    layer.update(*torch.randn(2, 1, 2, 5, 4))[0].finish(None)
+    layer.update(*torch.randn(2, 1, 2, 5, 4))[0].commit(None)
     layer.crop(-2)  # nothing was dropped yet
     assert layer.get_seq_length() == layer.keys.shape[2] == 3
-    layer.update(*torch.randn(2, 1, 2, 20, 4))[0].finish(None)
+    layer.update(*torch.randn(2, 1, 2, 20, 4))[0].commit(None)
     layer.crop(0)
     with pytest.raises(RuntimeError, match=r"crop\(-1\): layer 0 has dropped keys .* activate_past_recording"):
         layer.crop(-1)
@@ -210,7 +211,7 @@ def test_crop_of_what_is_gone():
     with pytest.raises(ValueError, match="has 23 tokens"):
         layer.crop(-24)
     layer.activate_past_recording()
-    layer.update(*torch.randn(2, 1, 2, 4, 4))[0].finish(None)
+    layer.update(*torch.randn(2, 1, 2, 4, 4))[0].commit(None)
     with pytest.raises(RuntimeError, match="dropped"):
         layer.crop(-5)
     layer.crop(-4)

@@ -44,7 +44,7 @@ def test_a_refused_call_leaves_local_layers_as_they_were(heads, before):
 
 @torch.no_grad()
 def test_keys_of_all_tokens_are_cut_off_again_and_not_held_twice():
-    """Without packing the full layer is transformers' own, and the last layer refuses another batch."""
+    """Without packing the full layer is exact, and the last layer refuses another batch."""
     model = tiny_model("llama", num_hidden_layers=3).model
     masformer.convert(model, full_layers=[0], span=NEAR, heads={1: {1: None}})
     cache, straight = SpanCache(model.config), SpanCache(model.config)
@@ -58,7 +58,7 @@ def test_keys_of_all_tokens_are_cut_off_again_and_not_held_twice():
     found, expected = (model(ids_of(5, 3), past_key_values=it).logits for it in (cache, straight))
     assert torch.equal(found, expected)
     cache.update(*(torch.zeros(2, 1, 2, 1, 16)), 0)
-    assert "state" not in cache._before[0]  # else a step would hold all keys of all layers twice
+    assert "keys" not in cache._before[0]["state"]  # else a step would hold all keys of all layers twice
 
 
 def test_a_packed_cache_of_a_converted_model_names_the_one_to_take():

@@ -29,7 +29,7 @@ def layer_on(device, name, dtype, tokens=300, channels=64):
     kernel = "auto" if device == "cuda" else "torch"
     layer = GearLayer(parse_kv(name).model_copy(update={"kernel": kernel}), 0, lambda: True)
     layer.update(key, value)
-    layer.finish()
+    layer.commit()
     return layer
 
 
@@ -117,7 +117,7 @@ def test_generating_on_the_packed_form(device, away, kind, dtype):
         mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(2, 20)], 1)
         whole = copy.deepcopy(cache)
         for layer in whole.packed_layers:
-            layer.views = lambda: False
+            layer.reads = lambda: False
         logits = [
             model(
                 input_ids=found.sequences[:, -1:], attention_mask=mask, past_key_values=one,

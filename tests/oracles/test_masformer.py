@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tenfold.attend import masformer, spans
 from tenfold.attend.masformer import native
-from tenfold.cache.spans import SpanCache, SpanLayer, formula_bytes
+from tenfold.cache.span_layers import SpanLayer
+from tenfold.cache.spans import SpanCache, formula_bytes
 from tenfold.data.python_reference import python_reference
 from tenfold.evaluate.long_context import repeated, spread
 from tenfold.kernels.local import Span, local_attention
@@ -155,16 +156,17 @@ def test_08_cache_length():
     def grown(span, steps):
         layer = SpanLayer(span, 0, lambda: True)
         for step in steps:
-            held, _ = layer.update(*torch.randn(2, 1, 2, step, 4))
-            held.finish(None)
-            yield layer, held
+            handle, _ = layer.update(*torch.randn(2, 1, 2, step, 4))
+            handle.commit(None)
+            yield layer, handle
 
     for t, (layer, _) in enumerate(grown(Span("sliding", 6), [1] * 12), 1):
         assert layer.keys.shape[2] == min(t, 5)
     block = Span("block", 4, 1)
     visible = []
-    for t, (_, held) in enumerate(grown(block, [1] * 12)):
-        places = torch.arange(t + 1) if held.places is None else held.places[0]
+    for t, (_, handle) in enumerate(grown(block, [1] * 12)):
+        (part,) = handle.parts
+        places = torch.arange(t + 1) if part.places is None else part.places[0]
         visible.append(int(block.sees(torch.tensor(t), places).sum()))
     assert visible == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
     for span in (Span("sliding", 8), Span("sliding", 8, sinks=3), block):

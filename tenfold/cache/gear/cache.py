@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tenfold.attend.attention import base_implementation, installed
+from tenfold.attend.attention import installed, reader
 from tenfold.attend.spans import head_spans, kv_heads
 from tenfold.cache.gear.layer import GearLayer
-from tenfold.cache.gear.reading import Reads
 from tenfold.cache.gear.settings import within_budget
+from tenfold.cache.reading import Reads
 from tenfold.cache.whole import WholeCalls
 from tenfold.config.gear import CacheConfig, parse_kv
 from tenfold.errors import ConfigError, ModelError
@@ -143,7 +143,7 @@ def packed_report(layers: Sequence[GearLayer]) -> dict[str, Any]:
         "formula bits": formula / elements if elements else 0.0,
         "bits with buffer": 8 * (packed_bytes + parts["exact"]) / total if total else 0.0,
         "kernel": layers[0].functions.name if layers else None,
-        "reads": "views" if layers and layers[0].views() else "tensors",
+        "reads": "views" if layers and layers[0].reads() else "tensors",
     }
 
 
@@ -175,8 +175,8 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
     if settings.budget is not None:
         kv_heads, head_dim = head_sizes(decoder)
         settings = within_budget(settings, layers=len(full), channels=head_dim, kv_heads=kv_heads)
-    views = Reads(decoder)
-    return {index: GearLayer(settings, index, views) for index in full}
+    reads = Reads(decoder)
+    return {index: GearLayer(settings, index, reads) for index in full}
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def attach(model: Any, settings: CacheConfig | str | None = None, **keys: Any) -
     """
     cache = GearCache(model.config, settings, **keys)
     with installed(model):
-        if base_implementation(model.config.get_text_config(decoder=True)) == "flex_attention":
+        if reader(model.config.get_text_config(decoder=True)) is None:
             raise ModelError(
                 "flex attention reads no packed cache", remedy="open the model with 'sdpa', or use a bare GearCache"
             )

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from tenfold.cache.crop import tokens_left
+from tenfold.cache.gear.handle import PackedHandle
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.cache.gear.settings import KEYS, VALUES, LayerFormats, layer_formats, rotates, sinks_of
+from tenfold.cache.layer import CacheLayer, Change
 from tenfold.config.gear import CacheConfig
 from tenfold.core.formats import half_or_float
 from tenfold.errors import ModelError
@@ -29,26 +29,22 @@ PIECE = 1024
 """Tokens whose blocks are packed at once: it bounds the float32 copies."""
 
 
-class GearLayer(CacheLayerMixin):
+class GearLayer(CacheLayer):
     """Keys and values of one attention layer.
 
     Args:
         config: how they are stored.
         index: of the layer, for its bits and for errors.
-        views: whether the attention function of the model reads views now; else whole tensors are handed over.
+        reads: whether the attention function of the model reads handles now; else whole tensors are handed over.
     """
 
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
     is_initialized: bool
     functions: Functions
 
-    def __init__(self, config: CacheConfig, index: int, views: Callable[[], bool]) -> None:
-        super().__init__()
-        self.config, self.index, self.views = config, index, views
+    def __init__(self, config: CacheConfig, index: int, reads: Callable[[], bool]) -> None:
+        super().__init__(index)
+        self.config, self.reads = config, reads
         self.formats: LayerFormats = layer_formats(config, index)
-        self.record_past = False
         self.uncropped = 0
         """Tokens that came since `crop` last said what stays, while the past is recorded."""
         self.visible: Tensor | None = None
@@ -100,7 +96,7 @@ class GearLayer(CacheLayerMixin):
             **kwargs: likewise.
 
         Returns:
-            Two views where the attention function reads them, else two tensors of all tokens.
+            Twice a handle where the attention function reads it, else two tensors of all tokens.
 
         Raises:
             ModelError: another batch size, dtype or shape than before; numbers that are not finite, in a block that is
@@ -118,13 +114,9 @@ class GearLayer(CacheLayerMixin):
                     self._pack(None)
                 self.uncropped += key_states.shape[2]
             self.buffer = (torch.cat([self.buffer[0], key_states], 2), torch.cat([self.buffer[1], value_states], 2))
-            finish = partial(self._finish_call, before)
-            view = View(self.first, self.packed, self.buffer, self.rotation, self.functions, finish)
-            if self.views():
-                return view, view
-            tensors = view.tensors()
-            self.finish()
-            return tensors
+        view = View(self.first, self.packed, self.buffer, self.rotation, self.functions)
+        handle = PackedHandle(partial(self._commit_call, before), view)
+        return (handle, handle) if self.reads() else handle.dense()
 
     def _check_like(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, new, old in zip(("keys", "values"), (key_states, value_states), self.buffer, strict=True):
@@ -155,29 +147,28 @@ class GearLayer(CacheLayerMixin):
             self.take_back(before)
             raise
 
-    def _finish_call(self, before: Mapping[str, Any], seen: Callable[[], Tensor | None]) -> None:
+    def _commit_call(self, before: Mapping[str, Any], mask: Tensor | None) -> None:
         with self._or_else(before):
-            self.finish(seen)
+            self.commit(mask)
 
-    def finish(self, seen: Callable[[], Tensor | None] = lambda: None) -> None:
-        """Pack what the buffer has too much of, after the attention of this call.
+    def commit(self, mask: Tensor | None = None) -> None:
+        """Pack what the buffer has too much of.
 
         Args:
-            seen: gives the tokens of the whole cache that are no padding, ``[batch or 1, tokens]``, bool, or None for
-                all; it is called only when something is packed.
+            mask: of this call, as attention got it, from which it is seen what is padding; None for none.
         """
         if not self.record_past:
-            self._pack(seen)
-        elif (keep := seen()) is not None:  # whoever packs later does not know the mask
+            self._pack(mask)
+        elif (keep := seen_keys(mask, self.get_seq_length())) is not None:  # whoever packs later does not know the mask
             self.visible = keep
 
-    def _pack(self, seen: Callable[[], Tensor | None] | None) -> None:
-        """All that the buffer has too much of."""
+    def _pack(self, mask: Tensor | None) -> None:
+        """All that the buffer has too much of; the mask is read only if that is something."""
         sinks = self._missing_sinks()
         plan = self._plan(self.buffer[0].shape[2] - sinks)
         if not plan:
             return
-        kept = self._kept(None if seen is None else seen())
+        kept = self._kept(seen_keys(mask, self.get_seq_length()))
         stop = sinks + sum(tokens for tokens, _, _ in plan)
         self._check_finite(
             [side[:, :, sinks:stop] for side in self.buffer], None if kept is None else kept[:, sinks:stop]
@@ -263,19 +254,11 @@ class GearLayer(CacheLayerMixin):
                     remedy="look at the model's dtype and weights: the exact cache would hide the same NaN or infinity",
                 )
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys of the next call, and the offset of the first."""
-        return self.get_seq_length() + query_length, 0
-
     def get_seq_length(self) -> int:
         """Tokens in the cache."""
         if not self.is_initialized:
             return 0
         return self.first[0].shape[2] + _tokens(self.packed) + self.buffer[0].shape[2]
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
 
     def activate_past_recording(self) -> None:
         """From now on nothing is packed before `crop` has said which tokens stay.
@@ -285,61 +268,29 @@ class GearLayer(CacheLayerMixin):
         """
         self.record_past, self.uncropped = True, 0
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens: exactly those, nothing that stays is packed again.
-
-        Args:
-            tokens_to_remove: 0 or negative, as transformers gives it.
-
-        Raises:
-            ValueError: a positive number, or more tokens than there are.
-        """
-        if not self.is_initialized:  # a layer that shares another's keys
-            return
-        left = tokens_left(tokens_to_remove, self.get_seq_length())
+    def keep(self, tokens: int) -> None:
+        """Forget all but the first so many tokens; nothing of these is packed again."""
         first = self.first[0].shape[2]
-        inside = left - first - _tokens(self.packed)
+        inside = tokens - first - _tokens(self.packed)
         if inside < 0:
-            self.packed = _first_tokens(self.packed, max(0, left - first))
-        self.opening, self.uncropped = min(self.opening, left), 0
-        self.visible = None if self.visible is None else self.visible[:, :left]
-        self.first = (self.first[0][:, :, :left].clone(), self.first[1][:, :, :left].clone())
+            self.packed = _first_tokens(self.packed, max(0, tokens - first))
+        self.opening, self.uncropped = min(self.opening, tokens), 0
+        self.visible = None if self.visible is None else self.visible[:, :tokens]
+        self.first = (self.first[0][:, :, :tokens].clone(), self.first[1][:, :, :tokens].clone())
         self.buffer = tuple(side[:, :, : max(0, inside)].clone() for side in self.buffer)
         if self.record_past:
             self._pack(None)
 
-    def _map(self, change: Callable[[Tensor], Tensor], change_packed: Callable[[Tensor], Tensor] | None = None) -> None:
-        if not self.is_initialized:
-            return
-        inner = change_packed or change
+    def change(self, change: Change) -> None:
+        """Replace every tensor; those of packed blocks have their batch behind the blocks."""
         if self.visible is not None:
-            self.visible = change(_rows(self.visible, self.buffer[0].shape[0]))
-        self.first = (change(self.first[0]), change(self.first[1]))
-        self.buffer = (change(self.buffer[0]), change(self.buffer[1]))
-        self.packed = tuple((keys.map(inner), values.map(inner)) for keys, values in self.packed)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the batch by index, for beams."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
-        self._map(lambda tensor: tensor[indices.to(tensor.device)], lambda tensor: tensor[:, indices.to(tensor.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row of the batch."""
-        self._map(
-            lambda tensor: tensor.repeat_interleave(repeats, 0), lambda tensor: tensor.repeat_interleave(repeats, 1)
+            self.visible = change(_rows(self.visible, self.buffer[0].shape[0]), 0)
+        self.first = (change(self.first[0], 0), change(self.first[1], 0))
+        self.buffer = (change(self.buffer[0], 0), change(self.buffer[1], 0))
+        self.packed = tuple(
+            (keys.map(lambda tensor: change(tensor, 1)), values.map(lambda tensor: change(tensor, 1)))
+            for keys, values in self.packed
         )
-
-    def offload(self) -> None:
-        """To the CPU."""
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Back to the layer's device."""
-        if self.is_initialized:
-            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -387,6 +338,19 @@ def _rows(flags: Tensor, batch: int) -> Tensor:
             f"a mask of {len(flags)} rows for a cache of {batch}", remedy="give the attention mask of this batch"
         )
     return flags.repeat_interleave(batch // len(flags), 0)
+
+
+def seen_keys(mask: Tensor | None, keys: int) -> Tensor | None:
+    """Keys that some query of some head sees: ``[batch or 1, keys]``, None for all; padding is not among them."""
+    if mask is None:
+        return None
+    mask = mask[..., :keys]
+    if mask.dtype.is_floating_point:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    if mask.ndim == 2:
+        return mask.bool()
+    # Most often the last query sees all, and the rest of a large mask need not be read.
+    return None if bool(mask[:, :, -1].any(1).all()) else mask.bool().any(2).any(1)
 
 
 def _tokens(packed: tuple[tuple[Side, Side], ...]) -> int:

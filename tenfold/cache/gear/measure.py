@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from tenfold.attend.attention import installed
 from tenfold.cache.gear.cache import packed_report
 from tenfold.cache.gear.layer import GearLayer
-from tenfold.cache.spans import HeadSpanLayer, SpanLayer
+from tenfold.cache.layer import CacheLayer
 from tenfold.errors import DataError
 from tenfold.models.inference import evaluating, input_device, synchronize, takes_logits_to_keep
 from tenfold.models.memory import stored_bytes
@@ -110,14 +110,9 @@ def hand_over(prompt: DynamicCache, cache: Any) -> None:
 
 
 def _settle(layer: Any) -> None:
-    """What the attention function does after a call: what is not needed exactly is packed or dropped."""
-    if isinstance(layer, HeadSpanLayer):
-        for _, part in layer.parts:
-            part.finish(None)
-    elif isinstance(layer, SpanLayer):
-        layer.finish(None)
-    elif isinstance(layer, GearLayer):
-        layer.finish()
+    """End the step of a layer that no attention follows in, by which its handle would end it."""
+    if isinstance(layer, CacheLayer):
+        layer.commit()
 
 
 def _report(cache: Any) -> dict[str, Any]:
