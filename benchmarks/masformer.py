@@ -37,7 +37,7 @@ from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.data.encode import Encoded
 from tenfold.evaluate.long_context import copying, needle, repeated
-from tenfold.kernels.local import Span, local_attention
+from tenfold.kernels.local import AttentionWindow, local_attention
 from tenfold.models.inference import evaluating, max_positions, prompt_ids
 from tenfold.models.memory import peak_growth, stored_bytes
 from tenfold.models.open import open_model
@@ -93,10 +93,10 @@ def _ways(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, size: int
 ) -> dict[str, Callable[[], torch.Tensor]]:
     spans = {
-        "block, own only": Span("block", size, 0),
-        "block, one before": Span("block", size, 1),
-        "sliding": Span("sliding", size),
-        "sliding, 4 sinks": Span("sliding", size, sinks=4),
+        "block, own only": AttentionWindow("block", size, 0),
+        "block, one before": AttentionWindow("block", size, 1),
+        "sliding": AttentionWindow("sliding", size),
+        "sliding, 4 sinks": AttentionWindow("sliding", size, sinks=4),
     }
     return {name: partial(local_attention, query, key, value, span, 0.125) for name, span in spans.items()}
 
@@ -114,7 +114,11 @@ def model(source: str = "demo", repeats: int = 3) -> None:
     name, limit = Path(source).name, max_positions(whole) or 8192
     local = copy.deepcopy(whole)
     layers = self_attentions(local)
-    convert(local, full_layers=place("interleave", quarter(len(layers)), layers), span=Span("sliding", 1024, sinks=4))
+    convert(
+        local,
+        full_layers=place("interleave", quarter(len(layers)), layers),
+        span=AttentionWindow("sliding", 1024, sinks=4),
+    )
     token = torch.tensor([[10]])
     for tokens in (2048, 8000, 16000):
         if tokens > limit or done(part="model", model=name, tokens=tokens):
@@ -160,7 +164,7 @@ def quality(context: int) -> None:
             if (name == "all" and not sinks) or done(part="quality", placement=name, sinks=sinks, context=context):
                 continue
             full, heads = _placed(name, scores)
-            handle = convert(net, full_layers=full, span=Span("sliding", size, sinks=sinks), heads=heads)
+            handle = convert(net, full_layers=full, span=AttentionWindow("sliding", size, sinks=sinks), heads=heads)
             measured = _measured(net, opened.tokenizer, pieces)
             handle.revert()
             keep({"part": "quality", "placement": name, "sinks": sinks, "context": context, "full": list(full),
@@ -175,7 +179,7 @@ def _scores(opened: Any, sinks: int) -> dict[int, list[float]]:
     """What each KV head loses by a window of 256 tokens, on four documents that are not measured."""
     others = _unmeasured(documents(opened.tokenizer, 2048, 16), opened.tokenizer)[:4]
     passages = [repeated(ids[:1664], PASSAGE, 1280)[0] for ids in others]
-    return profile_heads(opened.model.eval(), passages, Span("sliding", 256, sinks=sinks))
+    return profile_heads(opened.model.eval(), passages, AttentionWindow("sliding", 256, sinks=sinks))
 
 
 def _unmeasured(found: Sequence[torch.Tensor], tokenizer: Any) -> list[torch.Tensor]:
@@ -225,7 +229,7 @@ def recover(tokens: int = 40_000) -> None:
         opened = open_model("demo", device="cpu")
         full, _ = _placed("profile", _scores(opened, sinks))
         pieces = [ids[: 2048 - PASSAGE] for ids in documents(opened.tokenizer, 2048, texts)]
-        convert(opened.model, full_layers=full, span=Span("sliding", size, sinks=sinks))
+        convert(opened.model, full_layers=full, span=AttentionWindow("sliding", size, sinks=sinks))
         before = _measured(opened.model, opened.tokenizer, pieces)
         keys = {"tokens": tokens, "max_length": 1024, "batch_size": 1, "accumulate": 2, "save_every": 10**6}
         config = recovery.model_copy(update=keys)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.bench import Bench, Measured, Shape
-from tenfold.kernels.local import Span, local_attention
+from tenfold.kernels.local import AttentionWindow, local_attention
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 ROWS = 64
@@ -46,13 +46,13 @@ def _ways(bench: Bench, tokens: int) -> tuple[str, ...]:
     return (*(f"tenfold {way}" for way in ours), "sdpa, full", *masked, *flash)
 
 
-def _span(way: str, window: int, tokens: int) -> Span:
+def _span(way: str, window: int, tokens: int) -> AttentionWindow:
     """What a query sees; the window of flash and flex is the same number of keys."""
     if "full" in way:
-        return Span("sliding", tokens)
+        return AttentionWindow("sliding", tokens)
     if "blocks" in way:
-        return Span("block", window, 1)
-    return Span("sliding", window, sinks=4 if "sinks" in way else 0)
+        return AttentionWindow("block", window, 1)
+    return AttentionWindow("sliding", window, sinks=4 if "sinks" in way else 0)
 
 
 def _one(bench: Bench, shape: Shape, tokens: int, window: int, way: str, backward: bool) -> Measured:
@@ -84,7 +84,7 @@ def _one(bench: Bench, shape: Shape, tokens: int, window: int, way: str, backwar
     return {**errors, "ms": bench.milliseconds(work), "peak": bench.peak(work)}
 
 
-def _rows(query: Tensor, key: Tensor, value: Tensor, span: Span, places: Tensor) -> Tensor:
+def _rows(query: Tensor, key: Tensor, value: Tensor, span: AttentionWindow, places: Tensor) -> Tensor:
     """Attention of some queries in float64, written out: ``[1, heads, places, channels]``."""
     wide_key, wide_value = (_for_each_head(query, part.double()) for part in (key, value))
     scores = query[:, :, places].double() @ wide_key.mT * query.shape[3] ** -0.5
@@ -92,7 +92,7 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, span: Span, places: Tensor)
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ wide_value
 
 
-def _gradients(query: Tensor, key: Tensor, value: Tensor, span: Span, slope: Tensor) -> tuple[Tensor, ...]:
+def _gradients(query: Tensor, key: Tensor, value: Tensor, span: AttentionWindow, slope: Tensor) -> tuple[Tensor, ...]:
     """Those of the last queries and of all keys and values, in float64."""
     leaves = [part.detach().double().requires_grad_() for part in (query[:, :, -ROWS:], key, value)]
     places = torch.arange(ROWS, device=query.device)
@@ -103,7 +103,7 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, span: Span, slope: Ten
     return torch.autograd.grad(output, leaves, slope.double())
 
 
-def _function(bench: Bench, way: str, span: Span, window: int, tokens: int) -> Way:
+def _function(bench: Bench, way: str, span: AttentionWindow, window: int, tokens: int) -> Way:
     if way.startswith("tenfold"):
         # Some of torch's kernels take no mask where heads share keys; then it is worth a copy of the keys.
         copied = "repeated" in way

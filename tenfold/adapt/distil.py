@@ -37,10 +37,10 @@ def unconverted(model: Any) -> Teacher:
         ConfigError: the model has no spans.
 
     >>> from tenfold.attend import masformer
-    >>> from tenfold.kernels.local import Span
+    >>> from tenfold.kernels.local import AttentionWindow
     >>> from tenfold.models.tiny import tiny_model
     >>> model = tiny_model("llama").model
-    >>> handle = masformer.convert(model, full_layers=[0], span=Span("sliding", 8))
+    >>> handle = masformer.convert(model, full_layers=[0], span=AttentionWindow("sliding", 8))
     >>> [tuple(states.shape) for states in unconverted(model)({"input_ids": torch.arange(5, 25)[None]})]
     [(1, 20, 64), (1, 20, 64)]
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from tenfold.attend.spans import head_spans
 from tenfold.attend.text_marks import Marks
-from tenfold.kernels.local import FULL, Span
+from tenfold.kernels.local import FULL, AttentionWindow
 
 Heads = dict[int, tuple[int, ...]]
 """Query heads by layer."""
@@ -15,7 +15,7 @@ NEVER = 2**62
 """A position that no text has: what is seen from everywhere leaves the window there."""
 
 
-def head_span(module: Any, head: int) -> Span:
+def head_span(module: Any, head: int) -> AttentionWindow:
     """What a query head sees, `FULL` where that is everything.
 
     A window of transformers is a sliding span, a chunk of its chunked attention a block that sees no other.
@@ -32,12 +32,12 @@ def head_span(module: Any, head: int) -> Span:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         size = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
-        return Span("sliding", size) if size else FULL
+        return AttentionWindow("sliding", size) if size else FULL
     if kinds[module.layer_idx] == "chunked_attention":
         size = getattr(config, "attention_chunk_size", None)
-        return Span("block", size, previous=0) if size else FULL
+        return AttentionWindow("block", size, previous=0) if size else FULL
     size = getattr(config, "sliding_window", None) if kinds[module.layer_idx] == "sliding_attention" else None
-    return Span("sliding", size) if size else FULL
+    return AttentionWindow("sliding", size) if size else FULL
 
 
 def reach(module: Any, head: int | None = None) -> int | None:
@@ -52,14 +52,14 @@ def reach(module: Any, head: int | None = None) -> int | None:
     return None if least >= FULL.reach else least + 1
 
 
-def leaves(span: Span, marked: Sequence[int]) -> int:
+def leaves(span: AttentionWindow, marked: Sequence[int]) -> int:
     """The first position behind some marked ones from which none of them is seen; `NEVER` where there is none.
 
     Args:
         span: what a head sees.
         marked: positions of marked tokens, ascending, counted without padding; one or more.
 
-    >>> leaves(Span("sliding", 4), [1, 2]), leaves(Span("block", 4), [2])
+    >>> leaves(AttentionWindow("sliding", 4), [1, 2]), leaves(AttentionWindow("block", 4), [2])
     (6, 8)
     """
     if span == FULL or marked[0] < span.sinks:
@@ -69,7 +69,7 @@ def leaves(span: Span, marked: Sequence[int]) -> int:
     return (marked[-1] // span.size + span.previous + 1) * span.size
 
 
-def out_of_sight(span: Span, marks: Marks) -> list[int]:
+def out_of_sight(span: AttentionWindow, marks: Marks) -> list[int]:
     """`leaves` for each row of a batch, counted with its padding; `NEVER` for rows without marks."""
     pads = (1 - marks.attention_mask).sum(1).tolist()
     found = []
@@ -80,7 +80,7 @@ def out_of_sight(span: Span, marks: Marks) -> list[int]:
     return found
 
 
-Groups = dict[tuple[int, Span], tuple[tuple[int, ...], tuple[int, ...]]]
+Groups = dict[tuple[int, AttentionWindow], tuple[tuple[int, ...], tuple[int, ...]]]
 """By layer and span: the heads of that span, and from where on they see no mark, by row."""
 
 
@@ -92,10 +92,10 @@ def sights(attentions: Mapping[int, Any], heads: Mapping[int, Sequence[int]], ma
         heads: query heads by layer.
         marks: marked prompts.
     """
-    gone: dict[Span, tuple[int, ...]] = {}
+    gone: dict[AttentionWindow, tuple[int, ...]] = {}
     found: Groups = {}
     for layer, indices in heads.items():
-        spans: dict[Span, list[int]] = {}
+        spans: dict[AttentionWindow, list[int]] = {}
         for head in indices:
             spans.setdefault(head_span(attentions[layer], head), []).append(head)
         for span, group in spans.items():

@@ -19,8 +19,8 @@ from tenfold.errors import ModelError
 from tenfold.kernels.biased import KeyBias, in_parts, with_key_channel
 from tenfold.kernels.local import (
     FULL,
+    AttentionWindow,
     Softmax,
-    Span,
     dense_attention,
     held_positions,
     local_attention,
@@ -45,7 +45,7 @@ class Part:
     heads: list[int]
     keys: Tensor
     values: Tensor
-    span: Span
+    span: AttentionWindow
     tokens: int
     places: Tensor | None = None
 

@@ -20,30 +20,30 @@ from tenfold.attend.span_handle import Part, SpanHandle, full_mask, places_of
 from tenfold.compat import captures
 from tenfold.errors import ModelError
 from tenfold.kernels.biased import KeyBias, in_parts
-from tenfold.kernels.local import FULL, Span
+from tenfold.kernels.local import FULL, AttentionWindow
 
 NAME = f"{PREFIX}span"
 FIELD = "tenfold_span"
-"""Of the model's configuration: ``full_layers``, the fields of `Span`, perhaps ``heads``: by layer and KV head, both
-as text, the fields of another span, or null for full attention."""
+"""Of the model's configuration: ``full_layers``, the fields of `AttentionWindow`, perhaps ``heads``: by layer and KV
+head, both as text, the fields of another span, or null for full attention."""
 SAVED = "attn_implementation"
 """Of the configuration too, always `NAME`: transformers reads it where it opens a file, and refuses a name that nothing
 has registered, where it would otherwise open the model with full attention everywhere."""
 
 
-def head_spans(config: Any, layer: int) -> tuple[Span, ...]:
+def head_spans(config: Any, layer: int) -> tuple[AttentionWindow, ...]:
     """What each KV head of a layer sees; `FULL` where that is everything.
 
     >>> from types import SimpleNamespace
     >>> table = {"full_layers": [0], "pattern": "sliding", "size": 8, "heads": {"1": {"0": None}}}
     >>> config = SimpleNamespace(tenfold_span=table, num_attention_heads=4, num_key_value_heads=2)
-    >>> head_spans(config, 0) == (FULL, FULL), head_spans(config, 1) == (FULL, Span("sliding", 8))
+    >>> head_spans(config, 0) == (FULL, FULL), head_spans(config, 1) == (FULL, AttentionWindow("sliding", 8))
     (True, True)
     """
     return spans_in(getattr(config, FIELD, None), layer, kv_heads(config))
 
 
-def spans_in(table: Any, layer: int, count: int) -> tuple[Span, ...]:
+def spans_in(table: Any, layer: int, count: int) -> tuple[AttentionWindow, ...]:
     """The same by the entry of a configuration, None where there is none, and the KV heads of a layer."""
     if table is None or layer in table["full_layers"]:
         return (FULL,) * count
@@ -53,15 +53,15 @@ def spans_in(table: Any, layer: int, count: int) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def common_span(table: Any) -> Span:
+def common_span(table: Any) -> AttentionWindow:
     """The span of all heads of local layers that have none of their own."""
-    return Span(**{key: value for key, value in table.items() if key not in ("full_layers", "heads")})
+    return AttentionWindow(**{key: value for key, value in table.items() if key not in ("full_layers", "heads")})
 
 
-def own_spans(table: Any, layer: int) -> dict[int, Span | None]:
+def own_spans(table: Any, layer: int) -> dict[int, AttentionWindow | None]:
     """The KV heads of a layer with a span of their own; None is full attention."""
     own = table.get("heads", {}).get(str(layer), {})
-    return {int(head): None if fields is None else Span(**fields) for head, fields in own.items()}
+    return {int(head): None if fields is None else AttentionWindow(**fields) for head, fields in own.items()}
 
 
 def kv_heads(config: Any) -> int:
@@ -69,13 +69,13 @@ def kv_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def by_span(spans: Sequence[Span]) -> dict[Span, list[int]]:
+def by_span(spans: Sequence[AttentionWindow]) -> dict[AttentionWindow, list[int]]:
     """KV heads of a layer by what they see.
 
-    >>> list(by_span((FULL, Span("sliding", 8), FULL)).values())
+    >>> list(by_span((FULL, AttentionWindow("sliding", 8), FULL)).values())
     [[0, 2], [1]]
     """
-    groups: dict[Span, list[int]] = {}
+    groups: dict[AttentionWindow, list[int]] = {}
     for head, span in enumerate(spans):
         groups.setdefault(span, []).append(head)
     return groups
@@ -141,7 +141,7 @@ def spanned(
         mask = _mask_for(base, query, keys, attention_mask, arguments.get("position_ids"))
         return attention(module, query, key, value, mask, base=base, key_bias=key_bias, probe=probe, **arguments)
 
-    def seeing(spans: Sequence[Span], value: Tensor) -> Tensor:
+    def seeing(spans: Sequence[AttentionWindow], value: Tensor) -> Tensor:
         return _whole(key, value, spans).attend(module, query, attention_mask, key_bias, **arguments)
 
     if asked:
@@ -156,7 +156,7 @@ def spanned(
     return seeing(spans, value), None
 
 
-def _whole(key: Tensor, value: Tensor, spans: Sequence[Span]) -> SpanHandle:
+def _whole(key: Tensor, value: Tensor, spans: Sequence[AttentionWindow]) -> SpanHandle:
     """All keys and values of a layer, ``[batch, kv_heads, keys, channels]``, apart by span."""
     groups = by_span(spans)
     cut = [(key, value)] if len(groups) == 1 else [(key[:, heads], value[:, heads]) for heads in groups.values()]
@@ -166,7 +166,7 @@ def _whole(key: Tensor, value: Tensor, spans: Sequence[Span]) -> SpanHandle:
     return SpanHandle(lambda seen: None, tuple(parts))
 
 
-def _check_made_for(layer: int, spans: Sequence[Span], handle: SpanHandle) -> None:
+def _check_made_for(layer: int, spans: Sequence[AttentionWindow], handle: SpanHandle) -> None:
     """Refuse what a cache kept for other spans than the layer has now."""
     for part in handle.parts:
         if other := [head for head in part.heads if spans[head] != part.span]:

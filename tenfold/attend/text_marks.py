@@ -18,7 +18,7 @@ _PRIVATE = range(0xE000, 0xF900)
 
 
 @dataclass(frozen=True)
-class Span:
+class TextSpan:
     """Characters ``[start, end)`` of a text and how much they weigh.
 
     Args:
@@ -27,8 +27,8 @@ class Span:
         strength: factor of the attention to them, above 0: 1 is full weight, less de-emphasises, more exceeds the
             other marks.
 
-    >>> Span(4, 9)
-    Span(start=4, end=9, strength=1.0)
+    >>> TextSpan(4, 9)
+    TextSpan(start=4, end=9, strength=1.0)
     """
 
     start: int
@@ -47,13 +47,13 @@ class Marked:
     """
 
     text: str
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TextSpan, ...] = ()
     special: bool = True
 
 
 @dataclass(frozen=True)
 class MessageSpan:
-    """Characters ``[start, end)`` of the content of a chat message; ``strength`` as in `Span`."""
+    """Characters ``[start, end)`` of the content of a chat message; ``strength`` as in `TextSpan`."""
 
     message: int
     start: int
@@ -102,20 +102,20 @@ class Marks:
         return Marks(*(part.to(device) for part in (self.input_ids, self.attention_mask, self.marked, self.strength)))
 
 
-def from_spans(text: str, spans: Iterable[Span | tuple[int, int] | tuple[int, int, float]]) -> Marked:
+def from_spans(text: str, spans: Iterable[TextSpan | tuple[int, int] | tuple[int, int, float]]) -> Marked:
     """Mark character spans.
 
     Args:
         text: the prompt.
-        spans: ``(start, end)``, ``(start, end, strength)`` or `Span`.
+        spans: ``(start, end)``, ``(start, end, strength)`` or `TextSpan`.
 
     Raises:
         DataError: an empty span, one outside the text, a strength that is not above 0.
 
     >>> from_spans("Be brief.", [(3, 8)]).spans
-    (Span(start=3, end=8, strength=1.0),)
+    (TextSpan(start=3, end=8, strength=1.0),)
     """
-    found = tuple(span if isinstance(span, Span) else Span(*span) for span in spans)
+    found = tuple(span if isinstance(span, TextSpan) else TextSpan(*span) for span in spans)
     for span in found:
         _check_span(span.start, span.end, len(text), "text")
         _check_strength(span.strength)
@@ -138,9 +138,9 @@ def from_tags(
         DataError: a tag that does not close or was not opened, tags within tags, nothing between them.
 
     >>> from_tags("Why? <mark>Be brief.</mark>")
-    Marked(text='Why? Be brief.', spans=(Span(start=5, end=14, strength=1.0),), special=True)
+    Marked(text='Why? Be brief.', spans=(TextSpan(start=5, end=14, strength=1.0),), special=True)
     >>> from_tags("[[A]] and ((B))", {("[[", "]]"): 1.0, ("((", "))"): 0.2}).spans[1]
-    Span(start=6, end=7, strength=0.2)
+    TextSpan(start=6, end=7, strength=0.2)
     """
     pairs = dict(tags) if isinstance(tags, Mapping) else {tags: strength}
     known = [tag for pair in pairs for tag in pair]
@@ -169,7 +169,7 @@ def from_tags(
                 )
             if start == len(plain):
                 raise DataError(f"tag {pair[0]!r} at character {where} marks nothing", remedy="put text between tags")
-            spans.append(Span(start, len(plain), pairs[pair]))
+            spans.append(TextSpan(start, len(plain), pairs[pair]))
             opened = None
     if opened is not None:
         raise DataError(
@@ -196,7 +196,7 @@ def from_substrings(
         DataError: a part that is not there so often.
 
     >>> from_substrings("no, no and no", "no", occurrence=-1).spans
-    (Span(start=11, end=13, strength=1.0),)
+    (TextSpan(start=11, end=13, strength=1.0),)
     """
     parts = [substrings] if isinstance(substrings, str) else list(substrings)
     strengths = dict(substrings) if isinstance(substrings, Mapping) else dict.fromkeys(parts, strength)
@@ -215,7 +215,7 @@ def from_substrings(
                 f"substring {part!r}, occurrence {wanted!r}: the text has it {len(found)} times",
                 remedy="copy it exactly as it stands in the text; occurrences count from 0",
             )
-        spans += [Span(at, at + len(part), strengths[part]) for at in chosen]
+        spans += [TextSpan(at, at + len(part), strengths[part]) for at in chosen]
     return from_spans(text, spans)
 
 
@@ -337,7 +337,7 @@ def in_chat(
             f"message {number}: the chat template drops, repeats or rewrites its marked text",
             remedy="mark another message, or render the prompt yourself and mark it with from_spans",
         )
-    found = [Span(offsets[opening], offsets[closing], span.strength) for span, opening, closing in pairs]
+    found = [TextSpan(offsets[opening], offsets[closing], span.strength) for span, opening, closing in pairs]
     return replace(from_spans(plain, found), special=False)
 
 

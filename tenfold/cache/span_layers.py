@@ -13,7 +13,7 @@ from tenfold.attend.span_handle import Part, SpanHandle
 from tenfold.attend.spans import NAME
 from tenfold.cache.layer import CacheLayer, Change
 from tenfold.errors import ModelError
-from tenfold.kernels.local import FULL, Span, first_keys, held_positions
+from tenfold.kernels.local import FULL, AttentionWindow, first_keys, held_positions
 
 DRAFTED = 64
 """Tokens that may follow a crop, in several calls, before recording is taken to be over: no draft is as long."""
@@ -30,7 +30,7 @@ class SpanLayer(CacheLayer):
         reads: whether the model's attention function takes `SpanHandle` now.
     """
 
-    def __init__(self, span: Span, index: int, reads: Callable[[], bool]) -> None:
+    def __init__(self, span: AttentionWindow, index: int, reads: Callable[[], bool]) -> None:
         super().__init__(index)
         self.span, self.reads = span, reads
         self.cropped: int | None = None
@@ -200,7 +200,7 @@ class HeadSpanLayer(CacheLayer):
         reads: whether the model's attention function takes `SpanHandle` now.
     """
 
-    def __init__(self, groups: Mapping[Span, list[int]], index: int, reads: Callable[[], bool]) -> None:
+    def __init__(self, groups: Mapping[AttentionWindow, list[int]], index: int, reads: Callable[[], bool]) -> None:
         super().__init__(index)
         self.parts = [(heads, SpanLayer(span, index, reads)) for span, heads in groups.items()]
 

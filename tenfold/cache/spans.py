@@ -1,10 +1,10 @@
 """The small cache of a model with spans: local layers and heads keep only the keys that a later query can still see.
 
 >>> from tenfold.attend import masformer
->>> from tenfold.kernels.local import Span
+>>> from tenfold.kernels.local import AttentionWindow
 >>> from tenfold.models.tiny import tiny_model
 >>> opened = tiny_model("llama")
->>> handle = masformer.convert(opened.model, full_layers=[0], span=Span("sliding", 8, sinks=2))
+>>> handle = masformer.convert(opened.model, full_layers=[0], span=AttentionWindow("sliding", 8, sinks=2))
 >>> cache = SpanCache(opened.model.config)
 >>> ids = opened.tokenizer("a text that is longer than the span of its local layer", return_tensors="pt")
 >>> _ = opened.model(**ids, past_key_values=cache)

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from tenfold.kernels import packed_blocks
-from tenfold.kernels.packed_blocks import RAW, Side
+from tenfold.kernels.packed_blocks import RAW, PackedBlocks
 
 PIECE = 256
 """Tokens of one piece of work."""
@@ -230,7 +230,7 @@ def _raw_sums(weights, values, pieces, found):  # type: ignore[no-untyped-def]
         found[work] = sums
 
 
-def scores(side: Side, query: Tensor) -> Tensor:
+def scores(side: PackedBlocks, query: Tensor) -> Tensor:
     """As `tenfold.kernels.packed_blocks.scores`; what these kernels do not read goes there."""
     if not _reads(side, query, -2):
         return packed_blocks.scores(side, query)
@@ -247,7 +247,7 @@ def scores(side: Side, query: Tensor) -> Tensor:
     return torch.from_numpy(found)
 
 
-def combine(side: Side, weights: Tensor) -> Tensor:
+def combine(side: PackedBlocks, weights: Tensor) -> Tensor:
     """As `tenfold.kernels.packed_blocks.combine`; what these kernels do not read goes there."""
     if not _reads(side, weights, -1):
         return packed_blocks.combine(side, weights)
@@ -265,7 +265,7 @@ def combine(side: Side, weights: Tensor) -> Tensor:
     return torch.from_numpy(found).view(side.blocks, batch, heads, pieces, rows, -1).sum((0, 3))
 
 
-def _reads(side: Side, numbers: Tensor, axis: int) -> bool:
+def _reads(side: PackedBlocks, numbers: Tensor, axis: int) -> bool:
     """Whether the kernels know these formats; a format that they do not know is said once."""
     if numbers.dtype != torch.float32 or numbers.requires_grad:
         return False
@@ -301,7 +301,7 @@ def _bits(tensor: Tensor) -> Any:
     return tensor.view(torch.uint16).numpy()
 
 
-def _parts(side: Side) -> tuple[Any, ...]:
+def _parts(side: PackedBlocks) -> tuple[Any, ...]:
     """Codes, scale, zero and the two factors, empty ones where there are none."""
     halves = (side.scale, side.zero, side.left, side.right)
     return side.codes.numpy(), *(_EMPTY if part is None else _bits(part) for part in halves)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tenfold.kernels import packed_blocks
-from tenfold.kernels.packed_blocks import RAW, Side
+from tenfold.kernels.packed_blocks import RAW, PackedBlocks
 
 MAX_TILE = 64
 """Tokens that are unpacked at once, at most."""
@@ -195,7 +195,7 @@ def _value_outliers(
         tl.atomic_add(target, weight * value, mask=inside, sem="relaxed")
 
 
-def scores(side: Side, query: Tensor) -> Tensor:
+def scores(side: PackedBlocks, query: Tensor) -> Tensor:
     """As `tenfold.kernels.packed_blocks.scores`; what these kernels do not read goes there."""
     if not _reads(side, query, -2):
         return packed_blocks.scores(side, query)
@@ -225,7 +225,7 @@ def scores(side: Side, query: Tensor) -> Tensor:
     return found
 
 
-def combine(side: Side, weights: Tensor) -> Tensor:
+def combine(side: PackedBlocks, weights: Tensor) -> Tensor:
     """As `tenfold.kernels.packed_blocks.combine`; what these kernels do not read goes there."""
     if not _reads(side, weights, -1):
         return packed_blocks.combine(side, weights)
@@ -254,7 +254,7 @@ def combine(side: Side, weights: Tensor) -> Tensor:
     return found.view(side.blocks, batch, heads, pieces, rows, -1).sum((0, 3))
 
 
-def _reads(side: Side, numbers: Tensor, axis: int) -> bool:
+def _reads(side: PackedBlocks, numbers: Tensor, axis: int) -> bool:
     """Whether the kernels know these formats: float32 numbers, and floats of at most 32 bits beside the codes."""
     if numbers.dtype != torch.float32 or numbers.requires_grad or not 0 < numbers.shape[2] <= MAX_ROWS:
         return False
@@ -265,23 +265,23 @@ def _reads(side: Side, numbers: Tensor, axis: int) -> bool:
     return halves and side.axis == axis and (side.delta is None or side.lines == axis)
 
 
-def _tile_length(side: Side, tokens: int) -> int:
+def _tile_length(side: PackedBlocks, tokens: int) -> int:
     """Tokens of a tile: a power of two, of 16 at least, which is what products of tiles ask for."""
     return max(16, min(triton.next_power_of_2(tokens), MAX_TILE, MAX_ENTRIES // (8 * _width(side))))
 
 
-def _width(side: Side) -> int:
+def _width(side: PackedBlocks) -> int:
     """Columns of a part: at least 2, so that a tile has 16 of them."""
     return max(2, triton.next_power_of_2(-(-side.channels // 8)))
 
 
-def _parts(side: Side) -> tuple[Tensor, ...]:
+def _parts(side: PackedBlocks) -> tuple[Tensor, ...]:
     """Codes, scale, zero and the two factors; the codes stand in for what there is none of: Triton wants pointers."""
     parts = (side.scale, side.zero, side.left, side.right)
     return tuple((side.codes if part is None else part).contiguous() for part in (side.codes, *parts))
 
 
-def _form(side: Side, rows: int) -> dict[str, Any]:
+def _form(side: PackedBlocks, rows: int) -> dict[str, Any]:
     """What a kernel is compiled for."""
     padded = max(MIN_ROWS, triton.next_power_of_2(rows))
     return {

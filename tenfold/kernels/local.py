@@ -21,7 +21,7 @@ LONG = 128
 
 
 @dataclass(frozen=True)
-class Span:
+class AttentionWindow:
     """Which earlier keys a query sees; causality is always and-ed in. Positions count the real tokens of a document.
 
     Args:
@@ -40,7 +40,7 @@ class Span:
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether queries at some positions see keys at others; the two broadcast.
 
-        >>> Span("block", 3, previous=0).sees(torch.arange(4)[:, None], torch.arange(4)).int().tolist()
+        >>> AttentionWindow("block", 3, previous=0).sees(torch.arange(4)[:, None], torch.arange(4)).int().tolist()
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
         """
         near = self.near(query, key)
@@ -60,8 +60,10 @@ class Span:
     def pairs(self, n: int) -> int:
         """Visible pairs of query and key among ``n`` tokens, without sinks.
 
-        >>> [Span("block", 3, 0).pairs(10), Span("block", 3, 1).pairs(10), Span("sliding", 3).pairs(10)]
-        [19, 40, 27]
+        >>> [AttentionWindow("block", 3, previous).pairs(10) for previous in (0, 1)]
+        [19, 40]
+        >>> AttentionWindow("sliding", 3).pairs(10)
+        27
         """
         if self.pattern == "sliding":
             window = min(self.size, n)
@@ -73,7 +75,7 @@ class Span:
         return total
 
 
-FULL = Span("sliding", 2**40)
+FULL = AttentionWindow("sliding", 2**40)
 """Every earlier key."""
 
 
@@ -124,7 +126,7 @@ def local_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    span: Span,
+    span: AttentionWindow,
     softmax: Softmax | float,
     positions: Tensor | None = None,
     documents: Tensor | None = None,
@@ -146,7 +148,7 @@ def local_attention(
         the queries that see it, and no others.
 
     >>> x = torch.randn(1, 2, 7, 4)
-    >>> torch.equal(local_attention(x, x, x, Span("sliding", 1), 1.0), x)
+    >>> torch.equal(local_attention(x, x, x, AttentionWindow("sliding", 1), 1.0), x)
     True
     """
     softmax = softmax if isinstance(softmax, Softmax) else Softmax(softmax)
@@ -172,7 +174,7 @@ def _on_finite(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    span: Span,
+    span: AttentionWindow,
     softmax: Softmax,
     positions: Tensor | None,
     documents: Tensor | None,
@@ -205,7 +207,7 @@ def _lower(size: int, device: torch.device) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, span: Span, softmax: Softmax) -> Tensor:
+def _plain(query: Tensor, key: Tensor, value: Tensor, span: AttentionWindow, softmax: Softmax) -> Tensor:
     """Rows that start at position 0 and hold one document: every tile but the first few has the same mask."""
     if span.pattern == "block" and span.previous == 0 and softmax.plain:
         return _folded(query, key, value, span.size, softmax)
@@ -257,7 +259,7 @@ def _dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    span: Span,
+    span: AttentionWindow,
     softmax: Softmax,
     positions: Tensor,
     documents: Tensor | None,
@@ -268,11 +270,11 @@ def _dense(
 
 
 def visible(
-    span: Span, query: Tensor, keys: int, positions: Tensor | None = None, documents: Tensor | None = None
+    span: AttentionWindow, query: Tensor, keys: int, positions: Tensor | None = None, documents: Tensor | None = None
 ) -> Tensor:
     """A mask of all pairs: bool, ``[batch, 1, queries, keys]``; arguments as `local_attention` takes them.
 
-    >>> visible(Span("sliding", 2), torch.zeros(1, 1, 3, 4), 3).int().tolist()
+    >>> visible(AttentionWindow("sliding", 2), torch.zeros(1, 1, 3, 4), 3).int().tolist()
     [[[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]]
     """
     if positions is None:
@@ -287,7 +289,7 @@ def _positioned(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    span: Span,
+    span: AttentionWindow,
     softmax: Softmax,
     positions: Tensor,
     documents: Tensor | None,

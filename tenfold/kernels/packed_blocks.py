@@ -1,7 +1,7 @@
 """Packed blocks of a compressed cache, and how scores and outputs are read from them without expanding them.
 
-`Side` is the packed form of the keys or of the values of several blocks. `scores` and `combine` are the two passes of
-a decode step, here in torch, for any device; `tenfold.kernels.compressed` picks a faster form of them. GEAR
+`PackedBlocks` is the packed form of the keys or of the values of several blocks. `scores` and `combine` are the two
+passes of a decode step, here in torch, for any device; `tenfold.kernels.compressed` picks a faster form of them. GEAR
 specification, section 2.3.
 """
 
@@ -21,7 +21,7 @@ RAW = 16
 
 
 @dataclass(frozen=True)
-class Side:
+class PackedBlocks:
     """Keys or values of ``N`` blocks of equal length: codes + low rank + outliers.
 
     All parts add up: outliers are stored as a difference to the rest.
@@ -69,19 +69,19 @@ class Side:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Side:
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedBlocks:
         """The same with every tensor changed."""
         return replace(self, **cast(Any, {name: change(tensor) for name, tensor in self.tensors().items()}))
 
-    def some_blocks(self, start: int, stop: int) -> Side:
+    def some_blocks(self, start: int, stop: int) -> PackedBlocks:
         """Blocks of an interval, not copied."""
         return self.map(lambda tensor: tensor[start:stop])
 
-    def copied(self) -> Side:
+    def copied(self) -> PackedBlocks:
         """The same in memory of its own: what it was cut from can be freed."""
         return self.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
-    def like(self, other: Side) -> bool:
+    def like(self, other: PackedBlocks) -> bool:
         """Whether blocks of the other can be appended: equal lengths, formats and parts."""
         mine, its = self.tensors(), other.tensors()
         form = (self.bits, self.axis, self.group) == (other.bits, other.axis, other.group)
@@ -89,12 +89,12 @@ class Side:
             n: (t.shape[1:], t.dtype) for n, t in its.items()
         }
 
-    def append(self, other: Side) -> Side:
+    def append(self, other: PackedBlocks) -> PackedBlocks:
         """Both, in this order; the stored bytes of each stay what they are."""
         its = other.tensors()
         return replace(self, **cast(Any, {name: torch.cat([t, its[name]]) for name, t in self.tensors().items()}))
 
-    def first_tokens(self, tokens: int) -> Side:
+    def first_tokens(self, tokens: int) -> PackedBlocks:
         """One block cut to its first tokens: exactly what it held of them, nothing is packed again."""
         parts: dict[str, Any] = {"codes": self.codes[:, :, :, :tokens]}
         for name in ("scale", "zero"):
@@ -127,7 +127,7 @@ class Side:
         return x.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def scores(side: Side, query: Tensor) -> Tensor:
+def scores(side: PackedBlocks, query: Tensor) -> Tensor:
     """Products of queries and stored keys, block by block, in torch.
 
     Args:
@@ -140,12 +140,12 @@ def scores(side: Side, query: Tensor) -> Tensor:
     return torch.cat([_block_scores(_block(side, n), query) for n in range(side.blocks)], -1)
 
 
-def _block(side: Side, n: int) -> Side:
+def _block(side: PackedBlocks, n: int) -> PackedBlocks:
     """One block, without the leading axis."""
     return side.map(lambda tensor: tensor[n])
 
 
-def _block_scores(block: Side, query: Tensor) -> Tensor:
+def _block_scores(block: PackedBlocks, query: Tensor) -> Tensor:
     """One block, whose tensors have lost their leading axis: codes once per group, then what was added to them."""
     kind = query.dtype
     if block.bits == RAW:
@@ -182,7 +182,7 @@ def _block_scores(block: Side, query: Tensor) -> Tensor:
     return found
 
 
-def combine(side: Side, weights: Tensor) -> Tensor:
+def combine(side: PackedBlocks, weights: Tensor) -> Tensor:
     """Stored values summed by attention weights, block by block, in torch.
 
     Args:
@@ -199,7 +199,7 @@ def combine(side: Side, weights: Tensor) -> Tensor:
     return total
 
 
-def _block_combine(block: Side, weights: Tensor) -> Tensor:
+def _block_combine(block: PackedBlocks, weights: Tensor) -> Tensor:
     kind = weights.dtype
     if block.bits == RAW:
         return weights @ block.codes.to(kind)
@@ -221,7 +221,7 @@ def _block_combine(block: Side, weights: Tensor) -> Tensor:
     return found
 
 
-def _codes(block: Side, dtype: torch.dtype) -> Tensor:
+def _codes(block: PackedBlocks, dtype: torch.dtype) -> Tensor:
     return unpack(block.codes, block.bits, block.channels).to(dtype)
 
 
@@ -230,8 +230,8 @@ class Functions:
     """The two passes of one implementation; their arguments are those of `scores` and `combine`."""
 
     name: str
-    scores: Callable[[Side, Tensor], Tensor]
-    combine: Callable[[Side, Tensor], Tensor]
+    scores: Callable[[PackedBlocks, Tensor], Tensor]
+    combine: Callable[[PackedBlocks, Tensor], Tensor]
 
 
 REFERENCE = Functions("torch", scores, combine)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tenfold.kernels.biased import attention_with_lse, biased_mask
-from tenfold.kernels.packed_blocks import REFERENCE, Functions, Side
+from tenfold.kernels.packed_blocks import REFERENCE, Functions, PackedBlocks
 
 DIRECT_ROWS = 32
 """Up to so many queries of a group of heads read the codes; more of them read one expanded chunk after the other."""
@@ -36,7 +36,7 @@ class View:
     """
 
     first: tuple[Tensor, Tensor]
-    packed: tuple[tuple[Side, Side], ...]
+    packed: tuple[tuple[PackedBlocks, PackedBlocks], ...]
     buffer: tuple[Tensor, Tensor]
     rotation: Tensor | None = None
     functions: Functions = REFERENCE

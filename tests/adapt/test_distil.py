@@ -12,14 +12,14 @@ from tenfold.attend import masformer
 from tenfold.attend.spans import NAME
 from tenfold.data.encode import collate
 from tenfold.errors import ConfigError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.recipe import resolve
 
 IDS = torch.randint(10, 200, (2, 40), generator=torch.Generator().manual_seed(0))
-SPAN = Span("sliding", 6)
+SPAN = AttentionWindow("sliding", 6)
 
 
 def converted(kind="llama"):

@@ -12,10 +12,10 @@ from tenfold.attend.masformer import native
 from tenfold.cache.gear.cache import attach
 from tenfold.cache.spans import own_cache
 from tenfold.errors import ModelError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.tiny import tiny_model
 
-SPAN = Span("sliding", 5, sinks=2)
+SPAN = AttentionWindow("sliding", 5, sinks=2)
 IDS = torch.randint(10, 200, (2, 40), generator=torch.Generator().manual_seed(0))
 
 

@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tenfold.attend import masformer, spans
 from tenfold.attend.masformer import native
 from tenfold.errors import ModelError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.changes import is_marked
 from tenfold.models.export import merge, save_adapter, save_model
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
 
-SPAN = Span("sliding", 8, sinks=2)
+SPAN = AttentionWindow("sliding", 8, sinks=2)
 IDS = torch.randint(10, 200, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -126,7 +126,7 @@ def test_an_adapter_says_what_it_was_trained_on_and_is_opened_so(tmp_path):
 def test_an_adapter_on_a_model_with_other_spans_is_refused(tmp_path):
     opened, _ = converted()
     folder = save_adapter(adapted(opened.model), opened.tokenizer, tmp_path / "adapter", base="tiny:llama")
-    other, _ = converted(span=Span("block", 8))
+    other, _ = converted(span=AttentionWindow("block", 8))
     base = save_model(other.model, other.tokenizer, tmp_path / "base")
     with pytest.raises(ModelError, match=r"trained on a model with tenfold_span .*'sliding'.*, and this one .*'block'"):
         open_model(str(base), adapters=[folder], device="cpu")

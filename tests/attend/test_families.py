@@ -13,7 +13,7 @@ from tenfold.cache.spans import SpanCache, formula_bytes, own_cache
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ConfigError, ModelError
 from tenfold.evaluate.long_context import repeated
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.export import save_model
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model, tiny_tokenizer
@@ -57,7 +57,7 @@ HYBRIDS = {
                          "num_experts_per_tok": 2, "shared_intermediate_size": 64},
     "bamba": {"attn_layer_indices": [1, 3], **MAMBA},
 }  # fmt: skip
-NEAR = Span("sliding", 5, sinks=2)
+NEAR = AttentionWindow("sliding", 5, sinks=2)
 
 
 def build(kind):
@@ -133,7 +133,12 @@ def test_all_layers_full_are_the_unconverted_model(kind):
     layers = sorted(self_attentions(model))
     seen = PADDED.bool()
     plain, padded = logits(model), logits(model, attention_mask=PADDED)[seen]
-    cases = [(layers, NEAR), ([], Span("sliding", 40)), ([], Span("block", 8, 4)), (layers[:1], Span("sliding", 64))]
+    cases = [
+        (layers, NEAR),
+        ([], AttentionWindow("sliding", 40)),
+        ([], AttentionWindow("block", 8, 4)),
+        (layers[:1], AttentionWindow("sliding", 64)),
+    ]
     for full, span in cases:
         handle = masformer.convert(model, full_layers=full, span=span)
         close(logits(model), plain)
@@ -142,7 +147,7 @@ def test_all_layers_full_are_the_unconverted_model(kind):
     assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("span", [NEAR, Span("block", 8, 0), Span("block", 4, 1)], ids=str)
+@pytest.mark.parametrize("span", [NEAR, AttentionWindow("block", 8, 0), AttentionWindow("block", 4, 1)], ids=str)
 @pytest.mark.parametrize("kind", [*STRANGE, *HYBRIDS])
 def test_local_layers_are_the_models_own_attention_under_a_mask(kind, span):
     model = build(kind)
@@ -158,7 +163,7 @@ def test_heads_of_both_kinds_in_a_layer(kind):
     """KV head 0 is full by name, or because its window holds everything: the two are computed in different ways."""
     model = build(kind)
     found = []
-    for full in (None, Span("sliding", 64)):
+    for full in (None, AttentionWindow("sliding", 64)):
         handle = masformer.convert(model, full_layers=[], span=NEAR, heads={1: {0: full}, 2: {1: full}})
         found.append(logits(model))
         handle.revert()

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 from tenfold.attend.text_marks import (
     Marked,
     MessageSpan,
-    Span,
+    TextSpan,
     encode,
     from_messages,
     from_spans,
@@ -72,7 +72,7 @@ def test_tags_that_do_not_pair_are_refused(text, message):
 
 def test_several_tags_have_their_own_strengths():
     found = from_tags("a <<b>> [c] d", {("<<", ">>"): 2.0, ("[", "]"): 0.5})
-    assert found == Marked("a b c d", (Span(2, 3, 2.0), Span(4, 5, 0.5)))
+    assert found == Marked("a b c d", (TextSpan(2, 3, 2.0), TextSpan(4, 5, 0.5)))
     with pytest.raises(ConfigError, match="different"):
         from_tags("a", ("*", "*"))
 
@@ -82,7 +82,7 @@ def test_substrings_are_found_where_they_are_asked_for():
     assert [span.start for span in from_substrings(text, "ab", occurrence=1).spans] == [3]
     assert [span.start for span in from_substrings(text, "ab", occurrence=-1).spans] == [6]
     assert [span.start for span in from_substrings(text, "ab", occurrence="all").spans] == [0, 3, 6]
-    assert from_substrings("one two", {"two": 2.0, "one": 0.5}).spans == (Span(4, 7, 2.0), Span(0, 3, 0.5))
+    assert from_substrings("one two", {"two": 2.0, "one": 0.5}).spans == (TextSpan(4, 7, 2.0), TextSpan(0, 3, 0.5))
     assert parts(from_substrings(text, ["ab", "b a"], occurrence=[2, 0])) == ["ab", "b a"]
     for occurrence in (3, -4):
         with pytest.raises(DataError, match="3 times"):
@@ -99,7 +99,7 @@ def test_impossible_spans_are_refused(span):
     with pytest.raises(DataError):
         from_spans("abcdefgh", [span])
     with pytest.raises(DataError):
-        encode(tokenizer(), [Marked("abcdefgh", (Span(*span),))])
+        encode(tokenizer(), [Marked("abcdefgh", (TextSpan(*span),))])
 
 
 def test_tokens_are_those_that_share_a_character():
@@ -128,7 +128,7 @@ def test_special_tokens_are_never_marked():
     marks = encode(by, [from_spans("ab", [(0, 2)]), from_spans("abcd", [(0, 1)])])
     assert marks.tokens(0) == [(3, 5)]  # two of padding, <bos>
     assert marks.tokens(1) == [(1, 2)]
-    assert encode(by, [Marked("ab", (Span(0, 2),), special=False)]).tokens(0) == [(0, 2)]
+    assert encode(by, [Marked("ab", (TextSpan(0, 2),), special=False)]).tokens(0) == [(0, 2)]
 
 
 def test_a_character_of_several_tokens_is_marked_whole():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tenfold.attend import masformer, spans
 from tenfold.attend.masformer import native
 from tenfold.errors import ModelError, RunError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.export import merge, save_model
 from tenfold.models.folders import is_complete
 from tenfold.models.open import open_model
@@ -18,7 +18,7 @@ from tenfold.models.opened import Opened
 from tenfold.models.tiny import tiny_model, tiny_tokenizer
 
 WRITTEN_AS = {"llama": "ministral", "mistral": "ministral", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
-WINDOW = Span("sliding", 8)
+WINDOW = AttentionWindow("sliding", 8)
 WRITING = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 
 
@@ -97,7 +97,7 @@ def test_stock_writes_the_same_with_its_own_cache(tmp_path, kind):
 def test_retyping_changes_no_bit(tmp_path, kind):
     opened = tiny(kind)
     before = logits(opened.model, some_ids())
-    masformer.convert(opened.model, full_layers=(0, 1, 2), span=Span("sliding", 8))
+    masformer.convert(opened.model, full_layers=(0, 1, 2), span=AttentionWindow("sliding", 8))
     stock = AutoModelForCausalLM.from_pretrained(native.save_native(opened.model, opened.tokenizer, tmp_path / "m"))
     assert torch.equal(logits(stock, some_ids()), before)
 
@@ -135,7 +135,7 @@ def test_dtype_tied_weights_rotations_and_generation_settings_are_kept(tmp_path)
 
 def test_a_head_of_scores(tmp_path):
     opened = tiny_model("llama", task="classification", num_labels=3)
-    masformer.convert(opened.model, full_layers=[0], span=Span("sliding", 8))
+    masformer.convert(opened.model, full_layers=[0], span=AttentionWindow("sliding", 8))
     folder = native.save_native(opened.model, opened.tokenizer, tmp_path / "native")
     stock = AutoModelForSequenceClassification.from_pretrained(folder)
     close(logits(stock, some_ids()), logits(opened.model, some_ids()))
@@ -144,7 +144,7 @@ def test_a_head_of_scores(tmp_path):
 def test_what_is_written_can_be_converted_again(tmp_path):
     opened = converted("llama", (0, 1, 2))
     again = open_model(native.save_native(opened.model, opened.tokenizer, tmp_path / "full"), device="cpu")
-    masformer.convert(again.model, full_layers=[2], span=Span("sliding", 6))
+    masformer.convert(again.model, full_layers=[2], span=AttentionWindow("sliding", 6))
     folder = native.save_native(again.model, again.tokenizer, tmp_path / "local")
     close(logits(AutoModelForCausalLM.from_pretrained(folder), some_ids()), logits(again.model, some_ids()))
 
@@ -152,13 +152,18 @@ def test_what_is_written_can_be_converted_again(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "span", "overrides", "reason"),
     [
-        ("llama", Span("sliding", 8, sinks=4), {}, "sinks: 4"),
-        ("qwen2", Span("block", 8), {}, "pattern: 'block'"),
-        ("qwen3", Span("sliding", 1), {}, "size: 1"),
-        ("gemma3", Span("sliding", 8), {"layer_types": ["full_attention"] * 3}, "model_type: 'gemma3_text'.*rotat"),
-        ("gpt2", Span("sliding", 8), {}, "model_type: 'gpt2'.*it has for llama, ministral, mistral, qwen2"),
-        ("llama", Span("sliding", 8), {"attention_bias": True}, "attention_bias: True"),
-        ("llama", Span("sliding", 8), {"mlp_bias": True}, "mlp_bias: True"),
+        ("llama", AttentionWindow("sliding", 8, sinks=4), {}, "sinks: 4"),
+        ("qwen2", AttentionWindow("block", 8), {}, "pattern: 'block'"),
+        ("qwen3", AttentionWindow("sliding", 1), {}, "size: 1"),
+        (
+            "gemma3",
+            AttentionWindow("sliding", 8),
+            {"layer_types": ["full_attention"] * 3},
+            "model_type: 'gemma3_text'.*rotat",
+        ),
+        ("gpt2", AttentionWindow("sliding", 8), {}, "model_type: 'gpt2'.*it has for llama, ministral, mistral, qwen2"),
+        ("llama", AttentionWindow("sliding", 8), {"attention_bias": True}, "attention_bias: True"),
+        ("llama", AttentionWindow("sliding", 8), {"mlp_bias": True}, "mlp_bias: True"),
     ],
 )
 def test_refusals_that_tenfolds_own_form_keeps(tmp_path, kind, span, overrides, reason):
@@ -217,7 +222,7 @@ def test_a_folder_of_others_is_not_touched_and_a_failure_leaves_nothing(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "native"]
 
 
-@pytest.mark.parametrize("span", [Span("block", 8, 1, 2), Span("sliding", 8, sinks=3)], ids=str)
+@pytest.mark.parametrize("span", [AttentionWindow("block", 8, 1, 2), AttentionWindow("sliding", 8, sinks=3)], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_own_form_round_trip(tmp_path, kind, span):
     opened = tiny(kind)
@@ -242,10 +247,10 @@ def test_own_form_round_trip(tmp_path, kind, span):
 def test_a_model_that_was_opened_again_can_be_reverted(tmp_path):
     opened = tiny("llama")
     plain = logits(opened.model, some_ids())
-    masformer.convert(opened.model, full_layers=[2], span=Span("block", 8))
+    masformer.convert(opened.model, full_layers=[2], span=AttentionWindow("block", 8))
     again = open_model(save_model(opened.model, opened.tokenizer, tmp_path / "own"), device="cpu").model
     handle = native.restore(again)
-    assert (handle.full_layers, handle.span) == ((2,), Span("block", 8))
+    assert (handle.full_layers, handle.span) == ((2,), AttentionWindow("block", 8))
     handle.revert()
     assert torch.equal(logits(again, some_ids()), plain)
     assert not hasattr(again.config, spans.FIELD)
@@ -256,7 +261,7 @@ def test_an_adapter_opens_on_a_converted_base(tmp_path):
 
     from tenfold.models.export import save_adapter
 
-    opened = converted("llama", span=Span("block", 8))
+    opened = converted("llama", span=AttentionWindow("block", 8))
     base = save_model(opened.model, opened.tokenizer, tmp_path / "base")
     adapted = get_peft_model(opened.model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     folder = save_adapter(adapted, opened.tokenizer, tmp_path / "adapter", base=str(base))

@@ -15,12 +15,16 @@ from tenfold.attend.reach import reach
 from tenfold.errors import ConfigError, ModelError
 from tenfold.evaluate.long_context import repeated
 from tenfold.kernels.biased import KeyBias
-from tenfold.kernels.local import FULL, Span
+from tenfold.kernels.local import FULL, AttentionWindow
 from tenfold.models.export import save_model
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
 
-NEAR, SUNK, BLOCK = Span("sliding", 3), Span("sliding", 5, sinks=2), Span("block", 4, 1, 1)
+NEAR, SUNK, BLOCK = (
+    AttentionWindow("sliding", 3),
+    AttentionWindow("sliding", 5, sinks=2),
+    AttentionWindow("block", 4, 1, 1),
+)
 # Of four KV heads. Equal spans stand apart, so that heads in the order of their groups are not in their own; in the
 # first, going there is another way than going back.
 MIXES = [
@@ -28,7 +32,7 @@ MIXES = [
     (None, BLOCK, None, BLOCK),
     (None, BLOCK, SUNK, NEAR),
     (NEAR, SUNK, BLOCK, NEAR),
-    (SUNK, Span("sliding", 60), NEAR, SUNK),
+    (SUNK, AttentionWindow("sliding", 60), NEAR, SUNK),
 ]
 SCALE = 0.3
 
@@ -160,7 +164,7 @@ def some_ids(rows=2, tokens=40):
     return torch.randint(10, 200, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
 
-HEADS = {0: {1: None}, 2: {0: SUNK, 1: Span("block", 8)}}
+HEADS = {0: {1: None}, 2: {0: SUNK, 1: AttentionWindow("block", 8)}}
 
 
 def test_what_the_model_holds_and_reports():
@@ -188,7 +192,7 @@ def test_heads_that_see_all_are_the_unmodified_model_and_reverting_leaves_it():
     handle = masformer.convert(model, full_layers=(), span=NEAR, heads={0: {0: None, 1: None}, 1: {0: None, 1: None}})
     assert torch.equal(logits(model, some_ids()), before)
     handle.revert()
-    far = Span("sliding", 100)
+    far = AttentionWindow("sliding", 100)
     handle = masformer.convert(model, full_layers=(), span=far, heads={0: {0: None}, 1: {1: None}})
     close(logits(model, some_ids()), before, 1e-5)
     handle.revert()
@@ -219,9 +223,12 @@ def test_padded_rows_and_packed_documents_of_a_model(kind):
         ({1: {0: None}}, "heads: layer 1 is one of full_layers too"),
         ({0: {2: None}}, "heads: KV head 2 of layer 0; a layer has KV heads 0 to 1"),
         ({0: {-1: None}}, "heads: KV head -1 of layer 0"),
-        ({2: {1: Span("sliding", 0)}}, r"heads: KV head 1 of layer 2: Span.* too small"),
-        ({2: {1: Span("sliding", 4, sinks=-1)}}, r"heads: KV head 1 of layer 2: Span.* too small"),
-        ({2: {1: Span("spiral", 4)}}, r"heads: KV head 1 of layer 2: Span.* unknown pattern"),
+        ({2: {1: AttentionWindow("sliding", 0)}}, r"heads: KV head 1 of layer 2: AttentionWindow.* too small"),
+        (
+            {2: {1: AttentionWindow("sliding", 4, sinks=-1)}},
+            r"heads: KV head 1 of layer 2: AttentionWindow.* too small",
+        ),
+        ({2: {1: AttentionWindow("spiral", 4)}}, r"heads: KV head 1 of layer 2: AttentionWindow.* unknown pattern"),
     ],
 )
 def test_heads_that_cannot_be_meant(heads, message):
@@ -232,9 +239,11 @@ def test_heads_that_cannot_be_meant(heads, message):
     assert not hasattr(model.config, spans.FIELD)
 
 
-@pytest.mark.parametrize("span", [Span("sliding", 0), Span("block", 4, -1), Span("spiral", 4)], ids=str)
+@pytest.mark.parametrize(
+    "span", [AttentionWindow("sliding", 0), AttentionWindow("block", 4, -1), AttentionWindow("spiral", 4)], ids=str
+)
 def test_spans_that_cannot_be_meant(span):
-    with pytest.raises(ConfigError, match=r"span: Span\("):
+    with pytest.raises(ConfigError, match=r"span: AttentionWindow\("):
         masformer.convert(tiny_model("llama").model, full_layers=[1], span=span)
 
 
@@ -281,7 +290,7 @@ def test_heads_that_cannot_be_read(heads):
 
 
 def test_a_query_head_reaches_as_far_as_its_keys():
-    modules = self_attentions(converted(heads={0: {1: None}, 2: {0: Span("block", 8)}})[0].model)
+    modules = self_attentions(converted(heads={0: {1: None}, 2: {0: AttentionWindow("block", 8)}})[0].model)
     assert [reach(modules[0], head) for head in range(4)] == [3, 3, None, None]
     assert [reach(modules[2], head) for head in range(4)] == [16, 16, 3, 3]
     assert [reach(modules[layer]) for layer in range(3)] == [3, None, 3]
@@ -327,7 +336,7 @@ def test_steering_is_that_of_the_unconverted_model_where_spans_hold_the_text(hea
     marks = pasta.encode(opened.tokenizer, [pasta.from_tags(TEXT)])
     with pasta.steer(opened.model, marks, heads=heads, **keys):
         expected = logits(opened.model, marks.input_ids)
-    far = Span("sliding", 300)
+    far = AttentionWindow("sliding", 300)
     masformer.convert(opened.model, full_layers=[1], span=far, heads={0: {1: None}, 2: {0: None}})
     with pasta.steer(opened.model, marks, heads=heads, **keys):
         found = logits(opened.model, marks.input_ids)

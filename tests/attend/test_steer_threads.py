@@ -12,7 +12,7 @@ from tenfold.attend.pasta.attention_share import attention_mass
 from tenfold.attend.pasta.steering import steer
 from tenfold.attend.text_marks import Marks
 from tenfold.errors import ConfigError, ModelError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.tiny import tiny_model
 
 HEADS = {0: [1], 1: [0, 3]}
@@ -178,7 +178,7 @@ def test_a_lost_mask_function_is_put_back_or_missed(kind):
     """Without it transformers makes no mask at all: padding is read, and so is the future where nothing is cached."""
     model, marks = tiny_model("llama").model, marks_of(5)
     if kind == "converted":
-        masformer.convert(model, full_layers=[0], span=Span("sliding", 16))
+        masformer.convert(model, full_layers=[0], span=AttentionWindow("sliding", 16))
     with steer(model, marks, heads=HEADS):
         expected = model(**marks.inputs).logits
     name = "tenfold_span" if kind == "converted" else "tenfold_sdpa"

@@ -15,7 +15,7 @@ from tenfold.attend.pasta.steering import lifts, steer
 from tenfold.attend.text_marks import Marks
 from tenfold.cache.spans import SpanCache
 from tenfold.errors import ConfigError, TenfoldError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.tiny import tiny_model
 
 HEADS = {0: [1, 2], 1: [0, 3]}
@@ -103,7 +103,13 @@ def test_generation_with_and_without_cache_where_all_layers_slide():
 
 
 @pytest.mark.parametrize(
-    "span", [Span("sliding", 12), Span("block", 8), Span("block", 8, previous=0), Span("sliding", 8, sinks=2)]
+    "span",
+    [
+        AttentionWindow("sliding", 12),
+        AttentionWindow("block", 8),
+        AttentionWindow("block", 8, previous=0),
+        AttentionWindow("sliding", 8, sinks=2),
+    ],
 )
 def test_converted_models_generate_the_same_with_and_without_cache(span):
     model = tiny_model("llama").model
@@ -123,7 +129,7 @@ def test_converted_models_generate_the_same_with_and_without_cache(span):
 def test_the_heads_that_see_the_mark_are_steered_and_the_others_are_named(kind):
     model = tiny_model("llama" if kind == "converted" else "gemma3").model
     if kind == "converted":
-        masformer.convert(model, full_layers=[1], span=Span("sliding", 32))
+        masformer.convert(model, full_layers=[1], span=AttentionWindow("sliding", 32))
     marks = marks_of(60, [(5, 8)])
     profile = Profile({0: (1, 2), 1: (0, 3)}, describe_model(model))
     notes = []
@@ -166,7 +172,7 @@ def test_which_models_can_be_lifted_to_a_target_mass():
     sizes = {"vocab_size": 263, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     capped = Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     converted = tiny_model("llama").model
-    masformer.convert(converted, full_layers=[1], span=Span("sliding", 8))
+    masformer.convert(converted, full_layers=[1], span=AttentionWindow("sliding", 8))
     plain = tiny_model("llama").model
     marks = marks_of(12, [(4, 6)])
     for model, expected in ((capped, False), (converted, False), (plain, True)):

@@ -17,10 +17,10 @@ from tenfold.cache.layer import ExactLayer
 from tenfold.cache.span_layers import HeadSpanLayer, SpanLayer
 from tenfold.config.gear import CacheConfig
 from tenfold.kernels.biased import KeyBias
-from tenfold.kernels.local import FULL, Span
+from tenfold.kernels.local import FULL, AttentionWindow
 from tenfold.models.tiny import tiny_model
 
-NEAR = Span("sliding", 64, sinks=2)
+NEAR = AttentionWindow("sliding", 64, sinks=2)
 PACKED = CacheConfig(bits=4, buffer=8, kernel="torch")
 LAYERS = {
     "exact": partial(ExactLayer, 0),

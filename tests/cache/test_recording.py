@@ -10,14 +10,14 @@ from transformers import DynamicCache, GenerationConfig
 from tenfold.attend import masformer
 from tenfold.cache.span_layers import DRAFTED, HeadSpanLayer, SpanLayer
 from tenfold.cache.spans import SpanCache
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.tiny import tiny_model
 
-NEAR = Span("sliding", 8, sinks=3)
+NEAR = AttentionWindow("sliding", 8, sinks=3)
 CASES = {
     "layers": (NEAR, None, 10),
-    "block": (Span("block", 4, 1, 3), None, 10),
-    "heads": (NEAR, {0: {1: None}, 2: {0: Span("sliding", 8)}}, 10),
+    "block": (AttentionWindow("block", 4, 1, 3), None, 10),
+    "heads": (NEAR, {0: {1: None}, 2: {0: AttentionWindow("sliding", 8)}}, 10),
 }
 
 

@@ -13,21 +13,24 @@ from tenfold.cache.span_layers import HeadSpanLayer, SpanLayer
 from tenfold.cache.spans import SpanCache, formula_bytes
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
-from tenfold.kernels.local import FULL, Span
+from tenfold.kernels.local import FULL, AttentionWindow
 from tenfold.models.memory import stored_bytes
 from tenfold.models.tiny import tiny_model
 
 SPANS = [
-    Span("sliding", 8),
-    Span("sliding", 8, sinks=3),
-    Span("sliding", 1, sinks=2),
-    Span("block", 4, 0, 2),
-    Span("block", 4, 1, 3),
+    AttentionWindow("sliding", 8),
+    AttentionWindow("sliding", 8, sinks=3),
+    AttentionWindow("sliding", 1, sinks=2),
+    AttentionWindow("block", 4, 0, 2),
+    AttentionWindow("block", 4, 1, 3),
 ]
 SINKS = SPANS[1]
 # By layer and KV head, beside SINKS. Equal spans stand apart: heads in the order of their groups are not in their own.
-HEADS = {0: {1: None}, 2: {0: Span("block", 4, 1, 3), 1: Span("sliding", 1, sinks=2)}}
-MANY_HEADS = {0: {1: None, 2: Span("sliding", 1)}, 2: {0: Span("block", 4, 1, 3), 2: Span("sliding", 1), 3: None}}
+HEADS = {0: {1: None}, 2: {0: AttentionWindow("block", 4, 1, 3), 1: AttentionWindow("sliding", 1, sinks=2)}}
+MANY_HEADS = {
+    0: {1: None, 2: AttentionWindow("sliding", 1)},
+    2: {0: AttentionWindow("block", 4, 1, 3), 2: AttentionWindow("sliding", 1), 3: None},
+}
 CASES = [*SPANS, HEADS]
 
 
@@ -197,7 +200,7 @@ def test_crop_while_recording(span):
 
 
 def test_crop_of_what_is_gone():
-    layer = SpanLayer(Span("sliding", 8), 0, lambda: True)
+    layer = SpanLayer(AttentionWindow("sliding", 8), 0, lambda: True)
     layer.crop(0)
     layer.update(*torch.randn(2, 1, 2, 5, 4))[0].commit(None)
     layer.crop(-2)  # nothing was dropped yet
@@ -238,7 +241,7 @@ def test_storage_after_a_long_prompt_is_what_is_held(span):
 
 
 def test_stored_bytes_of_heads_are_those_of_the_formula():
-    opened = converted({0: {1: None}, 2: {0: Span("block", 8)}}, full=())
+    opened = converted({0: {1: None}, 2: {0: AttentionWindow("block", 8)}}, full=())
     opened.model.config.tenfold_span["sinks"] = 0  # places of sinks are stored beside them, and the formula has none
     cache = SpanCache(opened.model.config)
     ids = torch.randint(10, 200, (3, 200), generator=torch.Generator().manual_seed(0))
@@ -296,10 +299,10 @@ def test_packed_full_layers(span):
 
 
 @pytest.mark.parametrize("heads", [{1: [0, 2]}, {0: [1], 1: [0], 2: [3]}])
-@pytest.mark.parametrize("own", [None, {0: {0: None}, 2: {0: Span("block", 3)}}], ids=str)
+@pytest.mark.parametrize("own", [None, {0: {0: None}, 2: {0: AttentionWindow("block", 3)}}], ids=str)
 def test_steering_while_decoding(heads, own):
     opened = tiny_model("llama", num_hidden_layers=3)
-    masformer.convert(opened.model, full_layers=[1], span=Span("sliding", 40, sinks=3), heads=own)
+    masformer.convert(opened.model, full_layers=[1], span=AttentionWindow("sliding", 40, sinks=3), heads=own)
     texts = ["It was <mark>red</mark>, she said, and nobody believed it.", "A <mark>blue</mark> one."]
     opened.tokenizer.padding_side = "left"
     marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text) for text in texts])
@@ -340,7 +343,7 @@ def test_what_cannot_be_meant_is_refused():
         handle.revert()
         with pytest.raises(ModelError, match="is not 'tenfold_span'"):
             opened.model(input_ids=ids, past_key_values=cache)
-        masformer.convert(opened.model, full_layers=[0], span=Span("block", 8))
+        masformer.convert(opened.model, full_layers=[0], span=AttentionWindow("block", 8))
         with pytest.raises(ModelError, match=r"layer 0: its cache was made for .* and the layer has full attention"):
             opened.model(input_ids=ids, past_key_values=cache)
         with pytest.raises(ModelError, match=r"layer_bits: layers \[1\] are none of full attention"):
@@ -352,8 +355,8 @@ def test_a_cache_for_other_spans_of_heads_is_refused():
     cache = SpanCache(opened.model.config)
     table = opened.model.config.tenfold_span
     for heads, message in (
-        ({"0": {"0": None}}, r"made for Span\(.* and the layer has full attention in KV head 0"),
-        ({}, r"made for full attention, and the layer has Span\(.* in KV head 1"),
+        ({"0": {"0": None}}, r"made for AttentionWindow\(.* and the layer has full attention in KV head 0"),
+        ({}, r"made for full attention, and the layer has AttentionWindow\(.* in KV head 1"),
         ({"0": {"1": None}, "2": {"1": None}}, "layer 2: its cache was made for .* full attention in KV head 1"),
     ):
         opened.model.config.tenfold_span = {**table, "heads": heads}
@@ -387,7 +390,9 @@ def test_pictures_need_all_keys(kind, span):
 
 
 @pytest.mark.parametrize("pads", range(1, 7))
-@pytest.mark.parametrize("span", [Span("sliding", 8, sinks=4), Span("block", 4, 1, sinks=5)], ids=str)
+@pytest.mark.parametrize(
+    "span", [AttentionWindow("sliding", 8, sinks=4), AttentionWindow("block", 4, 1, sinks=5)], ids=str
+)
 def test_fewer_pads_than_sinks_in_a_short_prompt(span, pads):
     """Sinks are sorted out when something is dropped, not before: until then places are those of the text."""
     model = tiny_model("llama").model.eval()

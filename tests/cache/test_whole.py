@@ -9,11 +9,11 @@ from tenfold.attend.attention import installed
 from tenfold.cache.gear import CacheConfig
 from tenfold.cache.spans import SpanCache
 from tenfold.errors import ModelError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.tiny import tiny_model
 
 KV = CacheConfig(bits=4, buffer=8, kernel="torch")
-NEAR = Span("sliding", 6, sinks=2)
+NEAR = AttentionWindow("sliding", 6, sinks=2)
 HEADS = {0: {1: None}}
 
 

@@ -226,9 +226,9 @@ class Spans:
 
 def _masformer(model: Any) -> Any:
     from tenfold.attend import masformer
-    from tenfold.kernels.local import Span
+    from tenfold.kernels.local import AttentionWindow
 
-    return masformer.convert(model, full_layers=[1], span=Span("sliding", 4))
+    return masformer.convert(model, full_layers=[1], span=AttentionWindow("sliding", 4))
 
 
 SPANS = {

@@ -5,10 +5,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tenfold.attend import masformer
-from tenfold.kernels.local import Span, local_attention, visible
+from tenfold.kernels.local import AttentionWindow, local_attention, visible
 from tenfold.models.tiny import tiny_model
 
-SPANS = [Span("sliding", 32), Span("sliding", 160, sinks=4), Span("block", 32, 1), Span("block", 64, 0)]
+SPANS = [
+    AttentionWindow("sliding", 32),
+    AttentionWindow("sliding", 160, sinks=4),
+    AttentionWindow("block", 32, 1),
+    AttentionWindow("block", 64, 0),
+]
 ROUNDED = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
@@ -54,7 +59,7 @@ def test_padding_and_the_last_queries_of_a_longer_row(device, away, span, querie
 def test_a_converted_model_writes_as_one_with_a_mask_of_all_pairs(device, away, dtype):
     opened = tiny_model("llama")
     ids = torch.randint(6, 200, (2, 90), generator=torch.Generator().manual_seed(0))
-    masformer.convert(opened.model, full_layers=[0], span=Span("sliding", 16, sinks=4))
+    masformer.convert(opened.model, full_layers=[0], span=AttentionWindow("sliding", 16, sinks=4))
     exact = opened.model.double()(input_ids=ids).logits[:, -20:]
     model = opened.model.to(device, dtype)
     with torch.no_grad():

@@ -16,7 +16,7 @@ import torch
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.errors import ConfigError
 from tenfold.kernels.compressed import choose
-from tenfold.kernels.packed_blocks import RAW, Side, combine, scores
+from tenfold.kernels.packed_blocks import RAW, PackedBlocks, combine, scores
 
 installed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: pip install triton")
 
@@ -35,7 +35,7 @@ class Case:
     metadata: torch.dtype | None = None
     cut: int | None = None
 
-    def inputs(self, device: str) -> tuple[Side, torch.Tensor]:
+    def inputs(self, device: str) -> tuple[PackedBlocks, torch.Tensor]:
         """The packed blocks, and queries or weights."""
         generator = torch.Generator().manual_seed(0)
         side = None

@@ -7,15 +7,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tenfold.kernels import local
-from tenfold.kernels.local import Span, local_attention
+from tenfold.kernels.local import AttentionWindow, local_attention
 
 SPANS = [
-    *(Span("block", size, previous) for size in (1, 8, 16, 33) for previous in (0, 1, 2)),
-    *(Span("sliding", size) for size in (1, 2, 8, 16, 33)),
-    Span("sliding", 130),
-    Span("block", 130, 1, 3),
-    *(Span("block", 8, previous, 4) for previous in (0, 1)),
-    *(Span("sliding", size, sinks=sinks) for size in (3, 16) for sinks in (1, 5)),
+    *(AttentionWindow("block", size, previous) for size in (1, 8, 16, 33) for previous in (0, 1, 2)),
+    *(AttentionWindow("sliding", size) for size in (1, 2, 8, 16, 33)),
+    AttentionWindow("sliding", 130),
+    AttentionWindow("block", 130, 1, 3),
+    *(AttentionWindow("block", 8, previous, 4) for previous in (0, 1)),
+    *(AttentionWindow("sliding", size, sinks=sinks) for size in (3, 16) for sinks in (1, 5)),
 ]
 
 
@@ -80,7 +80,14 @@ def test_packed_documents_are_apart(span):
 
 
 @pytest.mark.parametrize(
-    "span", [Span("block", 4, 0), Span("block", 4, 1), Span("sliding", 3), Span("sliding", 3, sinks=2)], ids=str
+    "span",
+    [
+        AttentionWindow("block", 4, 0),
+        AttentionWindow("block", 4, 1),
+        AttentionWindow("sliding", 3),
+        AttentionWindow("sliding", 3, sinks=2),
+    ],
+    ids=str,
 )
 def test_gradients(span):
     q, k, v = (x.requires_grad_() for x in inputs(9, 9, batch=1, dtype=torch.float64, channels=2))
@@ -97,7 +104,7 @@ def test_a_few_tiles_at_once_are_all_of_them(span, monkeypatch):
 
 @pytest.mark.parametrize(("span", "n"), [*itertools.product(SPANS, [1, 10, 37])], ids=str)
 def test_pairs_are_those_of_the_mask(span, n):
-    plain = Span(span.pattern, span.size, span.previous)
+    plain = AttentionWindow(span.pattern, span.size, span.previous)
     index = torch.arange(n)
     assert plain.pairs(n) == int(plain.sees(index[:, None], index).sum())
 

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from tenfold.kernels import local
-from tenfold.kernels.local import Softmax, Span, dense_attention, local_attention
+from tenfold.kernels.local import AttentionWindow, Softmax, dense_attention, local_attention
 
 SPANS = [
-    Span("sliding", 1),
-    Span("sliding", 5),
-    Span("sliding", 5, sinks=2),
-    Span("sliding", 200),
-    Span("block", 8, 0),
-    Span("block", 8, 1),
-    Span("block", 8, 1, sinks=3),
-    Span("block", 160, 1),
+    AttentionWindow("sliding", 1),
+    AttentionWindow("sliding", 5),
+    AttentionWindow("sliding", 5, sinks=2),
+    AttentionWindow("sliding", 200),
+    AttentionWindow("block", 8, 0),
+    AttentionWindow("block", 8, 1),
+    AttentionWindow("block", 8, 1, sinks=3),
+    AttentionWindow("block", 160, 1),
 ]
 SOFTMAXES = {"softcap": (2.0, False), "sink": (None, True), "both": (2.0, True)}
 
@@ -74,7 +74,7 @@ def test_gradients_reach_the_sink():
     sink = torch.linspace(-1, 1, 6, dtype=torch.float64).requires_grad_()
 
     def found(q, k, v, sink):
-        return local_attention(q, k, v, Span("block", 4, 1), Softmax(0.5, 3.0, sink))
+        return local_attention(q, k, v, AttentionWindow("block", 4, 1), Softmax(0.5, 3.0, sink))
 
     assert torch.autograd.gradcheck(found, (q, k, v, sink))
 
@@ -82,9 +82,9 @@ def test_gradients_reach_the_sink():
 def test_half_precision_weights_are_made_in_single():
     q, k, v = inputs(40, 40)
     softmax = Softmax(0.3, 5.0, torch.linspace(-1, 1, 6, dtype=torch.float64))
-    wanted = local_attention(q, k, v, Span("sliding", 7), softmax)
+    wanted = local_attention(q, k, v, AttentionWindow("sliding", 7), softmax)
     half = [x.bfloat16() for x in (q, k, v)]
-    found = local_attention(*half, Span("sliding", 7), softmax)
+    found = local_attention(*half, AttentionWindow("sliding", 7), softmax)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), wanted, atol=4e-2, rtol=0)
 
@@ -129,5 +129,5 @@ def test_large_numbers_are_no_reason_to_look_twice(monkeypatch):
     q, k, v = inputs(40, 40, torch.float16)
     ways = []
     monkeypatch.setattr(local, "_on_finite", lambda *given: ways.append(given) or given[0])
-    local_attention(q, k + 6e4 - 1e3, v, Span("sliding", 7), 0.3)
+    local_attention(q, k + 6e4 - 1e3, v, AttentionWindow("sliding", 7), 0.3)
     assert len(ways) == 1

@@ -15,25 +15,29 @@ from tenfold.cache.span_layers import SpanLayer
 from tenfold.cache.spans import SpanCache, formula_bytes
 from tenfold.data.python_reference import python_reference
 from tenfold.evaluate.long_context import repeated, spread
-from tenfold.kernels.local import Span, local_attention
+from tenfold.kernels.local import AttentionWindow, local_attention
 from tenfold.models.inference import text_loss
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
 
 PATTERNS = [
-    Span("block", 8, 0),
-    Span("block", 8, 1),
-    Span("sliding", 8),
-    Span("sliding", 8, sinks=3),
-    Span("block", 8, 1, 2),
+    AttentionWindow("block", 8, 0),
+    AttentionWindow("block", 8, 1),
+    AttentionWindow("sliding", 8),
+    AttentionWindow("sliding", 8, sinks=3),
+    AttentionWindow("block", 8, 1, 2),
 ]
 KINDS = ["llama", "qwen3", "gpt2"]
 
 
 def test_01_pair_counts():
     for (n, b), expected in {(10, 3): (19, 40, 27), (12, 4): (30, 62, 42), (37, 8): (159, 391, 268)}.items():
-        assert (Span("block", b, 0).pairs(n), Span("block", b, 1).pairs(n), Span("sliding", b).pairs(n)) == expected
-    assert Span("sliding", 10).pairs(10) == 55
+        assert (
+            AttentionWindow("block", b, 0).pairs(n),
+            AttentionWindow("block", b, 1).pairs(n),
+            AttentionWindow("sliding", b).pairs(n),
+        ) == expected
+    assert AttentionWindow("sliding", 10).pairs(10) == 55
 
 
 def test_02_closed_values():
@@ -42,10 +46,10 @@ def test_02_closed_values():
     full = scaled_dot_product_attention(q, k, v, is_causal=True)
     cases = [
         (full, (0.628563, 0.747848, 0.386585, 0.013801), 37.904055),
-        (Span("sliding", 3), (0.914560, 0.706093, -0.334931, -0.911461), 32.527339),
-        (Span("block", 3, 0), (0.963558, 0.515501, -0.687766, -0.883455), 29.392615),
-        (Span("block", 3, 1), (0.882837, 0.772812, -0.148485, -0.801513), 34.678054),
-        (Span("block", 3, 1, 1), (0.753299, 0.684115, -0.057562, -0.578212), 34.889916),
+        (AttentionWindow("sliding", 3), (0.914560, 0.706093, -0.334931, -0.911461), 32.527339),
+        (AttentionWindow("block", 3, 0), (0.963558, 0.515501, -0.687766, -0.883455), 29.392615),
+        (AttentionWindow("block", 3, 1), (0.882837, 0.772812, -0.148485, -0.801513), 34.678054),
+        (AttentionWindow("block", 3, 1, 1), (0.753299, 0.684115, -0.057562, -0.578212), 34.889916),
     ]
     for span, last, total in cases:
         found = span if isinstance(span, torch.Tensor) else local_attention(q, k, v, span, 0.5)
@@ -66,7 +70,12 @@ def test_03_the_kernel_is_a_masked_reference(n, b):
     generator = torch.Generator().manual_seed(n * b)
     q = torch.randn(2, 6, n, 16, generator=generator)
     k, v = torch.randn(2, 2, 2, n, 16, generator=generator)
-    spans_ = [*(Span("block", b, p) for p in (0, 1)), Span("sliding", b), Span("block", b, 1, 3), Span("sliding", b, 3)]
+    spans_ = [
+        *(AttentionWindow("block", b, p) for p in (0, 1)),
+        AttentionWindow("sliding", b),
+        AttentionWindow("block", b, 1, 3),
+        AttentionWindow("sliding", b, 3),
+    ]
     for span in spans_:
         torch.testing.assert_close(local_attention(q, k, v, span, 0.25), masked(q, k, v, span), atol=2e-6, rtol=0)
         half = [x.bfloat16() for x in (q, k, v)]
@@ -75,7 +84,13 @@ def test_03_the_kernel_is_a_masked_reference(n, b):
 
 
 @pytest.mark.parametrize(
-    "span", [Span("block", 4, 0), Span("block", 4, 1), Span("sliding", 4), Span("sliding", 4, 1, 2)]
+    "span",
+    [
+        AttentionWindow("block", 4, 0),
+        AttentionWindow("block", 4, 1),
+        AttentionWindow("sliding", 4),
+        AttentionWindow("sliding", 4, 1, 2),
+    ],
 )
 def test_03_gradients(span):
     q = torch.randn(1, 3, 9, 4, dtype=torch.float64, requires_grad=True)
@@ -93,11 +108,15 @@ def test_04_a_span_that_holds_all_is_the_unmodified_model(kind):
     model = tiny_model(kind).model
     ids = torch.randint(10, 200, (2, 40), generator=torch.Generator().manual_seed(0))
     before = logits(model, input_ids=ids)
-    for full, span in (([0, 1], Span("sliding", 3)), ([], Span("sliding", 40)), ([], Span("block", 40, 0))):
+    for full, span in (
+        ([0, 1], AttentionWindow("sliding", 3)),
+        ([], AttentionWindow("sliding", 40)),
+        ([], AttentionWindow("block", 40, 0)),
+    ):
         handle = masformer.convert(model, full_layers=full, span=span)
         torch.testing.assert_close(logits(model, input_ids=ids), before, atol=1e-5, rtol=0)
         handle.revert()
-    handle = masformer.convert(model, full_layers=[0], span=Span("sliding", 4))
+    handle = masformer.convert(model, full_layers=[0], span=AttentionWindow("sliding", 4))
     assert not torch.allclose(logits(model, input_ids=ids), before, atol=1e-3)
     handle.revert()
     assert torch.equal(logits(model, input_ids=ids), before)
@@ -106,7 +125,7 @@ def test_04_a_span_that_holds_all_is_the_unmodified_model(kind):
 
 def test_05_a_window_of_one_is_the_value_itself():
     model = tiny_model("llama").model
-    masformer.convert(model, full_layers=[1], span=Span("sliding", 1))
+    masformer.convert(model, full_layers=[1], span=AttentionWindow("sliding", 1))
     seen = {}
     attention = model.model.layers[0].self_attn
     attention.v_proj.register_forward_hook(lambda module, args, output: seen.update(value=output))
@@ -127,11 +146,11 @@ def test_06_locality():
         difference = (logits(model, input_ids=ids) - logits(model, input_ids=other)).abs().amax((0, 2))
         return difference > 0
 
-    assert not changed([], Span("block", 8, 0))[8:].any()
-    assert not changed([], Span("block", 8, 1))[8 * 4 :].any()
-    assert changed([], Span("block", 8, 1))[8:16].any()
-    assert not changed([], Span("sliding", 8))[1 + 3 * 7 :].any()
-    assert changed([1], Span("block", 8, 0))[32:].any()
+    assert not changed([], AttentionWindow("block", 8, 0))[8:].any()
+    assert not changed([], AttentionWindow("block", 8, 1))[8 * 4 :].any()
+    assert changed([], AttentionWindow("block", 8, 1))[8:16].any()
+    assert not changed([], AttentionWindow("sliding", 8))[1 + 3 * 7 :].any()
+    assert changed([1], AttentionWindow("block", 8, 0))[32:].any()
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -160,16 +179,16 @@ def test_08_cache_length():
             handle.commit(None)
             yield layer, handle
 
-    for t, (layer, _) in enumerate(grown(Span("sliding", 6), [1] * 12), 1):
+    for t, (layer, _) in enumerate(grown(AttentionWindow("sliding", 6), [1] * 12), 1):
         assert layer.keys.shape[2] == min(t, 5)
-    block = Span("block", 4, 1)
+    block = AttentionWindow("block", 4, 1)
     visible = []
     for t, (_, handle) in enumerate(grown(block, [1] * 12)):
         (part,) = handle.parts
         places = torch.arange(t + 1) if part.places is None else part.places[0]
         visible.append(int(block.sees(torch.tensor(t), places).sum()))
     assert visible == [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8]
-    for span in (Span("sliding", 8), Span("sliding", 8, sinks=3), block):
+    for span in (AttentionWindow("sliding", 8), AttentionWindow("sliding", 8, sinks=3), block):
         layer, _ = next(grown(span, [500]))
         ideal = 2 * (span.reach + span.sinks) * 4 * 4
         assert layer.keys.untyped_storage().nbytes() == layer.values.untyped_storage().nbytes() == ideal
@@ -181,7 +200,7 @@ def test_09_bytes():
     assert formula_bytes(smol, 8192, spans=False) == pytest.approx(188.7e6, rel=1e-3)
     assert formula_bytes(smol, 8192) == pytest.approx(56.6e6, rel=1e-3)
     model = tiny_model("llama", num_hidden_layers=4).model
-    masformer.convert(model, full_layers=[2], span=Span("sliding", 16, sinks=2))
+    masformer.convert(model, full_layers=[2], span=AttentionWindow("sliding", 16, sinks=2))
     cache = SpanCache(model.config)
     with torch.no_grad():
         model(input_ids=torch.randint(10, 200, (3, 200)), past_key_values=cache)
@@ -231,7 +250,7 @@ def test_12_a_llama_saved_as_a_ministral(tmp_path, full, exact):
     opened = tiny_model("llama")
     ids = torch.randint(10, 200, (2, 40), generator=torch.Generator().manual_seed(0))
     before = logits(opened.model, input_ids=ids)
-    masformer.convert(opened.model, full_layers=full, span=Span("sliding", 8))
+    masformer.convert(opened.model, full_layers=full, span=AttentionWindow("sliding", 8))
     folder = native.save_native(opened.model, opened.tokenizer, tmp_path / "native")
     stock = AutoModelForCausalLM.from_pretrained(folder)
     assert stock.config.model_type == "ministral"
@@ -248,13 +267,13 @@ def test_13_layer_types_alone_would_change_nothing():
     typed = tiny_model("llama", layer_types=["sliding_attention", "full_attention"], sliding_window=8).model
     assert isinstance(typed.config, LlamaConfig)
     assert torch.equal(logits(plain, input_ids=ids), logits(typed, input_ids=ids))
-    masformer.convert(plain, full_layers=[1], span=Span("sliding", 8))
+    masformer.convert(plain, full_layers=[1], span=AttentionWindow("sliding", 8))
     assert getattr(plain.config, "layer_types", None) is None
 
 
 def test_14_the_mask_arrives(monkeypatch):
     model = tiny_model("llama").model
-    masformer.convert(model, full_layers=[1], span=Span("sliding", 4))
+    masformer.convert(model, full_layers=[1], span=AttentionWindow("sliding", 4))
     seen = []
     original = spans.spanned
 
@@ -280,7 +299,7 @@ def test_marks_beyond_a_span_are_refused_and_full_layers_are_steered():
     from tenfold.errors import TenfoldError
 
     opened = tiny_model("llama")
-    masformer.convert(opened.model, full_layers=[1], span=Span("sliding", 8))
+    masformer.convert(opened.model, full_layers=[1], span=AttentionWindow("sliding", 8))
     text = "It was <mark>red</mark>, she said, and nobody in the town believed a word of it."
     marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text)])
     plain = logits(opened.model, **marks.inputs)
@@ -302,7 +321,11 @@ def test_15_time():
     index = torch.arange(8192)
     mask = ((index[:, None] >= index) & (index[:, None] - index < 1024))[None, None]
     dense = partial(scaled_dot_product_attention, q, k, v, scale=0.125, enable_gqa=True)
-    spans_ = {"p=0": Span("block", 1024, 0), "p=1": Span("block", 1024, 1), "sliding": Span("sliding", 1024)}
+    spans_ = {
+        "p=0": AttentionWindow("block", 1024, 0),
+        "p=1": AttentionWindow("block", 1024, 1),
+        "sliding": AttentionWindow("sliding", 1024),
+    }
     ways = {name: partial(local_attention, q, k, v, span, 0.125) for name, span in spans_.items()}
     ways |= {"full": partial(dense, is_causal=True), "stock": partial(dense, attn_mask=mask)}
     seconds = {name: [] for name in ways}
@@ -324,7 +347,7 @@ def test_16_selection():
     on the passage, four of them always come first here. So does the loss of the bottom six: 3.7 on its passage, 2.5 to
     3.0 on ours, where the profiled six have 0.8 to 1.0 and its own six 0.9 to 1.1."""
     opened = open_model("demo", device="cpu")
-    model, span = opened.model.eval(), Span("block", 64, 1, sinks=4)
+    model, span = opened.model.eval(), AttentionWindow("block", 64, 1, sinks=4)
     ids = torch.tensor(opened.tokenizer("\n\n".join(python_reference()[0].values()), verbose=False)["input_ids"])
     texts = [repeated(piece, 430, 420)[0] for piece in spread(ids, 850, 4, "python-reference")]
     scores = masformer.profile(model, texts[:2], span)
@@ -347,7 +370,7 @@ def test_block_marks_are_refused_by_what_the_last_token_sees_and_sinks_are_seen(
     from tenfold.errors import TenfoldError
 
     text = "It was <mark>red</mark>, she said, and nobody in the town believed a word of it."
-    for span, seen in ((Span("block", 32, 0), False), (Span("block", 8, 0, sinks=12), True)):
+    for span, seen in ((AttentionWindow("block", 32, 0), False), (AttentionWindow("block", 8, 0, sinks=12), True)):
         opened = tiny_model("llama")
         masformer.convert(opened.model, full_layers=[1], span=span)
         marks = pasta.encode(opened.tokenizer, [pasta.from_tags(text)])
@@ -366,7 +389,7 @@ def test_static_caches_and_padding_within_a_row_are_refused():
     from tenfold.errors import ModelError
 
     model = tiny_model("llama").model
-    masformer.convert(model, full_layers=[1], span=Span("sliding", 8))
+    masformer.convert(model, full_layers=[1], span=AttentionWindow("sliding", 8))
     ids = torch.arange(5, 25)[None]
     with pytest.raises(ModelError, match="a cache of 64 keys after 20 tokens"), torch.no_grad():
         model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))

@@ -31,7 +31,7 @@ class QuestionPrompt:
 
     >>> prompt = QuestionPrompt("answer_prompt", "{context} Question: {question}")
     >>> prompt.marked("Did Ann?", "Ann did.", [(0, 3)])
-    Marked(text='Ann did. Question: Did Ann?', spans=(Span(start=0, end=3, strength=1.0),), special=True)
+    Marked(text='Ann did. Question: Did Ann?', spans=(TextSpan(start=0, end=3, strength=1.0),), special=True)
     """
 
     def __init__(self, name: str, template: str) -> None:

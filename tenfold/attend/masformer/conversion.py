@@ -3,10 +3,10 @@
 Not in the paper: single KV heads may have spans of their own (specification, section 8.6).
 
 >>> from tenfold.attend import masformer
->>> from tenfold.kernels.local import Span
+>>> from tenfold.kernels.local import AttentionWindow
 >>> from tenfold.models.tiny import tiny_model
 >>> model = tiny_model("llama").model
->>> handle = masformer.convert(model, full_layers=[0], span=Span("sliding", 16, sinks=4))
+>>> handle = masformer.convert(model, full_layers=[0], span=AttentionWindow("sliding", 16, sinks=4))
 >>> handle.report()["full layers"]
 [0]
 >>> handle.revert()
@@ -28,7 +28,7 @@ from tenfold.attend.layers import odd_layer
 from tenfold.attend.reach import reach
 from tenfold.attend.spans import FIELD, NAME, SAVED, by_span, kv_heads, note, spans_in
 from tenfold.errors import ConfigError, ModelError
-from tenfold.kernels.local import FULL, Span
+from tenfold.kernels.local import FULL, AttentionWindow
 from tenfold.models.inference import input_device, text_loss
 
 Placement = Literal["bottom", "top", "middle", "interleave"]
@@ -48,9 +48,9 @@ class Converted:
 
     model: Any
     full_layers: tuple[int, ...]
-    span: Span
+    span: AttentionWindow
     before: str
-    heads: dict[int, dict[int, Span | None]] = field(default_factory=dict)
+    heads: dict[int, dict[int, AttentionWindow | None]] = field(default_factory=dict)
 
     def table(self) -> dict[str, Any]:
         """The entry of the configuration, ``tenfold_span``: plain numbers, texts, lists and dictionaries."""
@@ -96,8 +96,8 @@ def convert(
     model: Any,
     *,
     full_layers: Sequence[int],
-    span: Span,
-    heads: Mapping[int, Mapping[int, Span | None]] | None = None,
+    span: AttentionWindow,
+    heads: Mapping[int, Mapping[int, AttentionWindow | None]] | None = None,
 ) -> Converted:
     """Give every layer that is not listed a local span, or its KV heads spans of their own.
 
@@ -211,8 +211,8 @@ def _check_layers(config: Any, layers: Mapping[int, Any]) -> None:
 
 def check_spans(
     full_layers: Collection[int],
-    span: Span,
-    heads: Mapping[int, Mapping[int, Span | None]],
+    span: AttentionWindow,
+    heads: Mapping[int, Mapping[int, AttentionWindow | None]],
     layers: Collection[int],
     count: int,
 ) -> None:
@@ -247,7 +247,7 @@ def check_spans(
                 _check_span(its, f"heads: KV head {head} of layer {layer}")
 
 
-def _check_span(span: Span, where: str) -> None:
+def _check_span(span: AttentionWindow, where: str) -> None:
     if span.pattern not in ("sliding", "block"):
         raise ConfigError(f"{where}: {span} has an unknown pattern", remedy="give 'sliding' or 'block'")
     numbers = (span.size, span.previous, span.sinks)
@@ -259,7 +259,7 @@ def _check_span(span: Span, where: str) -> None:
         )
 
 
-def profile(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span) -> dict[int, float]:
+def profile(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: AttentionWindow) -> dict[int, float]:
     r"""How much each layer loses by a local span: one backward pass over all of them (specification, section 8.1).
 
     Every layer gives :math:`\\alpha` full + :math:`(1 - \\alpha)` local attention with :math:`\\alpha = 1/2`, and its
@@ -278,7 +278,7 @@ def profile(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span) -> d
     return _scores(model, texts, span, ())
 
 
-def profile_heads(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span) -> dict[int, list[float]]:
+def profile_heads(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: AttentionWindow) -> dict[int, list[float]]:
     """The same for each KV head: one backward pass over all of them. The scores of a layer add up to its own.
 
     Args:
@@ -291,14 +291,17 @@ def profile_heads(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span
 
     >>> from tenfold.evaluate.long_context import repeated
     >>> from tenfold.models.tiny import tiny_model
-    >>> scores = profile_heads(tiny_model("llama").model, repeated(torch.arange(5, 45), 20, 20), Span("sliding", 8))
+    >>> texts, near = repeated(torch.arange(5, 45), 20, 20), AttentionWindow("sliding", 8)
+    >>> scores = profile_heads(tiny_model("llama").model, texts, near)
     >>> {layer: len(heads) for layer, heads in scores.items()}
     {0: 2, 1: 2}
     """
     return _scores(model, texts, span, (kv_heads(_decoder(model)),))
 
 
-def _scores(model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: Span, shape: tuple[int, ...]) -> dict[int, Any]:
+def _scores(
+    model: Any, texts: Sequence[tuple[Tensor, Tensor]], span: AttentionWindow, shape: tuple[int, ...]
+) -> dict[int, Any]:
     """The slopes of gates of a shape in every layer, as numbers and lists."""
     if not texts:
         raise ConfigError("texts: none to profile on", remedy="give one text or more")
@@ -358,7 +361,7 @@ def place(placement: Placement, full: int, layers: Collection[int]) -> tuple[int
 
 def choose_heads(
     scores: Mapping[int, Sequence[float]], count: int
-) -> tuple[tuple[int, ...], dict[int, dict[int, Span | None]]]:
+) -> tuple[tuple[int, ...], dict[int, dict[int, AttentionWindow | None]]]:
     """The KV heads of largest score, as `convert` takes them: they keep full attention.
 
     Args:
@@ -378,7 +381,7 @@ def choose_heads(
     if not 0 <= count <= len(places):
         raise ConfigError(f"full heads: {count} of {len(places)}", remedy=f"give 0 to {len(places)}")
     best = sorted(places, key=lambda place: -scores[place[0]][place[1]])[:count]
-    heads: dict[int, dict[int, Span | None]] = {}
+    heads: dict[int, dict[int, AttentionWindow | None]] = {}
     for layer, head in sorted(best):
         heads.setdefault(layer, {})[head] = None
     full = tuple(layer for layer, own in heads.items() if len(own) == len(scores[layer]))

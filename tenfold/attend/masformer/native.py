@@ -60,10 +60,10 @@ def save_native(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bo
 
     >>> import tempfile
     >>> from tenfold.attend import masformer
-    >>> from tenfold.kernels.local import Span
+    >>> from tenfold.kernels.local import AttentionWindow
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")
-    >>> handle = masformer.convert(opened.model, full_layers=[0], span=Span("sliding", 16))
+    >>> handle = masformer.convert(opened.model, full_layers=[0], span=AttentionWindow("sliding", 16))
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     _ = save_native(opened.model, opened.tokenizer, f"{parent}/native")
     ...     '"model_type": "ministral"' in Path(f"{parent}/native/config.json").read_text()
@@ -85,10 +85,10 @@ def native_config(model: Any) -> Any:
         ModelError: there is none; says why.
 
     >>> from tenfold.attend import masformer
-    >>> from tenfold.kernels.local import Span
+    >>> from tenfold.kernels.local import AttentionWindow
     >>> from tenfold.models.tiny import tiny_model
     >>> model = tiny_model("qwen2").model
-    >>> handle = masformer.convert(model, full_layers=[1], span=Span("sliding", 16))
+    >>> handle = masformer.convert(model, full_layers=[1], span=AttentionWindow("sliding", 16))
     >>> native_config(model).layer_types
     ['sliding_attention', 'full_attention']
     """

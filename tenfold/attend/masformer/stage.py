@@ -16,7 +16,7 @@ from tenfold.cache.spans import formula_bytes
 from tenfold.config.masformer import MasformerConfig
 from tenfold.errors import ConfigError
 from tenfold.evaluate.long_context import copying, joined_ids, repeated, spread
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.export import save_model
 from tenfold.models.inference import max_positions
 from tenfold.stage.context import Context, StageOutput
@@ -31,7 +31,7 @@ def run_masformer(config: MasformerConfig, context: Context) -> StageOutput:
     """The stage ``masformer``; its artefact is the converted model."""
     opened = context.model.open(merge=True)
     model = opened.model
-    span = Span(config.pattern, config.window, config.previous, config.sinks)
+    span = AttentionWindow(config.pattern, config.window, config.previous, config.sinks)
     convert(model, full_layers=config.full_layers or (), span=span).revert()  # refuses what cannot be, before hours
     _count(model, config)
     found, measured = _texts(opened.tokenizer, model, span, config, context)
@@ -58,7 +58,7 @@ def run_masformer(config: MasformerConfig, context: Context) -> StageOutput:
 
 
 def _texts(
-    tokenizer: Any, model: Any, span: Span, config: MasformerConfig, context: Context
+    tokenizer: Any, model: Any, span: AttentionWindow, config: MasformerConfig, context: Context
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Texts to profile on, and others to measure on: from the first and the second half of the rows."""
     assert context.rows is not None
@@ -82,8 +82,8 @@ def _count(model: Any, config: MasformerConfig) -> tuple[int, int]:
 
 
 def _chosen(
-    model: Any, span: Span, texts: Sequence[Tensor], config: MasformerConfig, context: Context
-) -> tuple[tuple[int, ...], dict[int, dict[int, Span | None]], dict[int, list[float]]]:
+    model: Any, span: AttentionWindow, texts: Sequence[Tensor], config: MasformerConfig, context: Context
+) -> tuple[tuple[int, ...], dict[int, dict[int, AttentionWindow | None]], dict[int, list[float]]]:
     """The full layers, the full heads of others, and the scores that they were found by, if they were."""
     layers = sorted(self_attentions(model))
     if config.full_layers is not None:
@@ -128,7 +128,7 @@ def _maps(handle: Converted, scores: Mapping[int, Sequence[float]]) -> list[Figu
     """How many heads of each layer keep full attention, and the scores that they were chosen by."""
     layers = sorted(self_attentions(handle.model))
     names, each = tuple(map(str, layers)), kv_heads(handle.model.config.get_text_config(decoder=True))
-    heads: Mapping[int, Mapping[int, Span | None]] = handle.heads
+    heads: Mapping[int, Mapping[int, AttentionWindow | None]] = handle.heads
     counts = tuple(float(each if layer in handle.full_layers else len(heads.get(layer, ()))) for layer in layers)
     figures = [
         Figure(

@@ -22,9 +22,11 @@ from tenfold.config.gear import CacheConfig
 from tenfold.core.formats import half_or_float
 from tenfold.errors import ModelError
 from tenfold.kernels.compressed import choose
-from tenfold.kernels.packed_blocks import RAW, Functions, Side
+from tenfold.kernels.packed_blocks import RAW, Functions, PackedBlocks
 from tenfold.kernels.view import View
 
+Packed = tuple[tuple[PackedBlocks, PackedBlocks], ...]
+"""Keys and values of packed blocks, in order of tokens; blocks of equal form are one item."""
 PIECE = 1024
 """Tokens whose blocks are packed at once: it bounds the float32 copies."""
 
@@ -55,7 +57,7 @@ class GearLayer(CacheLayer):
         """Tokens of the first call: the prompt, or its first piece."""
         self.lead = False
         """Whether the first packed block is the prompt's."""
-        self.packed: tuple[tuple[Side, Side], ...] = ()
+        self.packed: Packed = ()
         self.packed_tokens = 0
         """Tokens that went through the quantiser so far."""
 
@@ -227,7 +229,7 @@ class GearLayer(CacheLayer):
     def _joined(self, side: int, tokens: int) -> Tensor:
         return torch.cat([self.first[side], self.buffer[side][:, :, :tokens]], 2)
 
-    def _pack_side(self, x: Tensor, form: Format, lines: int, keep: Tensor | None, blocks: int) -> Side:
+    def _pack_side(self, x: Tensor, form: Format, lines: int, keep: Tensor | None, blocks: int) -> PackedBlocks:
         """Blocks of equal length are packed at once, as if they were rows of a batch."""
         batch = x.shape[0]
         x = x.unflatten(2, (blocks, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1)
@@ -241,7 +243,7 @@ class GearLayer(CacheLayer):
             dense = side.dense(torch.promote_types(x.dtype, torch.float32))
             # Rotated numbers of a float16 model may lie beyond float16.
             kind = half_or_float(dense) if self.dtype == torch.float16 else self.dtype
-            side = Side(RAW, x.shape[-1], form.axis, 1, lines, dense.unsqueeze(0).to(kind))
+            side = PackedBlocks(RAW, x.shape[-1], form.axis, 1, lines, dense.unsqueeze(0).to(kind))
         return side.map(lambda tensor: tensor[0].unflatten(0, (blocks, batch)))
 
     def _check_finite(self, sides: list[Tensor], keep: Tensor | None) -> None:
@@ -323,7 +325,7 @@ _PARTS = {
 }
 
 
-def _appended(packed: tuple[tuple[Side, Side], ...], pair: tuple[Side, Side]) -> tuple[tuple[Side, Side], ...]:
+def _appended(packed: Packed, pair: tuple[PackedBlocks, PackedBlocks]) -> Packed:
     """With further blocks: in the last stack where they are like it, else in one of their own."""
     if packed and all(old.like(new) for old, new in zip(packed[-1], pair, strict=True)):
         last = packed[-1]
@@ -353,13 +355,13 @@ def seen_keys(mask: Tensor | None, keys: int) -> Tensor | None:
     return None if bool(mask[:, :, -1].any(1).all()) else mask.bool().any(2).any(1)
 
 
-def _tokens(packed: tuple[tuple[Side, Side], ...]) -> int:
+def _tokens(packed: Packed) -> int:
     return sum(keys.blocks * keys.length for keys, _ in packed)
 
 
-def _first_tokens(packed: tuple[tuple[Side, Side], ...], tokens: int) -> tuple[tuple[Side, Side], ...]:
+def _first_tokens(packed: Packed, tokens: int) -> Packed:
     """Whole blocks, and the one that is cut."""
-    kept: list[tuple[Side, Side]] = []
+    kept: list[tuple[PackedBlocks, PackedBlocks]] = []
     for pair in packed:
         blocks, rest = divmod(min(tokens, pair[0].blocks * pair[0].length), pair[0].length)
         keys, values = pair

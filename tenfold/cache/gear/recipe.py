@@ -11,7 +11,7 @@ from torch import Tensor
 from tenfold.core.formats import dequantise, half_or_float, pack, quantise
 from tenfold.core.low_rank import low_rank
 from tenfold.core.outliers import outlier_count, outliers
-from tenfold.kernels.packed_blocks import RAW, Side
+from tenfold.kernels.packed_blocks import RAW, PackedBlocks
 
 SMALL = 256
 """Lines of up to so many entries have positions of 8 bits."""
@@ -42,7 +42,7 @@ class Format:
 
 def compress(
     x: Tensor, form: Format, *, lines: int, keep: Tensor | None = None, metadata: torch.dtype | None = None
-) -> Side:
+) -> PackedBlocks:
     """Pack one block.
 
     Args:
@@ -61,7 +61,7 @@ def compress(
     True
     """
     if form.bits == RAW:
-        return Side(RAW, x.shape[-1], form.axis, 1, lines, x.to(torch.bfloat16).contiguous()[None])
+        return PackedBlocks(RAW, x.shape[-1], form.axis, 1, lines, x.to(torch.bfloat16).contiguous()[None])
     # A copy of its own: products of views with other strides differ in the last bits (specification, item 6).
     x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     valid = None if keep is None or bool(keep.all()) else keep[:, None, :, None]
@@ -88,7 +88,7 @@ def compress(
         parts |= {"delta": delta.to(kind), "place": place.to(_index_type(x.shape[lines]))}
     parts |= {"codes": pack(codes, form.bits), "scale": scale, "zero": zero}
     stored = {name: part[None].contiguous() for name, part in parts.items()}
-    return Side(form.bits, x.shape[-1], form.axis, group, lines, **stored)
+    return PackedBlocks(form.bits, x.shape[-1], form.axis, group, lines, **stored)
 
 
 def _ordinary(x: Tensor, place: Tensor | None, valid: Tensor | None, lines: int) -> Tensor | None:
