@@ -41,7 +41,8 @@ class GenerateConfig(SteeringFields):
     """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
     kv: str | None = None
     """A packed KV cache (GEAR): ``gear:4``, ``gear:3.5bits``, ``gear:9KiB/token``, ``gear-full:2``, ``gear-l:2``. Each
-    prompt is continued on the exact cache and on this one, also where parts are emphasised."""
+    prompt is continued on the exact cache and on this one, also where parts are emphasised; so is a question answered,
+    also with evidence."""
     baseline: bool = True
     """Also let the model write that the recipe started from."""
     emphasise: tuple[str, ...] = ()
@@ -97,8 +98,6 @@ class GenerateConfig(SteeringFields):
             raise ValueError("find_evidence looks for the key sentence of a context: give context and question")
         if self.kv is not None:
             checked_kv("kv", self.kv)
-            if self.context is not None:
-                raise ValueError("kv is for continuing prompts: leave context and question out")
         if self.context is not None and self.emphasise:
             raise ValueError("emphasise marks parts of prompts; with context and question use find_evidence")
         if self.question is not None and not self.question.strip():

@@ -1,1 +1,1 @@
-"""Who writes and scores: models here, llama.cpp, servers."""
+"""Engines: one way to ask for texts and scores, whoever computes them."""

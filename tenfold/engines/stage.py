@@ -2,138 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tenfold.attend.autopasta.answering import Answer, AutoPasta
-from tenfold.attend.pasta.prompts import chat_prompt, loops, profile_of, uses_template
-from tenfold.attend.pasta.steering import lifts, steer
-from tenfold.attend.text_marks import encode, from_substrings
-from tenfold.cache.packing import cache_note, packed_caches
-from tenfold.cache.spans import own_cache
+from tenfold.attend.pasta.prompts import loops, profile_of, uses_template
 from tenfold.config.generate import GenerateConfig
+from tenfold.engines.requests import Evidence, Found, Reply, Request
+from tenfold.engines.session import Session
 from tenfold.errors import DataError
 from tenfold.evaluate.subjects import Subjects, open_subjects
-from tenfold.models.generation import continue_inputs, generate
-from tenfold.models.inference import input_device
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Sample
 
+CHAT = {"auto": None, "yes": True, "no": False}
+
 
 def run_generate(config: GenerateConfig, context: Context) -> StageOutput:
-    """The stage ``generate``: one sample for each prompt."""
-    if config.context is not None:
-        read_context(config.context)  # before the weights
-        return StageOutput(samples=answer_file(config, context, open_subjects(context, config.baseline)))
+    """The stage ``generate``: one sample for each prompt, or for the question."""
+    text = None if config.context is None else read_context(config.context)  # before the weights
     subjects = open_subjects(context, config.baseline)
     written: dict[str, list[str]] = {}
     notes: list[str] = []
     for index, name in enumerate(subjects.models):
         context.progress("generate", index, len(subjects.models), name)
         with subjects.use(name) as model:
-            write = partial(
-                generate,
-                model,
-                subjects.tokenizer,
-                config.prompts,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                chat={"auto": None, "yes": True, "no": False}[config.chat],
-                seed=context.seed,
-                make_cache=partial(own_cache, model),
-            )
-            written[name] = write()
-            if config.emphasise:
-                emphasise = partial(emphasised, model, subjects.tokenizer, config, context)
-                written[f"{name}, emphasised"], more = emphasise()
-                notes += [f"{name}, {note}" for note in more]
-            if config.kv is not None:
-                with packed_caches(model, config.kv) as (make, made):
-                    written[f"{name}, {config.kv}"] = write(make_cache=make)
-                    if config.emphasise:
-                        written[f"{name}, emphasised, {config.kv}"], more = emphasise(make)
-                        notes += [f"{name}, {config.kv}, {note}" for note in more]
-                notes.append(f"{name}, {cache_note(config.kv, made)}")
+            for kv in (None, config.kv) if config.kv else (None,):
+                session = _session(config, context, model, subjects, kv)
+                label = [name] if kv is None else [name, kv]
+                if text is None:
+                    found, more = _continued(config, context, session, name, label)
+                else:
+                    found, more = _answered(config, session, text, name, label), []
+                written |= found
+                notes += [*more, *(f"{name}, {note}" for note in session.notes)]
+    prompts = config.prompts if config.question is None else (config.question,)
     samples = [
         Sample(prompt=prompt, outputs={name: texts[index] for name, texts in written.items()})
-        for index, prompt in enumerate(config.prompts)
+        for index, prompt in enumerate(prompts)
     ]
     return StageOutput(samples=samples, notes=notes)
 
 
-BATCH = 8
-"""Prompts that ``generate`` continues at once."""
+def _session(config: GenerateConfig, context: Context, model: object, subjects: Subjects, kv: str | None) -> Session:
+    return Session(
+        model,
+        subjects.tokenizer,
+        kv=kv,
+        profile=profile_of(config, context) if config.steers else "default",
+        alpha=config.alpha,
+        target_mass=config.target_mass,
+        chat=CHAT[config.chat],
+    )
 
 
-def emphasised(
-    model: Any,
-    tokenizer: Any,
-    config: GenerateConfig,
-    context: Context,
-    make_cache: Callable[[], Any] = lambda: None,
-) -> tuple[list[str], list[str]]:
-    """``tenfold generate --emphasise ...``: the prompts continued with these parts emphasised, and what to note.
-
-    Args:
-        model: that writes.
-        tokenizer: its tokenizer.
-        config: of the stage.
-        context: of the run.
-        make_cache: the cache of a batch, asked for each; None is the model's own.
-    """
-    texts: list[str] = []
-    notes: dict[str, None] = {}
-    profile = profile_of(config, context)
-    dose = config.dose(uses_template(tokenizer, config.chat), lifts=lifts(model))
-    for start in range(0, len(config.prompts), BATCH):
-        prompts = []
-        for prompt in config.prompts[start : start + BATCH]:
-            parts = [part for part in config.emphasise if part in prompt]
-            prompts.append(chat_prompt(tokenizer, from_substrings(prompt, parts, "all"), config.chat))
-        marks, cache = encode(tokenizer, prompts, device=input_device(model)), make_cache()
-        with steer(model, marks, profile=profile, tell=lambda note: notes.update({note: None}), **dose):
-            texts += continue_inputs(
-                model,
-                tokenizer,
-                {**marks.inputs, **({} if cache is None else {"past_key_values": cache})},
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                seed=context.seed,
-            )
-    return texts, [*notes, *loops({f"prompt {number}": text for number, text in enumerate(texts, 1)})]
+def _continued(
+    config: GenerateConfig, context: Context, session: Session, name: str, label: Sequence[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The prompts continued plain and, where something is emphasised, emphasised; and what to note."""
+    requests = [_request(config, context, session, number) for number in range(len(config.prompts))]
+    found = {", ".join(label): [reply.text for reply in session.generate(requests)]}
+    if not config.emphasise:
+        return found, []
+    requests = [_request(config, context, session, number, True) for number in range(len(config.prompts))]
+    replies = session.generate(requests)
+    texts = [reply.text for reply in replies]
+    found[", ".join([name, "emphasised", *label[1:]])] = texts
+    told = dict.fromkeys(note for reply in replies for note in reply.notes)
+    told |= dict.fromkeys(loops({f"prompt {number}": text for number, text in enumerate(texts, 1)}))
+    return found, [", ".join([*label, note]) for note in told]
 
 
-def answer_file(config: GenerateConfig, context: Context, subjects: Subjects) -> list[Sample]:
-    """``tenfold generate --context FILE --question ...``: the answer, and with ``find_evidence`` where it comes from.
+def _request(
+    config: GenerateConfig, context: Context, session: Session, number: int, emphasised: bool = False
+) -> Request:
+    """A prompt as what a user says, where there is a chat template and it is wanted; each with a seed of its own."""
+    prompt = config.prompts[number]
+    chat = uses_template(session.tokenizer, config.chat)
+    return Request(
+        None if chat else prompt,
+        [{"role": "user", "content": prompt}] if chat else (),
+        emphasis=tuple(part for part in config.emphasise if part in prompt) if emphasised else (),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=context.seed + number,
+    )
 
-    Raises:
-        DataError: a context that is no text file.
-    """
-    assert config.context is not None
-    assert config.question is not None
-    text = read_context(config.context)
-    outputs: dict[str, str] = {}
-    for number, name in enumerate(subjects.models):
-        with subjects.use(name) as model:
-            heads: dict[int, tuple[int, ...]] | None = None if config.find_evidence else {}
-            ask = AutoPasta(
-                model,
-                subjects.tokenizer,
-                profile=profile_of(config, context) if config.find_evidence else "default",
-                heads=heads,
-                **config.dose(chat=False),
-                max_answer_tokens=config.max_new_tokens,
-                chat={"auto": None, "yes": True, "no": False}[config.chat],
-            )
-            context.progress("generate", number, len(subjects.models), name)
-            outputs[name] = ask(config.question, text, mode="direct").answer
-            if config.find_evidence:
-                found = ask(config.question, text)
-                outputs[f"{name}, with evidence"] = found.answer
-                outputs[f"{name}, evidence"] = "; ".join([_evidence(found, text), *ask.notes])
-    return [Sample(prompt=config.question, outputs=outputs)]
+
+def _answered(
+    config: GenerateConfig, session: Session, text: str, name: str, label: Sequence[str]
+) -> dict[str, list[str]]:
+    """The answer to ``question`` from ``context``, and with ``find_evidence`` where it comes from."""
+
+    def ask(mode: str) -> Reply:
+        evidence = Evidence(str(config.question), text, mode)  # type: ignore[arg-type]
+        return session.generate([Request(evidence=evidence, max_new_tokens=config.max_new_tokens)])[0]
+
+    found = {", ".join(label): [ask("direct").text]}
+    if config.find_evidence:
+        reply = ask("autopasta")
+        found[", ".join([name, "with evidence", *label[1:]])] = [reply.text]
+        said = "; ".join([_evidence(reply.found or Found(), text), *reply.notes])
+        found[", ".join([name, "evidence", *label[1:]])] = [said]
+    return found
 
 
 def read_context(path: Path) -> str:
@@ -153,7 +123,7 @@ def read_context(path: Path) -> str:
     return text
 
 
-def _evidence(found: Answer, text: str) -> str:
+def _evidence(found: Found, text: str) -> str:
     if not found.spans:
         return f"none: no sentence supports what the model quoted, so nothing was emphasised (quote: {found.quote!r})"
     return " ... ".join(

@@ -69,10 +69,10 @@ def generate(
     texts: list[str] = []
     with evaluating(model), _seeded(seed if temperature else None, device):
         for start in range(0, len(prompts), batch_size):
-            batch = _left_padded(tokenizer, prompts[start : start + batch_size], special=not chat, device=device)
+            batch = left_padded(tokenizer, prompts[start : start + batch_size], special=not chat, device=device)
             cache = None if make_cache is None else make_cache()
             given = batch if cache is None else {**batch, "past_key_values": cache}
-            texts += _continue(model, tokenizer, given, config)
+            texts += tokenizer.batch_decode(_continue(model, given, config), skip_special_tokens=True)
     return texts
 
 
@@ -99,21 +99,55 @@ def continue_inputs(
     Returns:
         The new text of each row, special tokens left out.
     """
-    with evaluating(model), _seeded(seed if temperature else None, input_device(model)):
-        return _continue(model, tokenizer, inputs, decoding(model, tokenizer, max_new_tokens, temperature))
-
-
-def _continue(model: Any, tokenizer: Any, inputs: Mapping[str, Any], config: GenerationConfig) -> list[str]:
-    ids = model.generate(**inputs, generation_config=config)
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    ids = continue_ids(model, tokenizer, inputs, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
 
 
-def _left_padded(
+def continue_ids(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Any],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """As `continue_inputs`: the new tokens of each row, the one that ends its turn included."""
+    config = decoding(model, tokenizer, max_new_tokens, temperature)
+    with evaluating(model), _seeded(seed if temperature else None, input_device(model)):
+        return _continue(model, inputs, config)
+
+
+def _continue(model: Any, inputs: Mapping[str, Any], config: GenerationConfig) -> list[list[int]]:
+    ids = model.generate(**inputs, generation_config=config)
+    return [up_to_end(row, config.eos_token_id) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def up_to_end(ids: list[int], ends: Sequence[int] | None) -> list[int]:
+    """Tokens up to the first that ends a turn, which is among them.
+
+    >>> up_to_end([5, 6, 2, 0, 0], [2])
+    [5, 6, 2]
+    """
+    end = next((at for at, token in enumerate(ids) if token in (ends or ())), len(ids))
+    return ids[: end + 1]
+
+
+def left_padded(
     tokenizer: Any, prompts: Sequence[str], *, special: bool, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Token ids and their mask, each ``[batch, tokens]``, filled on the left; the tokenizer's settings stay alone."""
+    """Token ids and their mask, each ``[batch, tokens]``, filled on the left; the tokenizer's settings stay alone.
+
+    Args:
+        tokenizer: any.
+        prompts: none of them empty.
+        special: whether the tokenizer adds its special tokens.
+        device: where the tensors go.
+
+    Raises:
+        ConfigError: a prompt without a token.
+    """
     encoded = [tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"] for prompt in prompts]
     if any(not ids for ids in encoded):
         raise ConfigError("an empty prompt cannot be continued", remedy="give each prompt at least one word")

@@ -42,7 +42,7 @@ from tenfold.attend.reach import sights, split
 from tenfold.attend.text_marks import Marked, Marks, encode
 from tenfold.data.templates import require_chat_template
 from tenfold.errors import ConfigError
-from tenfold.models.generation import continue_inputs
+from tenfold.models.generation import continue_ids
 from tenfold.models.inference import input_device, max_positions
 
 Mode = Literal["direct", "iterative", "autopasta", "gold", "whole"]
@@ -68,6 +68,8 @@ class Answer:
         stage: how that sentence was found: exact, normalised, ratio or embedding.
         fallback: whether the mode found nothing to use, so that the question was answered as in mode ``direct``.
         reused: prompt tokens that the first pass had computed for the second already.
+        prompt_tokens: of the prompt that was answered.
+        token_ids: of the answer, the one that ends the turn included.
         timings: seconds of the steps ``identify``, ``locate`` and ``answer``; in a batch, its share of each.
     """
 
@@ -78,6 +80,8 @@ class Answer:
     stage: Stage | None = None
     fallback: bool = False
     reused: int = 0
+    prompt_tokens: int = field(default=0, compare=False)
+    token_ids: tuple[int, ...] = field(default=(), compare=False)
     timings: dict[str, float] = field(default_factory=dict, compare=False)
 
 
@@ -127,6 +131,8 @@ class AutoPasta:
         template: further arguments of the chat template, such as ``{"enable_thinking": False}``.
         reuse: keep the keys and values of the first pass, up to the first mark, for the second. Exact; only for one row
             at a time and full-attention layers, otherwise everything is computed again.
+        make_cache: makes an empty cache for each thing that is read, such as a packed one, whose prompt is never used
+            twice; by default, and where it gives None, the model's own.
 
     Raises:
         ConfigError: a field out of its range, a prompt without its two fields, a profile or heads of another model.
@@ -161,12 +167,14 @@ class AutoPasta:
         chat: bool | None = None,
         template: Mapping[str, Any] | None = None,
         reuse: bool = True,
+        make_cache: Callable[[], Any] | None = None,
     ) -> None:
         if min(max_quote_tokens, max_answer_tokens) < 1:
             lengths = f"{max_quote_tokens}, {max_answer_tokens}"
             raise ConfigError(f"max_quote_tokens, max_answer_tokens: {lengths}", remedy="give 1 or more")
         locate("", "", embed=embed, min_similarity=min_similarity, max_spans=max_spans)  # refuses what it refuses later
-        self.model, self.tokenizer, self.reuse = model, tokenizer, reuse
+        self.model, self.tokenizer, self.make_cache = model, tokenizer, make_cache
+        self.reuse = reuse and make_cache is None
         self.alpha, self.target_mass = alpha, target_mass
         self.split, self.embed = split, embed
         self.min_similarity, self.max_spans = min_similarity, max_spans
@@ -276,7 +284,8 @@ class AutoPasta:
             tails = [continuation(self.tokenizer, *pair) for pair in zip(prompts, texts, strict=True)]
             marks, _ = self._marks(prompts, max(map(len, tails)))
             with self._steered(marks):
-                found.append(torch.stack(likelihood(self.model, marks, tails), 1))
+                scores = likelihood(self.model, marks, tails, make_cache=self.make_cache)
+            found.append(torch.stack(scores, 1))
         return Scores(*torch.cat(found).unbind(1))
 
     def identifying(self, question: str, context: str) -> Marked:
@@ -327,8 +336,8 @@ class AutoPasta:
         marks = encode(self.tokenizer, prompts, device=input_device(self.model))
         self._check_room(marks, self.max_quote_tokens)
         cache = self._empty_cache() if self.reuse and len(rows) == 1 else None
-        texts = self._write(marks, self.max_quote_tokens, cache)
-        return texts, None if cache is None else (marks.input_ids[0], cache)
+        written = self._write(marks, self.max_quote_tokens, cache)
+        return self._read(written), None if cache is None else (marks.input_ids[0], cache)
 
     def _empty_cache(self) -> DynamicCache | None:
         """A cache that can be cut anywhere; None for models with windows, which forget the beginning."""
@@ -336,9 +345,15 @@ class AutoPasta:
         usual = getattr(self.model.generation_config, "cache_implementation", None) is None
         return cache if usual and all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
-    def _write(self, marks: Marks, tokens: int, cache: DynamicCache | None) -> list[str]:
+    def _write(self, marks: Marks, tokens: int, cache: DynamicCache | None) -> list[list[int]]:
+        if cache is None and self.make_cache is not None:
+            cache = self.make_cache()
         inputs = marks.inputs if cache is None else {**marks.inputs, "past_key_values": cache}
-        return continue_inputs(self.model, self.tokenizer, inputs, max_new_tokens=tokens)
+        return continue_ids(self.model, self.tokenizer, inputs, max_new_tokens=tokens)
+
+    def _read(self, written: Sequence[list[int]]) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return texts
 
     def _prompts(self, rows: Sequence[_Row], evidence: Sequence[_Evidence]) -> list[Marked]:
         pairs = zip(rows, evidence, strict=True)
@@ -349,7 +364,8 @@ class AutoPasta:
         marks, blind = self._marks(prompts, self.max_answer_tokens)
         cache, reused = _shared(marks, evidence[0].seen)
         with self._steered(marks):
-            texts = self._write(marks, self.max_answer_tokens, cache)
+            written = self._write(marks, self.max_answer_tokens, cache)
+        texts, read = self._read(written), marks.attention_mask.sum(1).tolist()
         seconds = (time.perf_counter() - start) / len(prompts)
         answers = []
         for row, (text, e) in enumerate(zip(texts, evidence, strict=True)):
@@ -357,7 +373,8 @@ class AutoPasta:
             score, stage = (least.score, least.stage) if least else (None, None)
             spans, fallback = ((), True) if row in blind else (e.spans, e.fallback)
             timings = {**e.timings, "answer": seconds}
-            answers.append(Answer(text.strip(), e.quote, spans, score, stage, fallback, reused, timings))
+            tokens: Any = {"prompt_tokens": read[row], "token_ids": tuple(written[row]), "timings": timings}
+            answers.append(Answer(text.strip(), e.quote, spans, score, stage, fallback, reused, **tokens))
         return answers
 
     def _marks(self, prompts: Sequence[Marked], tokens: int) -> tuple[Marks, list[int]]:
