@@ -81,8 +81,9 @@ class Request:
     evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("text", "messages", "evidence") if getattr(self, name) not in (None, ())]
-        if len(given) != 1 or self.messages == []:
+        there = {"text": self.text is not None, "messages": bool(self.messages), "evidence": self.evidence is not None}
+        given = [name for name, is_there in there.items() if is_there]
+        if len(given) != 1:
             raise ConfigError(
                 f"request: {' and '.join(given) or 'nothing'} to answer", "give text, messages or evidence"
             )
