@@ -19,10 +19,12 @@ def _packed_cache(model: Any, settings: CacheConfig) -> GearCache | SpanCache:
 
 @contextmanager
 def packed_caches(model: Any, kv: str) -> Iterator[tuple[Callable[[], Any], list[GearCache | SpanCache]]]:
-    """Caches for ``generate --kv``: a factory, and all that it made; attention reads them while the block runs."""
+    """Caches for ``--kv``: a factory, and the longest and newest that it made; attention reads them in the block."""
     made: list[GearCache | SpanCache] = []
 
     def make() -> GearCache | SpanCache:
+        if made:  # no more than two are kept alive
+            made[:] = [max(made, key=lambda cache: cache.get_seq_length())]
         made.append(_packed_cache(model, parse_kv(kv)))
         return made[-1]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
+from tenfold.config.gear import check_packing, checked_kv
 from tenfold.config.pasta import SteeringFields
+from tenfold.config.shape import Shape
 from tenfold.config.stage import check_kind
 
 Mode = Literal["direct", "iterative", "autopasta", "gold", "whole"]
@@ -52,6 +54,20 @@ class AutoPastaConfig(SteeringFields, DataFields):
     """Passages are left out, those without an answer first, until the prompt fits. Default: what the model can read."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """Questions of one forward pass."""
+    kv: str | None = None
+    """A packed KV cache (GEAR) such as ``gear:4`` that all modes read through. Default: the exact one."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """Heads to steer and layers to pack must be there."""
+        if self.kv is not None:
+            check_packing(shape, "kv", [self.kv])
+        return super().applied_to(shape)
+
+    @model_validator(mode="after")
+    def _known_cache(self) -> Self:
+        if self.kv is not None:
+            checked_kv("kv", self.kv)
+        return self
 
     def check(self, rows: Rows | None) -> None:
         """A profile, and questions where there is data."""

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
+from tenfold.config.gear import check_packing, checked_kv
 from tenfold.config.shape import Shape
 from tenfold.config.stage import check_kind
 
 TASKS = ("perplexity", "copying", "needle", "speed", "memory", "multiple_choice", "question_answering")
 
+
+ON_CACHE = ("perplexity", "copying", "needle", "question_answering")
+"""Tasks that are measured on a packed cache."""
 
 MEASURED_ROWS = {
     "perplexity": "text",
@@ -58,6 +62,9 @@ class EvaluateConfig(DataFields):
     """Tokens by which the window moves. Default: half of ``max_length``."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """Sequences per forward pass."""
+    kv: str | None = None
+    """A packed KV cache (GEAR) such as ``gear:4``: perplexity, copying, needle and question_answering are measured on
+    it as well, and its perplexity is compared with the exact one token by token."""
     passages: Annotated[int, Field(ge=1)] = 4
     """Texts of ``copying`` and ``needle``, spread evenly over the data."""
     passage: Annotated[int, Field(ge=8)] = 256
@@ -80,7 +87,9 @@ class EvaluateConfig(DataFields):
             rows.split(self.holdout)
 
     def applied_to(self, shape: Shape) -> Shape:
-        """Windows and passages must be within what the model can read."""
+        """Windows and passages must be within what the model can read, and layers there to be packed."""
+        if self.kv is not None:
+            check_packing(shape, "kv", [self.kv])
         if "perplexity" in self.tasks and self.max_length is not None:
             shape.check_positions("max_length", self.max_length)
         for task, room in (("copying", self.passage), ("needle", 64)):
@@ -94,6 +103,13 @@ class EvaluateConfig(DataFields):
         for task in self.tasks:
             if task not in TASKS and not re.fullmatch(r"lm_eval:\S+", task):
                 raise ValueError(f"tasks: unknown task {task!r}: choose from {', '.join(TASKS)} or lm_eval:NAME")
+        if self.kv is not None:
+            checked_kv("kv", self.kv)
+            if not set(self.tasks) & set(ON_CACHE):
+                raise ValueError(
+                    f"kv: of a packed cache {', '.join(ON_CACHE)} are measured, and tasks names none of them: add one, "
+                    "leave kv out, or take the stage gear for speed and memory"
+                )
         if self.stride is not None and self.max_length is not None and self.stride >= self.max_length:
             raise ValueError(f"stride {self.stride} is not below max_length {self.max_length}")
         return self

@@ -71,6 +71,7 @@ def copying(
     *,
     subject: str = "model",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    make_cache: Callable[[], Any] | None = None,
 ) -> Result:
     """How well ordinary text and second copies of passages are predicted.
 
@@ -81,6 +82,8 @@ def copying(
         passage: tokens of a passage.
         subject: which model this is, for the report.
         progress: called with pieces done and pieces in all.
+        make_cache: makes the cache that the first half of a piece is read into, and the rest through; by default all is
+            read at once.
 
     Returns:
         ``text_nll`` and ``repeat_nll``, nats a token, means over pieces.
@@ -92,7 +95,7 @@ def copying(
             whole, scored = repeated(ids, passage, len(ids) - passage)[0]
             # One pass gives both: what comes later changes nothing of what came before.
             half = (torch.arange(len(whole)) >= len(ids) // 2) & (torch.arange(len(whole)) < len(ids))
-            logits, tokens = predictions_at(model, whole, half | scored)
+            logits, tokens = predictions_at(model, whole, half | scored, make_cache=make_cache)
             losses = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
             first = int(half.sum())
             plain.append(float(losses[:first].mean()))
@@ -115,6 +118,7 @@ def needle(
     *,
     subject: str = "model",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    make_cache: Callable[[], Any] | None = None,
 ) -> Result:
     """Whether a number that stands somewhere in a long text is found again at its end.
 
@@ -127,6 +131,8 @@ def needle(
         pieces: token ids ``[tokens]`` of texts.
         subject: which model this is, for the report.
         progress: called with pieces done and pieces in all.
+        make_cache: makes the cache that a piece is read into, and from which its number is found; by default all is
+            read at once.
 
     Returns:
         ``found``: share of numbers that greedy decoding would write; ``needle_nll``: nats a token of the number.
@@ -138,7 +144,7 @@ def needle(
             progress(index, len(pieces))
             number = 7919 * (index + 13) % 90000 + 10000
             whole, scored = hidden(tokenizer, ids, (index + 0.5) / len(pieces), number)
-            logits, tokens = predictions_at(model, whole, scored)
+            logits, tokens = predictions_at(model, whole, scored, make_cache=make_cache)
             found.append(bool((logits.argmax(-1) == tokens).all()))
             losses.append(float(torch.nn.functional.cross_entropy(logits, tokens)))
     share = statistics.mean(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ def perplexity(
     batch_size: int = 1,
     subject: str = "model",
     progress: Progress | None = None,
+    make_cache: Callable[[], Any] | None = None,
 ) -> Perplexity:
     """Score each document by itself, in windows that overlap.
 
@@ -58,6 +59,10 @@ def perplexity(
     and, beyond the first window, sees at least ``max_length - stride`` tokens before it. The first token of a document
     is scored only where the tokenizer puts a beginning-of-text token before it; otherwise nothing precedes it, and its
     bytes do not count either. Documents of which no token is scored are skipped and counted in the settings.
+
+    With ``make_cache`` a window is read through a cache, `tenfold.models.scoring.STEP` tokens at a time. A token then
+    sees its own step and what the cache keeps exactly as they are, and everything before as the cache holds it, as a
+    token that is written does; the model's own exact cache gives the figures of a single pass.
 
     Args:
         model: a causal language model on any device, in any float type.
@@ -68,6 +73,7 @@ def perplexity(
         batch_size: windows per forward pass.
         subject: which model this is, for the report.
         progress: called with windows done and windows in all.
+        make_cache: makes the cache of a batch; by default windows are read at once, without one.
 
     Returns:
         The figures and the score of every token, for ``compare``.
@@ -91,7 +97,8 @@ def perplexity(
         owner += [index] * len(cut)
     if not windows:
         raise DataError(f"no token to score in {len(texts)} documents", remedy="give longer texts")
-    scores = score(model, windows, pad_id=pad_id(tokenizer), batch_size=batch_size, progress=progress)
+    keys: Any = {"pad_id": pad_id(tokenizer), "batch_size": batch_size, "progress": progress}
+    scores = score(model, windows, **keys, make_cache=make_cache)
     token_nll = torch.cat(scores)
     token_ids = torch.cat([torch.tensor(window.ids[window.start :]) for window in windows])
     document = torch.repeat_interleave(torch.tensor(owner), torch.tensor([len(part) for part in scores]))

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tenfold.data.rows import Question
+from tenfold.engines.requests import Request
+from tenfold.engines.session import Session
 from tenfold.errors import DataError
 from tenfold.evaluate.choice import share
-from tenfold.models.generation import generate
 from tenfold.stage.results import Result
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -69,6 +70,7 @@ def answer(
     chat: bool | None = None,
     prompt: Callable[[Question], str] = question_prompt,
     subject: str = "model",
+    kv: str | None = None,
 ) -> Answers:
     """Answer greedily and compare with every answer that counts as right; the best one counts.
 
@@ -83,6 +85,7 @@ def answer(
         chat: whether to use the chat template; by default where the tokenizer has one.
         prompt: how a question is put.
         subject: which model this is, for the report.
+        kv: a packed cache that questions are read into, such as ``gear:4``.
 
     Returns:
         ``exact_match`` and ``token_f1`` with standard errors over questions.
@@ -93,14 +96,10 @@ def answer(
     """
     if not questions:
         raise DataError("no questions to answer", remedy="give at least one")
-    texts = generate(
-        model,
-        tokenizer,
-        [prompt(question) for question in questions],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        chat=chat,
-    )
+    chat = tokenizer.chat_template is not None if chat is None else chat
+    session = Session(model, tokenizer, kv=kv, batch_size=batch_size)
+    requests = [_request(prompt(question), chat, max_new_tokens) for question in questions]
+    texts = [reply.text for reply in session.generate(requests)]
     predictions = [next((line.strip() for line in text.splitlines() if line.strip()), "") for text in texts]
     exact = [
         max(exact_match(prediction, right) for right in question.answers)
@@ -113,8 +112,9 @@ def answer(
     settings = {
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
-        "chat": tokenizer.chat_template is not None if chat is None else chat,
+        "chat": chat,
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if kv is None else {"kv": kv, "cache": session.notes[0]}),
     }
     metrics = (share("exact_match", exact), share("token_f1", f1))
     return Answers(
@@ -123,6 +123,12 @@ def answer(
         exact=tuple(exact),
         f1=tuple(f1),
     )
+
+
+def _request(prompt: str, chat: bool, max_new_tokens: int) -> Request:
+    if chat:
+        return Request(messages=[{"role": "user", "content": prompt}], max_new_tokens=max_new_tokens)
+    return Request(prompt, max_new_tokens=max_new_tokens)
 
 
 def normalise(text: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from tenfold.cache.packing import cache_note, packed_caches
 from tenfold.cache.spans import own_cache
-from tenfold.config.evaluate import EvaluateConfig
+from tenfold.config.evaluate import ON_CACHE, EvaluateConfig
 from tenfold.data.read import Rows
 from tenfold.data.rows import Choice, Question, Text
 from tenfold.errors import ConfigError
@@ -41,7 +43,7 @@ def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
     results: list[Result] = []
     for task in config.tasks:
         results += context.store.get(task, partial(_measure, task, config, context, subjects, rows), list[Result])
-    return StageOutput(results=results, notes=_left_out(results))
+    return StageOutput(results=results, notes=[*_left_out(results), *_on_caches(config, results)])
 
 
 def _left_out(results: Sequence[Result]) -> list[str]:
@@ -56,6 +58,17 @@ def _left_out(results: Sequence[Result]) -> list[str]:
         "of a text is a state of its own."
         for subject in found
     ]
+
+
+def _on_caches(config: EvaluateConfig, results: Sequence[Result]) -> list[str]:
+    """What packed caches came to, and which tasks were measured without."""
+    notes = [
+        f"{result.task}, {result.subject.partition(',')[0]}, {result.settings['cache']}"
+        for result in results
+        if "cache" in result.settings
+    ]
+    exact = [task for task in config.tasks if task not in ON_CACHE]
+    return [*notes, *([f"kv: {', '.join(exact)} are measured on the exact cache."] if config.kv and exact else [])]
 
 
 def _measure(
@@ -74,42 +87,59 @@ def _chosen(config: EvaluateConfig, context: Context) -> Rows | None:
 
 def _perplexity(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     texts = [row.text for row in rows if isinstance(row, Text)]
-    scored = {}
-    for name in subjects.models:
-        with subjects.use(name) as model:
-            scored[name] = perplexity(
-                model,
-                subjects.tokenizer,
-                texts,
-                max_length=config.max_length or min(1024, max_positions(model) or 1024),
-                stride=config.stride,
-                batch_size=config.batch_size,
-                subject=name,
-                progress=partial(context.progress, f"perplexity, {name}"),
-            )
-    data = {"data": rows.source, "data sha256": rows.sha256}
-    results = [
-        found.result.model_copy(update={"settings": {**found.result.settings, **data}}) for found in scored.values()
-    ]
+    scored, results = {}, []
+    for reading in _readings(subjects, config.kv):
+        name, model = reading.name, reading.model
+        scored[name] = perplexity(
+            model,
+            subjects.tokenizer,
+            texts,
+            max_length=config.max_length or min(1024, max_positions(model) or 1024),
+            stride=config.stride,
+            batch_size=config.batch_size,
+            subject=name,
+            progress=partial(context.progress, f"perplexity, {name}"),
+            make_cache=reading.make_cache,
+        )
+        data = {"data": rows.source, "data sha256": rows.sha256}
+        results.append(reading.noted(scored[name].result, data))
     if "before" in scored:
         results.append(compare(scored["before"], scored["after"]).result)
-    return results
+    packed = [(name, f"{name}, {config.kv}") for name in scored if f"{name}, {config.kv}" in scored]
+    return results + [compare(scored[name], scored[on_cache]).result for name, on_cache in packed]
 
 
 def _copying(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     pieces = _pieces(config, subjects, rows, config.passage)
     return [
-        copying(model, pieces, config.passage, subject=name, progress=partial(context.progress, f"{task}, {name}"))
-        for name, model in _each(subjects)
+        reading.noted(
+            copying(
+                reading.model,
+                pieces,
+                config.passage,
+                subject=reading.name,
+                progress=partial(context.progress, f"{task}, {reading.name}"),
+                make_cache=reading.make_cache,
+            )
+        )
+        for reading in _readings(subjects, config.kv)
     ]
 
 
 def _needle(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     pieces = _pieces(config, subjects, rows, room=64)
-    tokenizer = subjects.tokenizer
     return [
-        needle(model, tokenizer, pieces, subject=name, progress=partial(context.progress, f"{task}, {name}"))
-        for name, model in _each(subjects)
+        reading.noted(
+            needle(
+                reading.model,
+                subjects.tokenizer,
+                pieces,
+                subject=reading.name,
+                progress=partial(context.progress, f"{task}, {reading.name}"),
+                make_cache=reading.make_cache,
+            )
+        )
+        for reading in _readings(subjects, config.kv)
     ]
 
 
@@ -182,9 +212,11 @@ def _choice(task: str, config: EvaluateConfig, context: Context, subjects: Subje
 
 def _answer(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     questions = [row for row in rows if isinstance(row, Question)]
+    caches: dict[str, dict[str, Any]] = {"": {}} | ({f", {config.kv}": {"kv": config.kv}} if config.kv else {})
     return [
-        answer(model, subjects.tokenizer, questions, batch_size=config.batch_size, subject=name).result
+        answer(model, subjects.tokenizer, questions, batch_size=config.batch_size, subject=name + label, **kv).result
         for name, model in _each(subjects)
+        for label, kv in caches.items()
     ]
 
 
@@ -197,6 +229,31 @@ def _standard(
         for subject, model in _each(subjects)
         for result in lm_eval_task(model, subjects.tokenizer, name, limit=config.limit)
     ]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A model and the cache that it reads through."""
+
+    name: str
+    model: Any
+    make_cache: Callable[[], Any] | None = None
+    kv: str = ""
+    made: Sequence[Any] = ()
+
+    def noted(self, result: Result, more: Mapping[str, Any] | None = None) -> Result:
+        """A result with what its cache came to among its settings."""
+        cache = {"kv": self.kv, "cache": cache_note(self.kv, self.made)} if self.made else {}
+        return result.model_copy(update={"settings": {**result.settings, **(more or {}), **cache}})
+
+
+def _readings(subjects: Subjects, kv: str | None) -> Iterator[_Reading]:
+    """Each model without a cache, and through a packed one where that is asked for."""
+    for name, model in _each(subjects):
+        yield _Reading(name, model)
+        if kv is not None:
+            with packed_caches(model, kv) as (make, made):
+                yield _Reading(f"{name}, {kv}", model, make, kv, made)
 
 
 def _each(subjects: Subjects) -> Iterator[tuple[str, Any]]:

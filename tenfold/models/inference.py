@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,12 +94,38 @@ def text_loss(model: Any, ids: Tensor, scored: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(*predictions_at(model, ids, scored))
 
 
-def predictions_at(model: Any, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits ``[scored, vocabulary]``, float32, and the tokens that came, ``[scored]``."""
+def predictions_at(
+    model: Any, ids: Tensor, scored: Tensor, *, make_cache: Callable[[], Any] | None = None, step: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[scored, vocabulary]``, float32, and the tokens that came, ``[scored]``.
+
+    Args:
+        model: a causal language model.
+        ids: ``[tokens]``.
+        scored: ``[tokens]``, bool.
+        make_cache: makes the cache that the text before the first scored token is read into at once, as a prompt is;
+            the rest is read through it. By default all is read at once, without a cache.
+        step: tokens of the rest that are read at once.
+    """
     ids, scored = ids.to(input_device(model)), scored.to(input_device(model))
     before = scored[1:].nonzero()[:, 0]
+    if make_cache is not None:
+        return _through_cache(model, ids, before, make_cache(), step), ids[before + 1]
     if takes_logits_to_keep(model):  # those of a long text are larger than all else
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=before).logits[0]
     else:
         logits = model(input_ids=ids[None], use_cache=False).logits[0, before]
     return logits.float(), ids[before + 1]
+
+
+def _through_cache(model: Any, ids: Tensor, before: Tensor, cache: Any, step: int) -> Tensor:
+    """Logits at some places of a text, of which what stands in front of them is read first."""
+    first, found = int(before[0]), []
+    given = {"past_key_values": cache, "use_cache": True}
+    if first:
+        keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+        model(input_ids=ids[None, :first], **given, **keep)
+    for begin in range(first, int(before[-1]) + 1, step):
+        logits = model(input_ids=ids[None, begin : begin + step], **given).logits[0]
+        found.append(logits[before[(before >= begin) & (before < begin + step)] - begin].float())
+    return torch.cat(found)

@@ -23,8 +23,18 @@ class Window(NamedTuple):
     start: int
 
 
+STEP = 64
+"""Tokens that are read at once through a cache."""
+
+
 def score(
-    model: Any, windows: Sequence[Window], *, pad_id: int, batch_size: int = 1, progress: Progress | None = None
+    model: Any,
+    windows: Sequence[Window],
+    *,
+    pad_id: int,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+    make_cache: Callable[[], Any] | None = None,
 ) -> list[torch.Tensor]:
     """Negative log-likelihoods of the scored tokens of each window.
 
@@ -37,6 +47,8 @@ def score(
         pad_id: the token to fill batches with.
         batch_size: windows per forward pass.
         progress: called after each batch with windows done and windows in all.
+        make_cache: makes the cache that the windows of a batch are read through, `STEP` tokens at a time; by default
+            they are read at once, without a cache.
 
     Returns:
         For each window, in the given order, ``[len(ids) - start]``, nats, float64, on the CPU.
@@ -46,17 +58,46 @@ def score(
     with evaluating(model):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            scores.update(zip(batch, _batch(model, [windows[index] for index in batch], pad_id), strict=True))
+            part = [windows[index] for index in batch]
+            found = _batch(model, part, pad_id) if make_cache is None else _stepwise(model, part, pad_id, make_cache())
+            scores.update(zip(batch, found, strict=True))
             if progress is not None:
                 progress(len(scores), len(windows))
     return [scores[index] for index in range(len(windows))]
 
 
-def _batch(model: Any, windows: list[Window], pad_id: int) -> list[torch.Tensor]:
+def _padded(model: Any, windows: list[Window], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their mask, each ``[windows, tokens]``, filled on the right."""
     device = input_device(model)
     length = max(len(window.ids) for window in windows)
     ids = torch.tensor([[*window.ids, *[pad_id] * (length - len(window.ids))] for window in windows], device=device)
     mask = torch.tensor([[1] * len(window.ids) + [0] * (length - len(window.ids)) for window in windows], device=device)
+    return ids, mask
+
+
+def _stepwise(model: Any, windows: list[Window], pad_id: int, cache: Any) -> list[torch.Tensor]:
+    """The scores of a batch that is read through a cache."""
+    ids, mask = _padded(model, windows, pad_id)
+    parts: list[list[torch.Tensor]] = [[] for _ in windows]
+    for begin in range(0, ids.shape[1], STEP):
+        end = min(begin + STEP, ids.shape[1])
+        # The logits at position i predict token i + 1.
+        places = [(max(window.start - 1, begin), min(len(window.ids) - 1, end)) for window in windows]
+        wanted = any(first < last for first, last in places)
+        keep = {} if wanted or not takes_logits_to_keep(model) else {"logits_to_keep": 1}
+        given = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True, **keep}
+        logits = model(input_ids=ids[:, begin:end], **given).logits
+        for row, (first, last) in enumerate(places):
+            if first < last:
+                parts[row].append(
+                    chunked_nll(logits[row, first - begin : last - begin], ids[row, first + 1 : last + 1])
+                )
+    return [torch.cat(part) for part in parts]
+
+
+def _batch(model: Any, windows: list[Window], pad_id: int) -> list[torch.Tensor]:
+    ids, mask = _padded(model, windows, pad_id)
+    length = ids.shape[1]
     # The logits at position i predict token i + 1: context that no row scores needs none.
     offset = min(window.start for window in windows) - 1
     keep = {"logits_to_keep": length - offset} if offset and takes_logits_to_keep(model) else {}

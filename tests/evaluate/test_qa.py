@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenfold.data.rows import Question
+from tenfold.engines.requests import Reply
 from tenfold.errors import DataError
 from tenfold.evaluate import qa
 from tenfold.evaluate.qa import answer, exact_match, question_prompt, token_f1
@@ -46,7 +47,7 @@ QUESTIONS = [
 
 def test_best_answer_counts_and_the_first_line_is_taken(monkeypatch, model, tokenizer):
     texts = ["\n Ann Lee \nQuestion: next", "Milan", "in May"]
-    monkeypatch.setattr(qa, "generate", lambda *_, **__: texts)
+    monkeypatch.setattr(qa.Session, "generate", lambda *_: [Reply(text) for text in texts])
     found = answer(model, tokenizer, QUESTIONS)
     assert found.predictions == ("Ann Lee", "Milan", "in May")
     assert found.exact == (1.0, 0.0, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from tenfold.attend.autopasta.answering import Answer, AutoPasta
 from tenfold.attend.autopasta.embed import hidden_states
 from tenfold.attend.autopasta.quote_matching import MIN_RARE, rare_words
 from tenfold.attend.autopasta.sentences import sentences
+from tenfold.attend.pasta.profiles import Profile
 from tenfold.attend.pasta.prompts import profile_of
 from tenfold.attend.pasta.tasks import colour_questions
+from tenfold.cache.packing import cache_note, packed_caches
 from tenfold.config.autopasta import AutoPastaConfig
 from tenfold.data.rows import Question
 from tenfold.errors import DataError
@@ -20,6 +23,7 @@ from tenfold.evaluate.choice import share
 from tenfold.evaluate.compare import paired_metric
 from tenfold.evaluate.qa import exact_match, normalise, token_f1
 from tenfold.models.inference import max_positions
+from tenfold.models.opened import Opened
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Table
 from tenfold.stage.results import Metric, Result
@@ -37,27 +41,20 @@ def run_autopasta(config: AutoPastaConfig, context: Context) -> StageOutput:
     """The stage ``autopasta``: each mode once, remembered when the run is killed between two."""
     profile = profile_of(config, context)
     opened = context.model.open()
-    ask = AutoPasta(
-        opened.model,
-        opened.tokenizer,
-        profile=profile,
-        **config.dose(chat=False),
-        embed=hidden_states(opened.model, opened.tokenizer) if config.embedder == "model" else rare_words,
-        min_similarity=MIN_SIMILARITY[config.embedder] if config.min_similarity is None else config.min_similarity,
-        max_spans=config.max_spans,
-        max_quote_tokens=config.max_quote_tokens,
-        max_answer_tokens=config.max_answer_tokens,
-    )
     rows = _questions(config, context)
     room = (max_positions(opened.model) or 2**20) - max(config.max_quote_tokens, config.max_answer_tokens) - SPARE
     room = min(room, config.max_prompt_tokens or room)
-    asked = [Asked.of(row, ask, room) for row in rows]
     found: dict[str, dict[str, list[float]]] = {}
-    results = []
-    for number, mode in enumerate(config.modes):
-        context.progress("autopasta", number, len(config.modes), mode)
-        found[mode] = _mode(ask, asked, mode, config, context)
-        results.append(_result(found[mode], SUBJECTS.get(mode, mode), config))
+    results, packed = [], []
+    exact: AbstractContextManager[Any] = nullcontext((None, []))
+    with packed_caches(opened.model, config.kv) if config.kv else exact as (make_cache, made):
+        ask = _asking(config, opened, profile, make_cache)
+        asked = [Asked.of(row, ask, room) for row in rows]
+        for number, mode in enumerate(config.modes):
+            context.progress("autopasta", number, len(config.modes), mode)
+            found[mode] = _mode(ask, asked, mode, config, context)
+            results.append(_result(found[mode], SUBJECTS.get(mode, mode), config))
+        packed += [cache_note(config.kv, made)] if config.kv and made else []
     if {"direct", "autopasta"} <= set(found):
         results.append(_difference(found["direct"], found["autopasta"]))
     dropped = sum(item.dropped for item in asked)
@@ -68,8 +65,24 @@ def run_autopasta(config: AutoPastaConfig, context: Context) -> StageOutput:
         notes=[
             "before: mode direct; after: mode autopasta. Nothing of the model is changed.",
             *ask.notes,
+            *packed,
             *([f"{dropped} passages were left out so that prompts fit into {room} tokens"] if dropped else []),
         ],
+    )
+
+
+def _asking(config: AutoPastaConfig, opened: Opened, profile: Profile, make_cache: Any) -> AutoPasta:
+    return AutoPasta(
+        opened.model,
+        opened.tokenizer,
+        profile=profile,
+        **config.dose(chat=False),
+        embed=hidden_states(opened.model, opened.tokenizer) if config.embedder == "model" else rare_words,
+        min_similarity=MIN_SIMILARITY[config.embedder] if config.min_similarity is None else config.min_similarity,
+        max_spans=config.max_spans,
+        max_quote_tokens=config.max_quote_tokens,
+        max_answer_tokens=config.max_answer_tokens,
+        make_cache=make_cache,
     )
 
 
@@ -203,6 +216,7 @@ def _result(values: Mapping[str, Sequence[float]], subject: str, config: AutoPas
         )
     )
     settings = {"questions": len(seconds), **config.dose(chat=False), "probability": "of the first token of an answer"}
+    settings |= {} if config.kv is None else {"kv": config.kv}
     return Result(task="question answering", subject=subject, metrics=tuple(metrics), settings=settings)
 
 
