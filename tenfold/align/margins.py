@@ -1,8 +1,6 @@
 """The margin of every preference pair: how much more a model thinks of the answer that the label calls better.
 
-Rows are read as a stream, a few batches at a time; what is scored is written to a cache, batch by batch, so that a
-killed run goes on where it stopped and ends with the very same margins.
-
+Rows are read as a stream, a few batches at a time; what is scored is kept batch by batch: a killed run ends the same.
 Source: R3M specification, sections 2.4 (step 5), 2.5 and 8.3; tokens are those of TRL's RewardTrainer and DPOTrainer.
 """
 

@@ -81,13 +81,8 @@ def find_profile(
     if not tasks:
         raise ConfigError("tasks: none", remedy="give at least one")
     began = time.perf_counter()
-    given = [
-        alpha,
-        shortlist,
-        batch_size,
-        describe_model(model),
-        {name: list(map(list, parts)) for name, parts in tasks.items()},
-    ]
+    items = {name: list(map(list, parts)) for name, parts in tasks.items()}
+    given = [alpha, shortlist, batch_size, describe_model(model), items]
     store, search = store or Store(None), hashlib.sha256(repr(given).encode()).hexdigest()[:12]
 
     def keep(name: str, compute: Callable[[], Any]) -> Any:
@@ -116,7 +111,6 @@ def find_profile(
     for number, (k, heads) in enumerate(sets.items()):
         if tell is not None:
             tell(number, len(sets), f"{len(heads)} heads")
-
         curve.append(keep(f"size {k}", partial(_point, model, tokenizer, checks, marks, k, heads, alpha)))
     best = choose(curve, min_fluency)
     seconds = round(time.perf_counter() - began, 1)
