@@ -30,7 +30,7 @@ from benchmarks import rows_in, section
 from benchmarks.adalora import alternate, quotient, spread
 from benchmarks.pasta import DATA, interval, keep_steered, shipped
 from tenfold.attend.autopasta.answering import AutoPasta
-from tenfold.attend.autopasta.quote_matching import MIN_RARE, bag_of_words, locate, rare_words
+from tenfold.attend.autopasta.quote_matching import MIN_RARE, bag_of_words, locate_quote, rare_words
 from tenfold.attend.autopasta.sentences import sentences
 from tenfold.attend.autopasta.stage import Asked, _holds, measure
 from tenfold.attend.pasta.heads import batches_of, margins
@@ -104,7 +104,11 @@ def words(count: int = 200) -> None:
                 }
                 context = "\n\n".join(texts)
                 for name, quote in quotes.items():
-                    hits = locate(quote, context, embed=embed, min_similarity=least) if foreign not in context else ()
+                    hits = (
+                        locate_quote(quote, context, embed=embed, min_similarity=least)
+                        if foreign not in context
+                        else ()
+                    )
                     right = any(_holds(context[hit.start : hit.end], row["answers"]) for hit in hits)
                     found.setdefault(f"{name}, marked", []).append(float(bool(hits)))
                     found.setdefault(f"{name}, right", []).append(float(right))

@@ -43,3 +43,24 @@ def test_shared_code_knows_no_method(path):
         if isinstance(node, ast.Compare):
             compared = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
             assert not compared & set(stages()), f"line {node.lineno} compares a method's name"
+
+
+SAME_MEANING = {
+    "attach",  # each method's own
+    "combine",  # one kernel in torch, numba and Triton
+    "scores",
+    "compare",  # verbs of the command line, and what they call
+    "estimate",
+    "run",
+    "check",
+}
+
+
+def test_one_word_has_one_meaning():
+    """No two files define a public function or class of one name, unless one stands in for the other."""
+    places = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: at for name, at in places.items() if len(at) > 1 and name not in SAME_MEANING} == {}

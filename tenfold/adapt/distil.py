@@ -55,7 +55,7 @@ def unconverted(model: Any) -> Teacher:
 
     def states(inputs: dict[str, Tensor]) -> Sequence[Tensor]:
         with evaluating(teacher), without(), full_attention(teacher):
-            return hidden_states(teacher, inputs)
+            return states_to_match(teacher, inputs)
 
     return states
 
@@ -83,7 +83,7 @@ def keeps_apart(model: Any, *, converted: bool = False) -> bool:
     return same and (not converted or keeps_apart(model))
 
 
-def hidden_states(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def states_to_match(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """What comes out of each layer, ``[batch, tokens, channels]``; of the last one after the final norm."""
     given = {key: value for key, value in inputs.items() if key != "labels"}
     keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
@@ -145,7 +145,7 @@ class DistilTrainer(Trainer):
             seen = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
         if self.share == 1:
             outputs: Any = {}
-            loss = distance(hidden_states(model, inputs), wanted, seen)
+            loss = distance(states_to_match(model, inputs), wanted, seen)
         else:
             outputs = model(**inputs, output_hidden_states=True, use_cache=False)
             apart = distance(outputs.hidden_states[1:], wanted, seen)

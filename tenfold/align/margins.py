@@ -24,11 +24,11 @@ from tenfold.align.margin_cache import fingerprint, row_key, tokenizer_hash
 from tenfold.data.encode import pad_id
 from tenfold.data.groups import kept_together, places
 from tenfold.data.rows import Preference
-from tenfold.data.templates import render, require_chat_template
+from tenfold.data.templates import render_chat, require_chat_template
 from tenfold.data.tokens import shared, tokens
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.inference import evaluating, input_device
-from tenfold.models.scoring import Progress, Window, score
+from tenfold.models.scoring import Tell, Window, score
 from tenfold.models.source import REFERENCE
 from tenfold.stage.store import Store
 
@@ -79,7 +79,7 @@ def score_pairs(
     max_length: int = 1024,
     chat: bool | None = None,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Scored:
     """The margins of a reward model: reward of ``chosen`` minus reward of ``rejected``.
 
@@ -139,7 +139,7 @@ def score_policy_pairs(
     max_length: int = 1024,
     chat: bool | None = None,
     cache: Path | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Scored:
     """The margins of a DPO policy: ``beta * (log-ratio of chosen - log-ratio of rejected)`` to a reference.
 
@@ -286,7 +286,7 @@ def _score(
     known: Store,
     settings: Sequence[Any],
     sizes: tuple[int, int],
-    progress: Progress | None,
+    progress: Tell | None,
 ) -> Scored:
     for name, value in zip(("batch_size", "max_length"), sizes, strict=True):
         if value < 1:
@@ -423,7 +423,7 @@ def _prompt(row: Preference, tokenizer: Any, chat: bool) -> list[int]:
 
 
 def _rendered(row: Preference, turns: list[dict[str, Any]], tokenizer: Any, *, ask: bool) -> list[int]:
-    return tokens(tokenizer, render(tokenizer, turns, f"row {row.id!r}", ask=ask), special=False)
+    return tokens(tokenizer, render_chat(tokenizer, turns, f"row {row.id!r}", ask=ask), special=False)
 
 
 def _reward_margins(model: Any, pad: int, pairs: list[_Pair]) -> Tensor:

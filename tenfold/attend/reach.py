@@ -110,10 +110,10 @@ def split(groups: Groups, marks: Marks) -> tuple[Groups, Heads, list[int]]:
     length, rows = marks.marked.shape[1], marks.marked.any(1).nonzero()[:, 0].tolist()
     seeing = {key: group for key, group in groups.items() if any(group[1][row] >= length for row in rows)}
     unseen = [row for row in rows if all(gone[row] < length for _, gone in seeing.values())]
-    return seeing, by_layer({key: group for key, group in groups.items() if key not in seeing}), unseen
+    return seeing, heads_by_layer({key: group for key, group in groups.items() if key not in seeing}), unseen
 
 
-def by_layer(groups: Groups) -> Heads:
+def heads_by_layer(groups: Groups) -> Heads:
     """The heads of some groups, in order."""
     found: dict[int, list[int]] = {}
     for (layer, _), (heads, _) in groups.items():

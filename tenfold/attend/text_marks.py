@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenfold.data.encode import pad_id
-from tenfold.data.templates import render, require_chat_template
+from tenfold.data.templates import render_chat, require_chat_template
 from tenfold.errors import ConfigError, DataError
 
 _PRIVATE = range(0xE000, 0xF900)
@@ -302,7 +302,7 @@ def in_chat(
     """
     require_chat_template(tokenizer)
     place, options = "the marked messages", {"ask": add_generation_prompt, **template}
-    plain = render(tokenizer, messages, place, **options)
+    plain = render_chat(tokenizer, messages, place, **options)
     free = [chr(code) for code in _PRIVATE if chr(code) not in plain]
     inserts: dict[int, list[tuple[int, str]]] = {}
     pairs: list[tuple[MessageSpan, str, str]] = []
@@ -321,7 +321,7 @@ def in_chat(
         for at, sentinel in sorted(places, reverse=True):
             text = text[:at] + sentinel + text[at:]
         marked[number]["content"] = text
-    rendered = render(tokenizer, marked, place, **options)
+    rendered = render_chat(tokenizer, marked, place, **options)
     sentinels = {character for _, *both in pairs for character in both}
     offsets: dict[str, int] = {}
     clean: list[str] = []

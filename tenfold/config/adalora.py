@@ -22,7 +22,7 @@ def _check_span(value: object) -> object:
     return value
 
 
-Span = Annotated[int | float, BeforeValidator(_check_span)]
+StepSpan = Annotated[int | float, BeforeValidator(_check_span)]
 """A number of optimizer steps: an integer counts them, a float below 1 is a share of all."""
 
 Beta = Annotated[float, Field(gt=0, lt=1)]
@@ -62,12 +62,12 @@ class AdaLoraConfig(TextTrainingFields):
     allocate_by: Literal["count", "parameters"] | None = None
     """What the budget counts: triplets, ranked by score (the paper), or parameters, ranked by score per parameter.
     Default: ``parameters`` with ``budget`` (only so can it never be exceeded), ``count`` with ``rank``."""
-    tinit: Span = 0.1
+    tinit: StepSpan = 0.1
     """:math:`t_i`, steps at the initial budget. The paper's runs: 4 to 18 % of the steps."""
-    tfinal: Span = 0.5
+    tfinal: StepSpan = 0.5
     """:math:`t_f`, steps at the final budget with the mask fixed; 1 or more. The paper's runs: 44 to 63 %
     of the steps."""
-    interval: Span = 0.005
+    interval: StepSpan = 0.005
     r""":math:`\Delta_T`, steps between two allocations while shrinking; at least 1. The paper's
     runs: 1 to 100 steps."""
     beta1: Beta = 0.85

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 from pydantic import Field, model_validator
 
 from tenfold.config.gear import check_packing, checked_kv
-from tenfold.config.pasta import Chat, SteeringFields
+from tenfold.config.pasta import SteeringFields, UseTemplate
 from tenfold.config.shape import Shape
 from tenfold.errors import DataError
 
@@ -37,7 +37,7 @@ class GenerateConfig(SteeringFields):
     """Longest text, in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the most probable token each time."""
-    chat: Chat = "auto"
+    chat: UseTemplate = "auto"
     """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
     kv: str | None = None
     """A packed KV cache (GEAR): ``gear:4``, ``gear:3.5bits``, ``gear:9KiB/token``, ``gear-full:2``, ``gear-l:2``. Each

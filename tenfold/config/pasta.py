@@ -22,10 +22,10 @@ from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind, StageConfig, Takes, check_kind
 from tenfold.errors import ConfigError, DataError
 
-Chat = Annotated[Literal["auto", "yes", "no"], BeforeValidator(yes_or_no)]
+UseTemplate = Annotated[Literal["auto", "yes", "no"], BeforeValidator(yes_or_no)]
 """Whether prompts are wrapped in the model's chat template."""
 
-Task = Literal["conflict", "evidence", "instruction"]
+SteeringTask = Literal["conflict", "evidence", "instruction"]
 
 SHIPPED = Path(__file__).parents[1] / "attend" / "pasta" / "shipped"
 """Profiles that come with the package: ``default`` is the embedded model's."""
@@ -178,7 +178,7 @@ class PastaConfig(SteeringFields, DataFields):
     """Prompts with tags around what to emphasise; each is continued plain and steered."""
     tags: tuple[str, str] = ("<mark>", "</mark>")
     """What begins and ends a marked span."""
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[SteeringTask, ...] = ()
     """Built-in tasks to score plain, with marks in the text (``*like this*``), and steered."""
     samples: Annotated[int, Field(ge=2)] = 64
     """Items of each built-in task; never those that heads were found on."""
@@ -191,7 +191,7 @@ class PastaConfig(SteeringFields, DataFields):
     """Keep the first token, where idle attention goes, at full weight (not in the paper)."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 48
     """Longest text written for a prompt, in tokens."""
-    chat: Chat = "auto"
+    chat: UseTemplate = "auto"
     """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Prompts of one forward pass."""
@@ -236,7 +236,7 @@ class ProfileConfig(DataFields):
     makes: ClassVar[Mapping[str, ArtefactKind]] = {"profile": "profile"}
     run = "tenfold.attend.pasta.stage:run_profile"
 
-    tasks: tuple[Task, ...] = ("conflict", "evidence", "instruction")
+    tasks: tuple[SteeringTask, ...] = ("conflict", "evidence", "instruction")
     """Built-in tasks; their best heads are intersected, with those of ``data``."""
     tags: tuple[str, str] = ("<mark>", "</mark>")
     """What begins and ends a marked span in the rows of ``data``."""

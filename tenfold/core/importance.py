@@ -15,7 +15,7 @@ from tenfold.errors import ConfigError, RunError
 
 
 @dataclass(frozen=True)
-class Part:
+class ScoredPart:
     """One tensor that contributes one number to each unit of its group.
 
     Args:
@@ -67,7 +67,7 @@ class Importance:
         ConfigError: betas outside the open interval, or ``unit`` with an uncertainty.
 
     >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    >>> importance = Importance({"w": [Part(weight, 0, "sum")]}, beta1=0.5, beta2=None)
+    >>> importance = Importance({"w": [ScoredPart(weight, 0, "sum")]}, beta1=0.5, beta2=None)
     >>> weight.sum().backward()
     >>> importance.observe(0)
     >>> importance.scores()["w"].tolist()
@@ -76,7 +76,7 @@ class Importance:
 
     def __init__(
         self,
-        parts: Mapping[str, Sequence[Part]],
+        parts: Mapping[str, Sequence[ScoredPart]],
         beta1: float = 0.85,
         beta2: float | None = 0.85,
         smoothing: Literal["step", "window"] = "step",
@@ -192,7 +192,7 @@ class _Block:
         per_unit: keep one average per unit instead of one per entry.
     """
 
-    def __init__(self, parts: Mapping[int, Part], per_unit: bool) -> None:
+    def __init__(self, parts: Mapping[int, ScoredPart], per_unit: bool) -> None:
         self.places, self.parts = tuple(parts), tuple(parts.values())
         self._per_unit = per_unit
         first = self.parts[0].tensor
@@ -290,9 +290,9 @@ _BLOCK = 2**24
 """Entries in a block on an accelerator: few kernels, and temporaries of at most 64 MiB each."""
 
 
-def _blocks(parts: Sequence[Part], per_unit: bool) -> list[_Block]:
+def _blocks(parts: Sequence[ScoredPart], per_unit: bool) -> list[_Block]:
     """Few large blocks on an accelerator; on a CPU large parts one by one, and the small ones together."""
-    groups: dict[object, list[dict[int, Part]]] = {}
+    groups: dict[object, list[dict[int, ScoredPart]]] = {}
     for place, part in enumerate(parts):
         tensor = part.tensor
         if tensor.device.type == "cpu" and tensor.numel() >= _SMALL:

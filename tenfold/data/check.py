@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 from tenfold.config.stage import Kind
 from tenfold.data.rows import KINDS, Choice, Preference, Question, Row, content_id
-from tenfold.data.sources import Record, shorten
+from tenfold.data.sources import RawRow, shorten
 from tenfold.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -31,7 +31,7 @@ def kind_of(columns: Mapping[str, Any]) -> Kind | None:
     return next((kind for kind, spec in KINDS.items() if set(spec.needed) <= set(columns)), None)
 
 
-def build(kind: Kind, record: Record, values: Mapping[str, Any]) -> Row:
+def build(kind: Kind, record: RawRow, values: Mapping[str, Any]) -> Row:
     """The typed row of ``record``.
 
     Args:
@@ -72,14 +72,14 @@ def _is_asked(prompt: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(last, dict) and last.get("role") == "user" and "content" in last
 
 
-def _history(record: Record, messages: list[Any]) -> tuple[dict[str, Any], ...]:
+def _history(record: RawRow, messages: list[Any]) -> tuple[dict[str, Any], ...]:
     try:
         return _messages(messages) if messages else ()
     except _UnfitError as unfit:
         raise wrong(record, "prompt", str(unfit), remedy=f"mend or remove the row; {_EXPECTED['messages']}") from None
 
 
-def wrong(record: Record, column: str, problem: str, remedy: str) -> DataError:
+def wrong(record: RawRow, column: str, problem: str, remedy: str) -> DataError:
     """The error for one value of one record."""
     return DataError(f"{record.place}, column {column!r}: {problem}\n  row: {show(record.values)}", remedy=remedy)
 
@@ -92,7 +92,7 @@ def show(values: Mapping[str, Any]) -> str:
     return shorten("{" + ", ".join(parts) + "}", 240).encode("utf-8", "backslashreplace").decode()
 
 
-def _missing(kind: Kind, column: str, record: Record, values: Mapping[str, Any]) -> DataError:
+def _missing(kind: Kind, column: str, record: RawRow, values: Mapping[str, Any]) -> DataError:
     other = kind_of(values)
     if other is not None and other != kind:
         return DataError(
@@ -109,7 +109,7 @@ def _missing(kind: Kind, column: str, record: Record, values: Mapping[str, Any])
     )
 
 
-def unknown_kind(record: Record, values: Mapping[str, Any]) -> DataError:
+def unknown_kind(record: RawRow, values: Mapping[str, Any]) -> DataError:
     """The error when the columns of the first record fit no kind."""
     table = "\n".join(f"  {kind}: {', '.join(spec.needed)}" for kind, spec in KINDS.items())
     needed = dict.fromkeys(column for spec in KINDS.values() for column in spec.needed)
@@ -134,7 +134,7 @@ _KNOWN_AS = {
 """Other names of columns that a remedy may point to."""
 
 
-def _own_id(record: Record, values: Mapping[str, Any]) -> str:
+def _own_id(record: RawRow, values: Mapping[str, Any]) -> str:
     value = values.get("id")
     if value is None:
         return ""
@@ -146,7 +146,7 @@ def _own_id(record: Record, values: Mapping[str, Any]) -> str:
         raise wrong(record, "id", f"{unfit} or a whole number", remedy="mend or drop the id") from None
 
 
-def _check_together(row: Row, record: Record) -> None:
+def _check_together(row: Row, record: RawRow) -> None:
     if isinstance(row, Preference) and row.chosen == row.rejected:
         raise wrong(
             record,
@@ -168,7 +168,7 @@ def _check_together(row: Row, record: Record) -> None:
             )
 
 
-def _check_answer(row: Choice, record: Record) -> None:
+def _check_answer(row: Choice, record: RawRow) -> None:
     if len(row.options) < 2:
         raise wrong(record, "options", "a single option leaves no choice", remedy="mend or remove the row")
     if not 0 <= row.answer < len(row.options):

@@ -14,7 +14,7 @@ from typing import Any
 
 from tenfold.data.check import kind_of, wrong
 from tenfold.data.groups import HH_ANSWER
-from tenfold.data.sources import Record, shorten
+from tenfold.data.sources import RawRow, shorten
 
 _CONVERSATIONS = ("conversations", "conversation")
 _TURNS = ("messages", *_CONVERSATIONS, "prompt", "completion", "chosen", "rejected")
@@ -27,7 +27,7 @@ _SHAREGPT = {
 _REMEDY = "end both with one answer of the assistant to the same messages, or write prompt, chosen and rejected as text"
 
 
-def in_messages(record: Record, values: Mapping[str, Any]) -> dict[str, Any]:
+def in_messages(record: RawRow, values: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a row with its conversations as lists of ``role`` and ``content``, the latter text.
 
     A column ``conversations`` becomes ``messages``, or the prompt of the answers that stand beside it. Prompt and
@@ -41,7 +41,7 @@ def in_messages(record: Record, values: Mapping[str, Any]) -> dict[str, Any]:
         DataError: an unknown ``from``, a part that is no text, or a completion to a conversation of several turns.
 
     >>> row = {"conversations": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]}
-    >>> in_messages(Record("row 1", row), row)["messages"][1]
+    >>> in_messages(RawRow("row 1", row), row)["messages"][1]
     {'role': 'assistant', 'content': '2'}
     """
     found = dict(values)
@@ -62,7 +62,7 @@ def in_messages(record: Record, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _completion(record: Record, values: dict[str, Any]) -> dict[str, Any]:
+def _completion(record: RawRow, values: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in values.items() if name not in ("prompt", "completion")}
     messages = [*values["prompt"], *values["completion"]]
     roles = [message["role"] for message in messages]
@@ -85,7 +85,7 @@ def _parsed(cell: str) -> Any:
         return cell
 
 
-def _message(record: Record, column: str, number: int, message: Any) -> Any:
+def _message(record: RawRow, column: str, number: int, message: Any) -> Any:
     """A message with role and content; what is none comes back as it is, for `check` to name."""
     if not isinstance(message, dict):
         return message
@@ -107,7 +107,7 @@ def _message(record: Record, column: str, number: int, message: Any) -> Any:
     return found
 
 
-def _part(record: Record, column: str, place: str, part: Any) -> str:
+def _part(record: RawRow, column: str, place: str, part: Any) -> str:
     if isinstance(part, dict) and part.get("type") in ("text", None) and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else None
@@ -115,7 +115,7 @@ def _part(record: Record, column: str, place: str, part: Any) -> str:
     raise wrong(record, column, f"{place}: {said}, expected text", "remove the row; images and sounds are not read")
 
 
-def as_texts(record: Record, values: Mapping[str, Any], told: Counter[str] | None = None) -> dict[str, Any]:
+def as_texts(record: RawRow, values: Mapping[str, Any], told: Counter[str] | None = None) -> dict[str, Any]:
     """The columns of a preference in any of its forms as a prompt and two texts; other rows as they are.
 
     Where ``chosen`` and ``rejected`` are lists of messages, those that both begin with belong to the prompt, which may
@@ -133,9 +133,9 @@ def as_texts(record: Record, values: Mapping[str, Any], told: Counter[str] | Non
         DataError: the conversations differ before their last message, or that is not the assistant's.
 
     >>> ask, good, bad = {"role": "user", "content": "1+1="}, *({"role": "assistant", "content": c} for c in "23")
-    >>> as_texts(Record("row 1", {}), {"chosen": [ask, good], "rejected": [ask, bad]})
+    >>> as_texts(RawRow("row 1", {}), {"chosen": [ask, good], "rejected": [ask, bad]})
     {'chosen': '2', 'rejected': '3', 'prompt': '1+1='}
-    >>> as_texts(Record("row 1", {}), {"chosen": "Sky: blue", "rejected": "Sky: green"})
+    >>> as_texts(RawRow("row 1", {}), {"chosen": "Sky: blue", "rejected": "Sky: green"})
     {'chosen': ' blue', 'rejected': ' green', 'prompt': 'Sky:'}
     """
     told = Counter() if told is None else told
@@ -147,7 +147,7 @@ def as_texts(record: Record, values: Mapping[str, Any], told: Counter[str] | Non
     return dict(values)
 
 
-def _from_conversations(record: Record, values: Mapping[str, Any], told: Counter[str]) -> dict[str, Any]:
+def _from_conversations(record: RawRow, values: Mapping[str, Any], told: Counter[str]) -> dict[str, Any]:
     chosen, rejected = values["chosen"], values["rejected"]
     # The last message of each is its answer, also where both are the same.
     shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))]
@@ -190,7 +190,7 @@ def _has_implicit_prompt(values: Mapping[str, Any]) -> bool:
     return all(not value or isinstance(value, int | float) or len(str(value).split()) < 2 for value in others)
 
 
-def _from_whole_texts(record: Record, values: Mapping[str, Any]) -> dict[str, Any]:
+def _from_whole_texts(record: RawRow, values: Mapping[str, Any]) -> dict[str, Any]:
     chosen, rejected = values["chosen"], values["rejected"]
     same = _beginning(chosen, rejected)
     if HH_ANSWER in same:

@@ -9,16 +9,16 @@ from itertools import chain
 from typing import Any
 
 from tenfold.data.check import kind_of, wrong
-from tenfold.data.sources import Record
+from tenfold.data.sources import RawRow
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _CODE = re.compile(r"[+-]?0[0-9]+")
 _MISSING = ("nan", "na", "n/a", "null", "none", "inf", "-inf")
 
-Rows = Iterable[tuple[Record, dict[str, Any]]]
+_Read = Iterable[tuple[RawRow, dict[str, Any]]]
 
 
-def with_labels(rows: Rows, *, classification: bool) -> Rows:
+def with_labels(rows: _Read, *, classification: bool) -> _Read:
     """Rows of a CSV or TSV file with their labels as numbers where all are; other rows as they come.
 
     Whole numbers, also written ``0.0``, are classes, others are values to be predicted. One number with a leading zero
@@ -31,7 +31,7 @@ def with_labels(rows: Rows, *, classification: bool) -> Rows:
     Raises:
         DataError: a label is missing (``nan``, ``NA``, ...) where others are numbers.
 
-    >>> table = [(Record(f"line {n}", {}, flat=True), {"text": "a", "label": f"{n}.0"}) for n in range(3)]
+    >>> table = [(RawRow(f"line {n}", {}, flat=True), {"text": "a", "label": f"{n}.0"}) for n in range(3)]
     >>> [values["label"] for _, values in with_labels(table, classification=False)]
     [0, 1, 2]
     """
@@ -46,7 +46,7 @@ def with_labels(rows: Rows, *, classification: bool) -> Rows:
     return _typed(list(whole))
 
 
-def _typed(rows: list[tuple[Record, dict[str, Any]]]) -> Iterator[tuple[Record, dict[str, Any]]]:
+def _typed(rows: list[tuple[RawRow, dict[str, Any]]]) -> Iterator[tuple[RawRow, dict[str, Any]]]:
     cells = [str(values.get("label") or "").strip() for _, values in rows]
     words = [cell for cell in cells if cell and cell.lower() not in _MISSING]
     if not words or not all(_NUMBER.fullmatch(cell) for cell in words) or any(_CODE.fullmatch(cell) for cell in words):

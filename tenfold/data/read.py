@@ -17,7 +17,7 @@ from tenfold.data.conversations import as_texts, in_messages
 from tenfold.data.groups import DIVIDED, kept_together, places, subject, twin
 from tenfold.data.labels import with_labels
 from tenfold.data.rows import KINDS, OUR_COLUMNS, Classification, Row, content
-from tenfold.data.sources import Record, open_source
+from tenfold.data.sources import RawRow, open_source
 from tenfold.errors import ConfigError, DataError
 
 _TRAIN = "train"
@@ -232,7 +232,7 @@ class _Reading:
         self._seen: dict[str, tuple[str, bool]] = {}
         self._first_label: tuple[type, str] | None = None
 
-    def add(self, record: Record, values: dict[str, Any]) -> None:
+    def add(self, record: RawRow, values: dict[str, Any]) -> None:
         if self.kind is None:
             self.kind = kind_of(values)
             if self.kind is None:
@@ -259,7 +259,7 @@ class _Reading:
         used = {"id", *spec.needed, *spec.further}
         self.others.append({name: value for name, value in values.items() if name not in used})
 
-    def _check_label(self, row: Classification, record: Record) -> None:
+    def _check_label(self, row: Classification, record: RawRow) -> None:
         kind = str if isinstance(row.label, str) else float
         if self._first_label is None:
             self._first_label = (kind, record.place)
@@ -311,7 +311,7 @@ def _check_columns(columns: dict[str, str]) -> None:
             )
 
 
-def _rename(record: Record, columns: dict[str, str]) -> dict[str, Any]:
+def _rename(record: RawRow, columns: dict[str, str]) -> dict[str, Any]:
     """The record under our column names; a column that the user mapped to a name no longer counts under its own."""
     taken = set(columns.values())
     values = {name: value for name, value in record.values.items() if name not in taken and name not in columns}

@@ -26,7 +26,7 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXT_SUFFIXES)
 
 
 @dataclass(frozen=True)
-class Record:
+class RawRow:
     """One raw row.
 
     Args:
@@ -47,7 +47,7 @@ class Source:
     ``editable`` is False where the user cannot mend a row (hub data sets).
     """
 
-    records: Iterable[Record]
+    records: Iterable[RawRow]
     notes: tuple[str, ...] = ()
     editable: bool = True
 
@@ -60,10 +60,10 @@ def open_source(source: str) -> Source:
     """
     if source == "python-reference":
         topics, notes = python_reference()
-        return Source([Record(f"topic {name!r}", {"id": name, "text": text}) for name, text in topics.items()], notes)
+        return Source([RawRow(f"topic {name!r}", {"id": name, "text": text}) for name, text in topics.items()], notes)
     if source.partition(":")[0] == "step-audit":
         items = enumerate(from_source(source), start=1)
-        return Source(Record(f"{source}, row {number}", preference_values(item)) for number, item in items)
+        return Source(RawRow(f"{source}, row {number}", preference_values(item)) for number, item in items)
     if source.startswith("hub:"):
         return _hub(source)
     path = Path(source)
@@ -162,7 +162,7 @@ def _conversion(path: Path, encoding: str) -> str:
     return f"{source}iconv -f {encoding} -t UTF-8{file} > {shlex.quote(str(target))}"
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+def _jsonl(path: Path) -> Iterator[RawRow]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -174,10 +174,10 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 f"{place}, column {error.colno}: malformed JSON: {error.msg}\n  row: {shorten(line.strip())}",
                 remedy="one complete JSON object per line",
             ) from None
-        yield Record(place, _object(values, place))
+        yield RawRow(place, _object(values, place))
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _json(path: Path) -> Iterator[RawRow]:
     text = "".join(_lines(path))
     if not text.strip():
         return
@@ -197,7 +197,7 @@ def _json(path: Path) -> Iterator[Record]:
         )
     for number, value in enumerate(values, start=1):
         place = f"{path}, row {number}"
-        yield Record(place, _object(value, place))
+        yield RawRow(place, _object(value, place))
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _csv(path: Path, delimiter: str) -> Iterator[Record]:
+def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
     # The module's limit of 128 KiB per field is a process-wide setting: lift it for this read only.
     limit = csv.field_size_limit(2**31 - 1)
     start = 1
@@ -235,7 +235,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[Record]:
                     remedy=f'put fields that hold {delimiter!r} or a newline in double quotes; write " inside as ""',
                 )
             else:
-                yield Record(place, dict(zip(header, fields, strict=True)), flat=True)
+                yield RawRow(place, dict(zip(header, fields, strict=True)), flat=True)
     except csv.Error as error:
         raise DataError(
             f"{path}, line {start}: malformed {path.suffixes[0][1:].upper()}: {error}",
@@ -254,7 +254,7 @@ def _header(fields: list[str], place: str) -> list[str]:
     return names
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -264,7 +264,7 @@ def _parquet(path: Path) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Record(f"{path}, row {number}", values)
+                    yield RawRow(f"{path}, row {number}", values)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path}, after row {number}: not readable as Parquet: {str(error).splitlines()[0]}",
@@ -272,7 +272,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         ) from None
 
 
-def _folder(path: Path) -> Iterator[Record]:
+def _folder(path: Path) -> Iterator[RawRow]:
     files = sorted(
         file
         for file in path.rglob("*")
@@ -287,9 +287,9 @@ def _folder(path: Path) -> Iterator[Record]:
     yield from _text_files(files, path)
 
 
-def _text_files(files: Iterable[Path], root: Path) -> Iterator[Record]:
+def _text_files(files: Iterable[Path], root: Path) -> Iterator[RawRow]:
     for file in files:
-        yield Record(str(file), {"id": file.relative_to(root).as_posix(), "text": "".join(_lines(file))})
+        yield RawRow(str(file), {"id": file.relative_to(root).as_posix(), "text": "".join(_lines(file))})
 
 
 def _hub(source: str) -> Source:
@@ -315,7 +315,7 @@ def _hub(source: str) -> Source:
             notes = (f"{source} has several splits: read {split}, left {others}.",)
         data = data[split]
     records = (
-        Record(f"{source}, row {number}", values) for number, values in zip(itertools.count(1), data, strict=False)
+        RawRow(f"{source}, row {number}", values) for number, values in zip(itertools.count(1), data, strict=False)
     )
     return Source(records, notes, editable=False)
 

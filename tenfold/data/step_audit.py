@@ -63,7 +63,7 @@ class Operation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answer:
+class WorkedAnswer:
     """An answer that shows its work.
 
     Args:
@@ -76,7 +76,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Item:
+class Problem:
     """A problem, two claims of its result for a judge, and two answers for a preference pair.
 
     Args:
@@ -96,8 +96,8 @@ class Item:
     values: tuple[int, ...]
     claims: tuple[int, int]
     label: Literal["A", "B"]
-    better: Answer
-    worse: Answer
+    better: WorkedAnswer
+    worse: WorkedAnswer
 
     @property
     def distance(self) -> int:
@@ -110,7 +110,7 @@ class Item:
         return -self.distance if self.label == "A" else self.distance
 
 
-def step_audit(count: int, seed: int, *, steps: int = 6) -> Iterator[Item]:
+def step_audit(count: int, seed: int, *, steps: int = 6) -> Iterator[Problem]:
     """The problems of a seed; the first of many are those of few.
 
     Args:
@@ -135,7 +135,7 @@ def step_audit(count: int, seed: int, *, steps: int = 6) -> Iterator[Item]:
     return (_item(index, seed, steps) for index in range(count))
 
 
-def _item(index: int, seed: int, steps: int) -> Item:
+def _item(index: int, seed: int, steps: int) -> Problem:
     # Seeded by text, so that an item depends on nothing but its own name.
     rng = random.Random(f"step-audit|{seed}|{steps}|{index}")
     start = rng.randrange(10)
@@ -144,7 +144,7 @@ def _item(index: int, seed: int, steps: int) -> Item:
     wrong = _other(rng, values[-1])
     label: Literal["A", "B"] = "A" if rng.randrange(2) else "B"
     fewer, more = sorted(rng.sample(range(steps + 1), 2))
-    return Item(
+    return Problem(
         id=f"step-audit-{seed}-{index}",
         start=start,
         operations=operations,
@@ -174,7 +174,7 @@ def _other(rng: random.Random, digit: int) -> int:
     return (digit + rng.randrange(1, 10)) % 10
 
 
-def _answer(rng: random.Random, value: int, operations: tuple[Operation, ...], slips: int) -> Answer:
+def _answer(rng: random.Random, value: int, operations: tuple[Operation, ...], slips: int) -> WorkedAnswer:
     wrong = set(rng.sample(range(len(operations)), slips))
     values = []
     for step, operation in enumerate(operations):
@@ -182,16 +182,16 @@ def _answer(rng: random.Random, value: int, operations: tuple[Operation, ...], s
         if step in wrong:
             value = _other(rng, value)
         values.append(value)
-    return Answer(tuple(values), tuple(0.0 if step in wrong else 1.0 for step in range(len(operations))))
+    return WorkedAnswer(tuple(values), tuple(0.0 if step in wrong else 1.0 for step in range(len(operations))))
 
 
-def prompt(item: Item) -> str:
+def prompt(item: Problem) -> str:
     """The problem in plain English; ends with a newline, so that an answer can follow it directly."""
     todo = " ".join(f"{_VERBS[operation.sign]} {operation.digit}." for operation in item.operations)
     return f"Start with {item.start}. {todo} Work modulo 10, so that every value is a digit. Show each value.\n"
 
 
-def answer_text(item: Item, answer: Answer) -> str:
+def answer_text(item: Problem, answer: WorkedAnswer) -> str:
     """An answer in plain text: a line for each operation, and the result."""
     before = (item.start, *answer.values)
     lines = [
@@ -201,7 +201,7 @@ def answer_text(item: Item, answer: Answer) -> str:
     return "\n".join([*lines, f"The result is {answer.values[-1]}."])
 
 
-def preference_values(item: Item) -> dict[str, Any]:
+def preference_values(item: Problem) -> dict[str, Any]:
     """The item as a raw preference row; ``chosen_rewards`` and ``rejected_rewards`` are the true rewards per step.
 
     ``solution`` is an answer without slips, to learn the task from: ``rows: completion``, ``columns: {completion:
@@ -212,13 +212,13 @@ def preference_values(item: Item) -> dict[str, Any]:
         "prompt": prompt(item),
         "chosen": answer_text(item, item.better),
         "rejected": answer_text(item, item.worse),
-        "solution": answer_text(item, Answer(item.values, (1.0,) * len(item.values))),
+        "solution": answer_text(item, WorkedAnswer(item.values, (1.0,) * len(item.values))),
         "chosen_rewards": list(item.better.rewards),
         "rejected_rewards": list(item.worse.rewards),
     }
 
 
-def from_source(source: str) -> Iterator[Item]:
+def from_source(source: str) -> Iterator[Problem]:
     """The problems that ``step-audit``, ``step-audit:count`` or ``step-audit:count:seed`` names.
 
     Without them, the count is 2000 and the seed 0.
@@ -240,7 +240,7 @@ def from_source(source: str) -> Iterator[Item]:
     return step_audit(count, seed)
 
 
-def problem(item: Item) -> str:
+def problem(item: Problem) -> str:
     """What a judge is given, one token per word: ``S v0 ; (op d ;)xK A a B b ? |``.
 
     >>> problem(next(step_audit(1, seed=0, steps=2)))
@@ -250,7 +250,7 @@ def problem(item: Item) -> str:
     return f"S {item.start} ; {todo} A {item.claims[0]} B {item.claims[1]} ? |"
 
 
-def trace(item: Item, stride: int | None) -> str:
+def trace(item: Problem, stride: int | None) -> str:
     """What a teacher writes behind `problem`.
 
     ``<think> (op d v)x(K/stride) A a y|n B b y|n </think> <answer> X </answer> <eos>``

@@ -54,7 +54,7 @@ def require_chat_template(tokenizer: Any) -> str:
     return template
 
 
-def render(tokenizer: Any, messages: Messages, place: str, *, ask: bool = False, **options: Any) -> str:
+def render_chat(tokenizer: Any, messages: Messages, place: str, *, ask: bool = False, **options: Any) -> str:
     r"""Messages as the chat template writes them.
 
     Args:
@@ -68,7 +68,7 @@ def render(tokenizer: Any, messages: Messages, place: str, *, ask: bool = False,
         DataError: the template refuses the messages, as many do a system message or two of the user in a row.
 
     >>> from tenfold.models.tiny import tiny_tokenizer
-    >>> render(tiny_tokenizer(), [{"role": "user", "content": "Hi"}], "prompt 1")
+    >>> render_chat(tiny_tokenizer(), [{"role": "user", "content": "Hi"}], "prompt 1")
     '<|im_start|>user\nHi<|im_end|>\n'
     """
     given = [dict(message) for message in messages]
@@ -116,7 +116,7 @@ def converse(tokenizer: Any, messages: Messages, place: str) -> Conversation:
     ['yes<|im_end|>\n']
     """
     template = require_chat_template(tokenizer)
-    text = render(tokenizer, messages, place)
+    text = render_chat(tokenizer, messages, place)
     if _GENERATION.search(template):
         return Conversation(text, _generated(tokenizer, messages, template, place))
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -137,8 +137,8 @@ def converse(tokenizer: Any, messages: Messages, place: str) -> Conversation:
 def _turn(tokenizer: Any, messages: Messages, index: int, text: str, place: str) -> Conversation | None:
     """The conversation up to a turn of the assistant, and where the turn is; None where ``text`` has other words."""
     try:
-        after = render(tokenizer, messages[: index + 1], place)
-        asked = render(tokenizer, messages[:index], place, ask=True) if index else ""
+        after = render_chat(tokenizer, messages[: index + 1], place)
+        asked = render_chat(tokenizer, messages[:index], place, ask=True) if index else ""
         start, end, cue = len(asked), shared(text, after), ""
         follows = bool(index) and after.startswith(asked)
         if not follows or end < len(after):
@@ -146,7 +146,7 @@ def _turn(tokenizer: Any, messages: Messages, index: int, text: str, place: str)
             if end < last:
                 return None
             if not follows:
-                told = render(tokenizer, messages[:index], place) if index else None
+                told = render_chat(tokenizer, messages[:index], place) if index else None
                 start, cue = _parting(asked, after[:first], told)
     except DataError:  # the template takes the whole conversation, but would not have asked for this turn
         return None
@@ -165,7 +165,7 @@ def _words(tokenizer: Any, messages: Messages, index: int, after: str, place: st
     other = next(character for character in _PLACEHOLDERS if character not in after)
     content = messages[index].get("content")
     placed = other if isinstance(content, str) or content is None else [{"type": "text", "text": other}]
-    changed = render(tokenizer, [*messages[:index], {**messages[index], "content": placed}], place)
+    changed = render_chat(tokenizer, [*messages[:index], {**messages[index], "content": placed}], place)
     begin = shared(after, changed)
     return begin, len(after) - shared(after[begin:][::-1], changed[begin:][::-1])
 

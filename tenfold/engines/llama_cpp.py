@@ -13,7 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tenfold.engines.requests import Continuations, Finish, Reply, Request, Seconds, check, cut, for_each
+from tenfold.engines.requests import (
+    Continuations,
+    Finish,
+    Reply,
+    Request,
+    Seconds,
+    check_capabilities,
+    cut_at_stop,
+    for_each,
+)
 from tenfold.engines.transport import Sender, TransportError
 from tenfold.errors import ConfigError, DataError, MissingDependencyError, ModelError
 
@@ -70,7 +79,7 @@ class LlamaCpp:
             ConfigError: a request for what this engine lacks; a grammar that llama.cpp cannot read.
             DataError: messages that the chat template refuses.
         """
-        check(self, requests)
+        check_capabilities(self, requests)
         return self._each(partial(self._write, time.perf_counter()), requests)
 
     def score(self, requests: Sequence[Request], continuations: Continuations) -> list[Reply]:
@@ -79,7 +88,7 @@ class LlamaCpp:
         Raises:
             ConfigError: a request for what this engine lacks; an empty continuation.
         """
-        check(self, requests, also="score")
+        check_capabilities(self, requests, also="score")
         return self._each(partial(self._score, time.perf_counter()), requests, for_each(requests, continuations))
 
     def _each(self, work: Any, *given: Sequence[Any]) -> list[Reply]:
@@ -128,7 +137,7 @@ class LlamaCpp:
             seconds = Seconds(queue=began - asked, decode=time.perf_counter() - began)
             return Reply(finish="error", error=error.problem, prompt_tokens=len(prompt), seconds=seconds)
         done, timings = time.perf_counter(), answer.get("timings", {})
-        text, stopped = cut(answer["content"], request.stop)
+        text, stopped = cut_at_stop(answer["content"], request.stop)
         finish: Finish = "length" if answer["stop_type"] == "limit" and not stopped else "stop"
         prefill, decode = (float(timings.get(name, 0)) / 1e3 for name in ("prompt_ms", "predicted_ms"))
         return Reply(

@@ -13,7 +13,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tenfold.engines.requests import Continuations, Finish, Reply, Request, Seconds, check, cut, for_each
+from tenfold.engines.requests import (
+    Continuations,
+    Finish,
+    Reply,
+    Request,
+    Seconds,
+    check_capabilities,
+    cut_at_stop,
+    for_each,
+)
 from tenfold.engines.transport import Rate, Sender, TransportError
 from tenfold.errors import ConfigError
 
@@ -86,7 +95,7 @@ class OpenAIEngine:
             ConfigError: a request for what the server lacks.
         """
         found = [_joined(request) for request in requests]
-        check(self, found)
+        check_capabilities(self, found)
         return self._each(partial(self._write, time.perf_counter()), found)
 
     def score(self, requests: Sequence[Request], continuations: Continuations) -> list[Reply]:
@@ -99,7 +108,7 @@ class OpenAIEngine:
             ConfigError: the server gives no log-probabilities; a request for what it lacks.
         """
         found, named = [_joined(request) for request in requests], for_each(requests, continuations)
-        check(self, found, also="score")
+        check_capabilities(self, found, also="score")
         return self._each(partial(self._score, time.perf_counter()), found, named)
 
     def _each(self, work: Callable[..., Reply], *given: Sequence[Any]) -> list[Reply]:
@@ -116,7 +125,7 @@ class OpenAIEngine:
         except (KeyError, IndexError, TypeError):
             return _failed(f"an answer without a text: {str(answer)[:200]}", asked)
         done, usage, timings = time.perf_counter(), answer.get("usage") or {}, answer.get("timings") or {}
-        text, stopped = cut(written or "", request.stop)
+        text, stopped = cut_at_stop(written or "", request.stop)
         why = str(choice.get("finish_reason"))
         finish: Finish = "length" if why == "length" and not stopped else "stop"
         prefill = min(float(timings.get("prompt_ms", 0)) / 1e3, done - began)

@@ -206,7 +206,7 @@ Continuations = Sequence[str] | Sequence[Sequence[str]]
 """The same for all requests, or some for each request."""
 
 
-def check(engine: Engine, requests: Sequence[Request], also: str | None = None) -> None:
+def check_capabilities(engine: Engine, requests: Sequence[Request], also: str | None = None) -> None:
     """Refuse what an engine lacks.
 
     Args:
@@ -244,10 +244,10 @@ def for_each(requests: Sequence[Request], continuations: Continuations) -> list[
     return found
 
 
-def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     r"""A text in front of the first of its stop strings, and whether there was one.
 
-    >>> cut("one\ntwo. three", (".", "\n"))
+    >>> cut_at_stop("one\ntwo. three", (".", "\n"))
     ('one', True)
     """
     places = [at for at in (text.find(string) for string in stop) if at >= 0]

@@ -28,8 +28,18 @@ from tenfold.cache.packing import cache_note, packed_caches
 from tenfold.cache.spans import own_cache
 from tenfold.config.gear import parse_kv
 from tenfold.config.pasta import Alpha, SteeringFields
-from tenfold.data.templates import render, require_chat_template
-from tenfold.engines.requests import Continuations, Finish, Found, Reply, Request, Seconds, check, cut, for_each
+from tenfold.data.templates import render_chat, require_chat_template
+from tenfold.engines.requests import (
+    Continuations,
+    Finish,
+    Found,
+    Reply,
+    Request,
+    Seconds,
+    check_capabilities,
+    cut_at_stop,
+    for_each,
+)
 from tenfold.engines.writing import Ends, Sampling
 from tenfold.models.generation import decoding, left_padded
 from tenfold.models.inference import evaluating, input_device
@@ -107,7 +117,7 @@ class Session:
             DataError: messages that the chat template refuses; an empty prompt.
             ModelError: messages without a chat template; a cache or emphasis that the model has no layers for.
         """
-        check(self, requests)
+        check_capabilities(self, requests)
         began, replies = time.perf_counter(), {}  # type: float, dict[int, Reply]
         for indices in _batches(requests, self.batch_size):
             write = self._answer if requests[indices[0]].evidence else self._write
@@ -128,7 +138,7 @@ class Session:
         Raises:
             ConfigError: as `generate`; an empty continuation.
         """
-        check(self, requests, also="score")
+        check_capabilities(self, requests, also="score")
         named = for_each(requests, continuations)
         began, replies = time.perf_counter(), {}  # type: float, dict[int, Reply]
         for indices in _batches(requests, self.batch_size):
@@ -174,7 +184,7 @@ class Session:
 
     def _finished(self, request: Request, text: str, ids: Sequence[int]) -> tuple[str, Finish]:
         """The text in front of a stop string, and why it ends."""
-        text, stopped = cut(text, request.stop)
+        text, stopped = cut_at_stop(text, request.stop)
         ends = decoding(self.model, self.tokenizer, 1).eos_token_id or []
         return text, "stop" if stopped or (ids and ids[-1] in ends) else "length"
 
@@ -247,7 +257,7 @@ class Session:
             found = in_chat(self.tokenizer, request.messages, spans)
         else:
             require_chat_template(self.tokenizer)
-            text = render(self.tokenizer, request.messages, f"prompt {number}", ask=True)
+            text = render_chat(self.tokenizer, request.messages, f"prompt {number}", ask=True)
             found = Marked(text, special=False)
         return Marked(found.text + request.prefill, found.spans, found.special)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from tenfold.engines.requests import Request, cut
+from tenfold.engines.requests import Request, cut_at_stop
 from tenfold.models.generation import up_to_end
 from tenfold.models.inference import synchronize
 
@@ -77,7 +77,7 @@ class Ends(StoppingCriteria):
         # A token is a byte at least, and the newest one completes the string.
         reach = max(len(string.encode()) for string in request.stop) + 8
         recent = ids[max(self.prompt, len(ids) - reach) :]
-        return cut(self.tokenizer.decode(recent, skip_special_tokens=True), request.stop)[1]
+        return cut_at_stop(self.tokenizer.decode(recent, skip_special_tokens=True), request.stop)[1]
 
     def tokens(self, ids: Tensor, row: int, ends: Sequence[int] | None) -> tuple[int, ...]:
         """What a row wrote, up to the end of its turn, which is among it.

@@ -13,7 +13,7 @@ from tenfold.data.encode import pad_id
 from tenfold.data.rows import Choice
 from tenfold.data.tokens import tokens_within
 from tenfold.errors import DataError
-from tenfold.models.scoring import Progress, Window, score
+from tenfold.models.scoring import Tell, Window, score
 from tenfold.stage.results import Metric, Result
 
 
@@ -41,7 +41,7 @@ def multiple_choice(
     *,
     batch_size: int = 8,
     subject: str = "model",
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Choices:
     """Score every option after its prompt.
 

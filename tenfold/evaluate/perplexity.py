@@ -12,7 +12,7 @@ import torch
 from tenfold.data.encode import pad_id
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.inference import max_positions
-from tenfold.models.scoring import Progress, Window, score
+from tenfold.models.scoring import Tell, Window, score
 from tenfold.stage.results import Metric, Result
 
 
@@ -50,7 +50,7 @@ def perplexity(
     stride: int | None = None,
     batch_size: int = 1,
     subject: str = "model",
-    progress: Progress | None = None,
+    progress: Tell | None = None,
     make_cache: Callable[[], Any] | None = None,
 ) -> Perplexity:
     """Score each document by itself, in windows that overlap.

@@ -138,7 +138,7 @@ def _on_sdpa(
     bias = key_bias[0]
     simple = len(key_bias) == 1 and bias.weights is None and not dropout and not torch.compiler.is_compiling()
     if bias.target is not None or (simple and queries > 1 and bias.raised is not None and has_fused(query, key, value)):
-        return merge(query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
+        return merge_parts(query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
     if simple and queries > 1 and len(bias.heads) < query.shape[1]:
         output = plain(query, key, value, mask)[0].transpose(1, 2)
         return split_heads(output, query, key, value, mask, scale, bias).transpose(1, 2).contiguous()
@@ -249,7 +249,7 @@ def attention_with_lse(
     return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
 
 
-def merge(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, bias: KeyBias) -> Tensor:
+def merge_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, bias: KeyBias) -> Tensor:
     r"""Biased attention from the plain one: few keys are raised above the floor, and those are added once more.
 
     With :math:`Z` the normaliser of the plain scores and :math:`c_j = e^{u_j} - e^{u_0}` for the raised keys,

@@ -39,7 +39,7 @@ def changes_of(model: Any) -> dict[str, Any]:
     return {field: value for field, value in found.items() if value is not None}
 
 
-def prepare(config: Any) -> None:
+def prepare_opening(config: Any) -> None:
     """Before a model is built: import what its configuration asks for, as its attention has to be registered then."""
     config = config.get_text_config(decoder=True)
     for field in FINISHERS:
@@ -47,7 +47,7 @@ def prepare(config: Any) -> None:
             _finisher(field)
 
 
-def finish(model: Any) -> None:
+def finish_opening(model: Any) -> None:
     """Once it is loaded: do what fields of the configuration ask for."""
     for field in changes_of(model):
         _finisher(field)(model)

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from tenfold.data.encode import pad_id
-from tenfold.data.templates import render, require_chat_template
+from tenfold.data.templates import render_chat, require_chat_template
 from tenfold.errors import ConfigError
 from tenfold.models.inference import evaluating, input_device
 
@@ -61,7 +61,7 @@ def generate(
     if chat:
         require_chat_template(tokenizer)
         prompts = [
-            render(tokenizer, [{"role": "user", "content": prompt}], f"prompt {number}", ask=True)
+            render_chat(tokenizer, [{"role": "user", "content": prompt}], f"prompt {number}", ask=True)
             for number, prompt in enumerate(prompts)
         ]
     config = decoding(model, tokenizer, max_new_tokens, temperature)

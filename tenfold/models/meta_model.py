@@ -10,7 +10,7 @@ from tenfold.models.gguf import converted
 from tenfold.models.heads import auto_class
 from tenfold.models.open import explain, resolve_device, resolve_dtype
 from tenfold.models.reference import ModelRef
-from tenfold.models.source import hub_commit, resolve
+from tenfold.models.source import hub_commit, resolve_source
 from tenfold.models.tiny import tiny_model
 
 
@@ -27,7 +27,7 @@ def skeleton(ref: ModelRef) -> Any:
     """
     from transformers import AutoConfig
 
-    located, base, _ = resolve(ref.source)
+    located, base, _ = resolve_source(ref.source)
     if located.kind == "tiny":
         return tiny_model(located.name, task=ref.task).model.to("meta")
     folder = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name

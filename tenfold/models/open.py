@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from tenfold.config.shape import Task
 from tenfold.errors import ConfigError, ModelError
-from tenfold.models.changes import finish, finish_for, prepare, unwarned
+from tenfold.models.changes import finish_for, finish_opening, prepare_opening, unwarned
 from tenfold.models.export import merge
 from tenfold.models.gguf import converted
 from tenfold.models.heads import PEFT_TASKS, auto_class, check_loaded
-from tenfold.models.opened import Opened, Task, check_task, describe, settle_padding
+from tenfold.models.opened import Opened, check_task, describe, settle_padding
 from tenfold.models.source import (
     REFERENCE,
     Located,
@@ -22,7 +23,7 @@ from tenfold.models.source import (
     content_hash,
     hub_error,
     read_json,
-    resolve,
+    resolve_source,
     weights_hash,
 )
 from tenfold.models.tied import tying_handled, untie
@@ -80,7 +81,7 @@ def open_model(
         raise ConfigError("device and device_map both say where the model goes", remedy="give one of them")
     if num_labels is not None and task != "classification":
         raise ConfigError(f"num_labels: only for task 'classification', not {task!r}", remedy="leave it out")
-    located, base, chain = resolve(source, [str(adapter) for adapter in adapters])
+    located, base, chain = resolve_source(source, [str(adapter) for adapter in adapters])
     hashes = tuple(content_hash(folder) for folder in chain)  # a damaged adapter shows before the base is read
     place = resolve_device(device)
     placing = {"dtype": resolve_dtype(dtype, place if device_map is None else None), "device_map": device_map}
@@ -94,7 +95,7 @@ def open_model(
         resolved = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
         labels = 1 if task == "reward" else num_labels
         model, tokenizer = _load(located, resolved, task, labels, options, placing)
-    finish(model)
+    finish_opening(model)
     # A hub id's commit is the one that was loaded: asking again could meet a newer one.
     commit = getattr(model.config, "_commit_hash", None) if located.kind == "hub" else None
     weights = commit or weights_hash(located, revision)
@@ -228,7 +229,7 @@ def _load(
     try:
         extra = {} if labels is None else {"num_labels": labels}
         config = AutoConfig.from_pretrained(folder, **options, **extra)
-        prepare(config)
+        prepare_opening(config)
         builder = auto_class(config, task, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, report = builder.from_pretrained(folder, config=config, output_loading_info=True, **options, **placing)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from tenfold.config.shape import Task
 from tenfold.errors import ConfigError, ModelError
-
-Task = Literal["causal", "seq2seq", "classification", "reward"]
 
 
 @dataclass(frozen=True)

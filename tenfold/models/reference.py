@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenfold.models.opened import Opened, Task
-from tenfold.models.source import content_hash, resolve, weights_hash
+from tenfold.config.shape import Task
+from tenfold.models.opened import Opened
+from tenfold.models.source import content_hash, resolve_source, weights_hash
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ModelRef:
         >>> sorted(ModelRef("tiny:llama").identity())
         ['adapters', 'dtype', 'task', 'weights']
         """
-        located, _, chain = resolve(self.source, self.adapters)
+        located, _, chain = resolve_source(self.source, self.adapters)
         return {
             "weights": weights_hash(located, self.revision),
             "adapters": [content_hash(folder) for folder in chain],

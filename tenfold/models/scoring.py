@@ -9,7 +9,7 @@ import torch
 
 from tenfold.models.inference import evaluating, input_device, takes_logits_to_keep
 
-Progress = Callable[[int, int], None]
+Tell = Callable[[int, int], None]
 """Called with how many parts are done and how many there are."""
 
 _CHUNK_ELEMENTS = 2**24
@@ -33,7 +33,7 @@ def score(
     *,
     pad_id: int,
     batch_size: int = 1,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
     make_cache: Callable[[], Any] | None = None,
 ) -> list[torch.Tensor]:
     """Negative log-likelihoods of the scored tokens of each window.

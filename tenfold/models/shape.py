@@ -9,7 +9,7 @@ from tenfold.config.shape import Shape, Task
 from tenfold.errors import MissingDependencyError, ModelError
 from tenfold.models.gguf import cache_dir, gguf_sha256
 from tenfold.models.reference import ModelRef
-from tenfold.models.source import Located, hub_error, read_json, resolve
+from tenfold.models.source import Located, hub_error, read_json, resolve_source
 
 # Of GPT-2, T5 and their kin: transformers maps these onto the common names.
 _NAMES = {
@@ -39,7 +39,7 @@ def shape_of(ref: ModelRef) -> Shape:
     >>> shape_of(ModelRef("tiny:llama")).positions
     512
     """
-    located, _, chain = resolve(ref.source, ref.adapters)
+    located, _, chain = resolve_source(ref.source, ref.adapters)
     return shape_from(_configuration(located, ref.revision), ref.source, ref.task, adapted=bool(chain))
 
 

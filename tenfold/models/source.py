@@ -102,7 +102,7 @@ def _model_files(folder: Path) -> list[Path]:
     return [file for file in found if not file.name.startswith(("adapter_", "training_args"))]
 
 
-def resolve(source: str, adapters: Sequence[str] = ()) -> tuple[Located, str, tuple[Path, ...]]:
+def resolve_source(source: str, adapters: Sequence[str] = ()) -> tuple[Located, str, tuple[Path, ...]]:
     """Follow adapter folders down to the model they belong to.
 
     Args:
@@ -115,7 +115,7 @@ def resolve(source: str, adapters: Sequence[str] = ()) -> tuple[Located, str, tu
     Raises:
         ModelError: as `locate`; or a folder that holds no adapter, or an adapter that names no base, or itself.
 
-    >>> resolve("tiny:llama")
+    >>> resolve_source("tiny:llama")
     (Located(kind='tiny', name='llama'), 'tiny:llama', ())
     """
     chain = [Path(folder).expanduser() for folder in adapters]

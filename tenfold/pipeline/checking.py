@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
 from tenfold.errors import ConfigError, TenfoldError
-from tenfold.pipeline.recipe import Plan, Step
+from tenfold.pipeline.recipe import ResolvedRecipe, Step
 from tenfold.pipeline.references import is_reference
 from tenfold.pipeline.stages import load
 
@@ -31,12 +31,12 @@ def check_stage(step: Step, rows: Rows | None) -> None:
     """
     if isinstance(step.config, DataFields) and is_reference(step.config.data):
         return
-    with named(step):
+    with naming(step):
         step.config.check(rows)
 
 
 @contextmanager
-def named(step: Step) -> Iterator[None]:
+def naming(step: Step) -> Iterator[None]:
     """Put the stage before what is said of it."""
     try:
         yield
@@ -44,7 +44,7 @@ def named(step: Step) -> Iterator[None]:
         raise type(error)(f"{step.folder}: {error.problem}", error.remedy) from None
 
 
-def check_model(plan: Plan) -> list[str]:
+def check_model(plan: ResolvedRecipe) -> list[str]:
     """Refuse what a plan asks of its models and cannot have, by configurations alone; no weight is read.
 
     Returns:
@@ -69,25 +69,25 @@ def check_model(plan: Plan) -> list[str]:
         start = shapes[step.model]
         if start is None:
             continue
-        with named(step):
+        with naming(step):
             # What the stages before have left is under None.
             shapes[None] = _applied(step, start, plan)
         shapes |= {made.reference: shapes[None] for made in plan.made.values() if made.step == step.index - 1}
     return list(notes)
 
 
-def _shape(plan: Plan, step: Step, notes: dict[str, None]) -> Shape | None:
+def _shape(plan: ResolvedRecipe, step: Step, notes: dict[str, None]) -> Shape | None:
     """The shape of a model that is there before the run; None where it cannot be looked at."""
     from tenfold.models.shape import HubAwayError, shape_of
 
     try:
-        return shape_of(source_of(plan, step))
+        return shape_of(model_of(plan, step))
     except HubAwayError as error:
         notes[f"{error.problem}: what its stages ask of it was not checked"] = None
         return None
 
 
-def _applied(step: Step, shape: Shape, plan: Plan) -> Shape:
+def _applied(step: Step, shape: Shape, plan: ResolvedRecipe) -> Shape:
     from tenfold.models.families import FAMILIES
 
     config = step.config
@@ -101,7 +101,7 @@ def _applied(step: Step, shape: Shape, plan: Plan) -> Shape:
     # An artefact is no folder yet: its matrices are looked at when the stage runs.
     there = not (is_reference(step.model) and plan.made[str(step.model)].step is not None)
     if there and (unknown or config.needs_matrices(shape)):
-        _check_matrices(step, dataclasses.replace(source_of(plan, step), task=after.task))
+        _check_matrices(step, dataclasses.replace(model_of(plan, step), task=after.task))
     return after
 
 
@@ -120,7 +120,7 @@ def _check_matrices(step: Step, ref: ModelRef) -> None:
         load(step.config.attach)(model, step.config, task=ref.task)
 
 
-def source_of(plan: Plan, step: Step | None = None) -> ModelRef:
+def model_of(plan: ResolvedRecipe, step: Step | None = None) -> ModelRef:
     """The model that a plan, or a step of it, starts from; for a step without one of its own, that of the plan."""
     from tenfold.models.reference import ModelRef
 

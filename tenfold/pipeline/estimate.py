@@ -23,8 +23,8 @@ from tenfold.config.training import TrainingFields
 from tenfold.models.meta_model import skeleton
 from tenfold.models.open import resolve_device
 from tenfold.models.reference import ModelRef
-from tenfold.pipeline.checking import check_model, source_of
-from tenfold.pipeline.recipe import Plan, Step
+from tenfold.pipeline.checking import check_model, model_of
+from tenfold.pipeline.recipe import ResolvedRecipe, Step
 from tenfold.pipeline.references import is_reference
 from tenfold.pipeline.stages import load
 from tenfold.stage.numbers import quantity
@@ -52,7 +52,7 @@ class Estimate:
         return [(name, quantity(value, units[name])) for name, value in self.amounts.items()]
 
 
-def estimate(plan: Plan) -> list[Estimate]:
+def estimate(plan: ResolvedRecipe) -> list[Estimate]:
     """Predict for each stage of a plan, without reading a weight or a row.
 
     Returns:
@@ -61,7 +61,7 @@ def estimate(plan: Plan) -> list[Estimate]:
     check_model(plan)
     found: list[Estimate] = []
     if plan.recipe.model is not None:
-        ref = source_of(plan)
+        ref = model_of(plan)
         model = skeleton(ref)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         amounts = {"parameters": sum(p.numel() for p in model.parameters()), "weights": weights}
@@ -69,14 +69,14 @@ def estimate(plan: Plan) -> list[Estimate]:
     return [*found, *(Estimate(step.folder, _needs(plan, step)) for step in plan.steps)]
 
 
-def _needs(plan: Plan, step: Step) -> dict[str, float]:
+def _needs(plan: ResolvedRecipe, step: Step) -> dict[str, float]:
     """Of one stage; nothing where it is not known."""
     config = step.config
     if not config.needs.model or (is_reference(step.model) and plan.made[str(step.model)].step is not None):
         return {}
     if config.attach is not None and isinstance(config, TrainingFields):
-        return training_needs(load(config.attach), config, source_of(plan, step))
-    return inference_needs(config, source_of(plan, step)) if config.prefills else {}
+        return training_needs(load(config.attach), config, model_of(plan, step))
+    return inference_needs(config, model_of(plan, step)) if config.prefills else {}
 
 
 def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: ModelRef) -> dict[str, float]:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from tenfold.errors import FolderError, RunError, TenfoldError
 from tenfold.files import replace_folder
 from tenfold.pipeline.ownership import LOCK, Owned
-from tenfold.pipeline.recipe import Plan
+from tenfold.pipeline.recipe import ResolvedRecipe
 from tenfold.stage.context import STORE
 
 
@@ -36,7 +36,7 @@ def sweep(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def refuse_foreign(plan: Plan, out: Path) -> None:
+def refuse_foreign(plan: ResolvedRecipe, out: Path) -> None:
     """Two recipes do not share a folder: neither would know which figures are its own."""
     expected = {step.folder for step in plan.steps}
     foreign = sorted(path.parent.name for path in out.glob("[0-9][0-9]-*/summary.json"))

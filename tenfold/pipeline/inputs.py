@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tenfold.config.data import DataFields
 from tenfold.config.stage import StageConfig
 from tenfold.models.reference import ModelRef
-from tenfold.pipeline.checking import check_model, check_stage, source_of
-from tenfold.pipeline.recipe import Plan, Step
+from tenfold.pipeline.checking import check_model, check_stage, model_of
+from tenfold.pipeline.recipe import ResolvedRecipe, Step
 from tenfold.pipeline.references import is_reference
 from tenfold.stage.record import StageSummary
 
@@ -46,7 +46,7 @@ class Job:
         return hashlib.sha256(json.dumps(self.basis, sort_keys=True).encode()).hexdigest()
 
 
-def jobs(plan: Plan) -> list[Job]:
+def jobs(plan: ResolvedRecipe) -> list[Job]:
     """Each step with its data and all that its result depends on.
 
     All data is read first: a bad row in the last stage must not surface after hours of training.
@@ -140,12 +140,12 @@ def why_again(old: StageSummary, job: Job) -> str:
     return ", ".join(reasons) or "device or number format changed"
 
 
-def _model(plan: Plan, step: Step) -> dict[str, Any]:
+def _model(plan: ResolvedRecipe, step: Step) -> dict[str, Any]:
     if not step.config.needs.model:
         return {}
     if is_reference(step.model) and plan.made[str(step.model)].step is not None:
         return {"model": step.model}
-    return {"model": source_of(plan, step).identity()}
+    return {"model": model_of(plan, step).identity()}
 
 
 def _source(module: str) -> Path:

@@ -45,7 +45,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedRecipe:
     """A resolved recipe: every key has its value."""
 
     recipe: Recipe
@@ -68,7 +68,7 @@ class Plan:
         return write_yaml(values)
 
 
-def read_recipe(path: Path, changes: Sequence[str] = ()) -> Plan:
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> ResolvedRecipe:
     """Read a recipe file.
 
     Args:
@@ -130,7 +130,7 @@ def _refuse_bare_key(name: str, values: Mapping[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text}: {name} is a key of the stage {use}", remedy=f"write --set {use}.{text}")
 
 
-def resolve(values: Mapping[str, Any], where: str) -> Plan:
+def resolve(values: Mapping[str, Any], where: str) -> ResolvedRecipe:
     """Turn plain values into a plan.
 
     Raises:
@@ -172,7 +172,7 @@ def resolve(values: Mapping[str, Any], where: str) -> Plan:
                 pools[config.data_pool] = read
             if config.learns and config.data is not None:
                 learnt[_same(config.data)] = {key: getattr(config, key) for key in DataFields.model_fields}
-    return Plan(recipe, tuple(steps), made)
+    return ResolvedRecipe(recipe, tuple(steps), made)
 
 
 def _id(given: Any, folder: str, steps: Sequence[Step], place: str) -> str:

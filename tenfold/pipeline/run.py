@@ -28,11 +28,11 @@ from tenfold.errors import RunError
 from tenfold.files import write_text
 from tenfold.models.embedded import DEMO_HUB_ID
 from tenfold.models.reference import ModelRef
-from tenfold.pipeline.checking import check_model, check_stage, named, source_of
+from tenfold.pipeline.checking import check_model, check_stage, model_of, naming
 from tenfold.pipeline.folder import finish, locked, refuse_foreign, sweep, writable
 from tenfold.pipeline.inputs import Job, jobs, other_rows_of, rows_of, why_again
 from tenfold.pipeline.ownership import Owned, check_out, owned
-from tenfold.pipeline.recipe import Plan
+from tenfold.pipeline.recipe import ResolvedRecipe
 from tenfold.pipeline.references import is_reference
 from tenfold.pipeline.stages import load
 from tenfold.report.card import write_card
@@ -62,7 +62,7 @@ class Run:
         summaries: of the finished stages.
     """
 
-    plan: Plan
+    plan: ResolvedRecipe
     out: Path
     ours: Owned
     console: Console
@@ -73,7 +73,7 @@ class Run:
     summaries: list[StageSummary]
 
 
-def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
+def run(plan: ResolvedRecipe, out: Path, console: Console) -> list[StageSummary]:
     """Execute a plan and write its report.
 
     Finished stages are skipped unless what they depend on has changed; a stage that was killed goes on from its last
@@ -106,14 +106,14 @@ def run(plan: Plan, out: Path, console: Console) -> list[StageSummary]:
 
         machine = environment()
         ours.write(out / "environment.json", json.dumps(machine, indent=2))
-        start = None if plan.recipe.model is None else source_of(plan)
+        start = None if plan.recipe.model is None else model_of(plan)
         at_work = Run(plan, out, ours, console, machine, start, start, {}, [])
         for job in todo:
             _stage(at_work, job)
         return at_work.summaries
 
 
-def check(plan: Plan) -> list[str]:
+def check(plan: ResolvedRecipe) -> list[str]:
     """Read all data of a plan and look at local model files, without weights; returns one line per stage for the user.
 
     Raises:
@@ -123,7 +123,7 @@ def check(plan: Plan) -> list[str]:
     """
     from tenfold.models.source import locate
 
-    refs = {source_of(plan, step) for step in plan.steps if step.config.needs.model and not is_reference(step.model)}
+    refs = {model_of(plan, step) for step in plan.steps if step.config.needs.model and not is_reference(step.model)}
     for ref in sorted(refs, key=str):
         if locate(ref.source).kind != "hub":
             ref.identity()
@@ -173,7 +173,7 @@ def _model(at_work: Run, source: str) -> ModelRef:
     made = plan.made.get(source)
     if made is None or made.step is None:
         step = next(step for step in plan.steps if step.model == source)
-        return source_of(plan, step)
+        return model_of(plan, step)
     fields = plan.recipe.model_dump(include={"task", "dtype", "device", "trust_remote_code"})
     ref = ModelRef(source=at_work.paths[source], **fields)
     from tenfold.models.open import saved_task
@@ -304,7 +304,7 @@ def _given(at_work: Run, job: Job) -> tuple[StageConfig, Rows | None, dict[str, 
     config = resolved(step.config, at_work.paths, at_work.plan.recipe.models)
     if config is step.config:
         return config, job.rows, dict(job.other_rows)
-    with named(step):
+    with naming(step):
         rows, others = rows_of(config), other_rows_of(config)
         config.check(rows)
     return config, rows, others
@@ -316,8 +316,8 @@ def _made(config: StageConfig, output: StageOutput, work: Path) -> dict[str, str
     Raises:
         RunError: a stage that did not make what it says.
     """
-    named = {} if output.artefact is None else {Path(output.artefact).name: output.artefact}
-    found = {**named, **output.artefacts}
+    naming = {} if output.artefact is None else {Path(output.artefact).name: output.artefact}
+    found = {**naming, **output.artefacts}
     for name in config.artefacts():
         if not (work / found.get(name, "?")).exists():
             raise RunError(f"{config.run}: made no {name}, which its configuration promises", remedy="report this")

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import yaml
 
+from tenfold.config.shape import Task
 from tenfold.files import write_text
 from tenfold.models.changes import is_marked
-from tenfold.report.verdict import compare, half_width
+from tenfold.report.verdict import changes, half_width
 from tenfold.stage import numbers
 from tenfold.stage.record import StageSummary
 
-Kind = Literal["adapter", "model"]
-Task = Literal["causal", "seq2seq", "classification", "reward"]
+CardKind = Literal["adapter", "model"]
 
 AUTO_CLASSES: Mapping[str, str] = {
     "causal": "AutoModelForCausalLM",
@@ -33,7 +33,7 @@ def write_card(
     *,
     base_model: str,
     recipe_text: str,
-    kind: Kind,
+    kind: CardKind,
     task: Task = "causal",
     paper: Mapping[str, str] | None = None,
     license: str | None = None,
@@ -76,7 +76,7 @@ def card(
     *,
     base_model: str,
     recipe_text: str,
-    kind: Kind,
+    kind: CardKind,
     name: str,
     task: Task = "causal",
     paper: Mapping[str, str] | None = None,
@@ -112,7 +112,7 @@ def _base(base_model: str) -> str:
     return PurePosixPath(base_model.replace("\\", "/")).name or base_model
 
 
-def _header(summary: StageSummary, base: str, kind: Kind, license: str | None, alone: bool) -> str:
+def _header(summary: StageSummary, base: str, kind: CardKind, license: str | None, alone: bool) -> str:
     values: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) else {}
     # The hub shows how to load a folder with the library of this name.
     values["library_name"] = "tenfold" if not alone else "peft" if kind == "adapter" else "transformers"
@@ -122,21 +122,21 @@ def _header(summary: StageSummary, base: str, kind: Kind, license: str | None, a
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
-def _what(summary: StageSummary, base: str, kind: Kind) -> str:
+def _what(summary: StageSummary, base: str, kind: CardKind) -> str:
     sort = "A PEFT adapter for" if kind == "adapter" else "A transformers model made from"
     lines = [f"{sort} {_inline(base)}, written by the stage `{summary.stage}` of tenfold {summary.tenfold_version}."]
     facts = {key: value for key, value in summary.attached.items() if isinstance(value, str | int | float)}
     if facts:
         lines += ["", "| what it touched | |", "| --- | ---: |"]
         lines += [
-            f"| {_inline(key.replace('_', ' '))} | {_inline(numbers.named(v, key))} |" for key, v in facts.items()
+            f"| {_inline(key.replace('_', ' '))} | {_inline(numbers.named_unit(v, key))} |" for key, v in facts.items()
         ]
     if summary.notes:
         lines += ["", *(f"- {_inline(note)}" for note in summary.notes)]
     return "\n".join(lines)
 
 
-def _loading(name: str, base: str, kind: Kind, task: Task, alone: bool) -> str:
+def _loading(name: str, base: str, kind: CardKind, task: Task, alone: bool) -> str:
     if alone:
         return "## Load it\n\nNo tenfold needed.\n\n" + _fence(_code(name, base, kind, task), "python")
     other = "PEFT would put it on the model without them" if kind == "adapter" else "transformers does not open it"
@@ -151,7 +151,7 @@ def _loading(name: str, base: str, kind: Kind, task: Task, alone: bool) -> str:
     return f"## Load it\n\n{text}\n\n" + _fence("\n".join(lines), "python")
 
 
-def _code(name: str, base: str, kind: Kind, task: Task) -> str:
+def _code(name: str, base: str, kind: CardKind, task: Task) -> str:
     auto = AUTO_CLASSES[task]
     lines = [
         *(["from peft import PeftModel"] if kind == "adapter" else []),
@@ -190,7 +190,7 @@ def _data(summary: StageSummary) -> str:
 
 
 def _results(summary: StageSummary) -> str:
-    items = compare(summary.results)
+    items = changes(summary.results)
     if not items:
         return ""
     subjects = list(dict.fromkeys(subject for item in items for subject in item.subjects))
@@ -201,7 +201,9 @@ def _results(summary: StageSummary) -> str:
         f"| --- | --- | {' | '.join('---:' for _ in subjects)} |",
     ]
     for item in items:
-        scale = numbers.fit([metric.value for metric in item.subjects.values()], item.unit, finest=item.difference)
+        scale = numbers.scale_for(
+            [metric.value for metric in item.subjects.values()], item.unit, finest=item.difference
+        )
         cells = []
         for subject in subjects:
             metric = item.subjects.get(subject)

@@ -84,7 +84,7 @@ def metric_cells(rows: Sequence[MetricRow]) -> tuple[tuple[str, ...], list[tuple
     """
     cells: list[tuple[str, ...]] = []
     for row in rows:
-        scale = numbers.fit([row.a, row.b], row.unit, finest=row.difference)
+        scale = numbers.scale_for([row.a, row.b], row.unit, finest=row.difference)
         name = f"{row.metric} ({scale.unit})" if scale.unit else row.metric
         difference = "–" if row.difference is None else scale.text(row.difference, sign=True)
         relative = numbers.percent(row.relative, sign=True)

@@ -16,10 +16,10 @@ from tenfold.report import plots, thresholds
 from tenfold.report.verdict import (
     AFTER,
     BEFORE,
-    Comparison,
+    Change,
     Outcome,
     by_task,
-    compare,
+    changes,
     half_width,
     headlines,
     label,
@@ -72,7 +72,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class PageRow:
     """One metric in the table of results."""
 
     name: str
@@ -92,7 +92,7 @@ class ResultTable:
     task: str
     subjects: tuple[str, ...]
     compared: bool
-    rows: tuple[Row, ...]
+    rows: tuple[PageRow, ...]
     settings: Mapping[str, Any]
 
 
@@ -210,7 +210,7 @@ def _templates() -> Environment:
     )
     templates.filters["quantity"] = numbers.quantity
     templates.filters["percent"] = numbers.percent
-    templates.filters["named"] = numbers.named
+    templates.filters["named"] = numbers.named_unit
     templates.filters["typeset"] = _typeset
     templates.globals["marks"] = MARKS
     templates.globals["thresholds"] = thresholds
@@ -248,7 +248,7 @@ def _section(summary: StageSummary, metrics: Sequence[Mapping[str, Any]]) -> Sec
     return Section(
         summary=summary,
         anchor=f"stage-{summary.index}",
-        tables=tuple(_table(task, items) for task, items in by_task(compare(summary.results)).items()),
+        tables=tuple(_table(task, items) for task, items in by_task(changes(summary.results)).items()),
         figures=_drawn(summary.figures, summary.folder),
         curves=_drawn(shown, f"{summary.folder} curves"),
         more_curves=_drawn(more, f"{summary.folder} more"),
@@ -269,7 +269,7 @@ def _drawn(figures: Sequence[Figure], key: str) -> tuple[Plot, ...]:
 def _plain(table: Table) -> PlainTable:
     columns = [[row[place] if place < len(row) else None for row in table.rows] for place in range(len(table.columns))]
     numeric = [any(numbers.is_number(cell) for cell in cells) for cells in columns]
-    scales = [numbers.fit(cell for cell in cells if numbers.is_number(cell)) for cells in columns]
+    scales = [numbers.scale_for(cell for cell in cells if numbers.is_number(cell)) for cells in columns]
     rows = zip(
         *([_plain_cell(cell, scale) for cell in cells] for cells, scale in zip(columns, scales, strict=True)),
         strict=True,
@@ -283,7 +283,7 @@ def _plain_cell(cell: str | float | None, scale: numbers.Scale) -> Cell:
     return Cell(cell) if isinstance(cell, str) else Cell(scale.text(cell), exact=numbers.exact(cell))
 
 
-def _table(task: str, items: Sequence[Comparison]) -> ResultTable:
+def _table(task: str, items: Sequence[Change]) -> ResultTable:
     subjects = list(dict.fromkeys(subject for item in items for subject in item.subjects))
     subjects.sort(key=lambda subject: {BEFORE: 0, AFTER: 1}.get(subject, 2))
     return ResultTable(
@@ -295,12 +295,12 @@ def _table(task: str, items: Sequence[Comparison]) -> ResultTable:
     )
 
 
-def _row(item: Comparison, subjects: Sequence[str]) -> Row:
+def _row(item: Change, subjects: Sequence[str]) -> PageRow:
     values = [metric.value for metric in item.subjects.values()]
     ends = [end for metric in item.subjects.values() for end in metric.interval or ()]
     finest = _finest(item) if values else None
-    scale = numbers.fit([*values, *ends] or [item.difference, *(item.interval or ())], item.unit, finest=finest)
-    return Row(
+    scale = numbers.scale_for([*values, *ends] or [item.difference, *(item.interval or ())], item.unit, finest=finest)
+    return PageRow(
         name=item.name.replace("_", " "),
         unit=scale.unit,
         hints=tuple(_hints(item)),
@@ -326,11 +326,13 @@ def _cell(metric: Metric | None, scale: numbers.Scale) -> Cell:
         exact += f", 95 % interval {numbers.exact(low)} to {numbers.exact(high)}"
     elif metric.stderr is not None:
         width = half_width(metric)
-        spread = f"± {numbers.fit([width], metric.unit).text(width) if scale.decimals is None else scale.text(width)}"
+        spread = (
+            f"± {numbers.scale_for([width], metric.unit).text(width) if scale.decimals is None else scale.text(width)}"
+        )
     return Cell(scale.text(metric.value), spread, exact)
 
 
-def _hints(item: Comparison) -> Iterator[str]:
+def _hints(item: Change) -> Iterator[str]:
     if item.kind != "figure":
         yield item.kind
     if item.better != "neither":
@@ -339,7 +341,7 @@ def _hints(item: Comparison) -> Iterator[str]:
             yield f"{item.matters.text(item.unit)} matters"
 
 
-def _finest(item: Comparison) -> float | None:
+def _finest(item: Change) -> float | None:
     """The smallest step that must stay visible in a row: the difference, and the width of every interval."""
     widths = [high - low for low, high in (metric.interval for metric in item.subjects.values() if metric.interval)]
     # ten times the width: its first digit is enough to tell the two ends apart
@@ -347,7 +349,7 @@ def _finest(item: Comparison) -> float | None:
     return min((step for step in steps if step > 0), default=None)
 
 
-def _difference(item: Comparison, scale: numbers.Scale) -> Cell | None:
+def _difference(item: Change, scale: numbers.Scale) -> Cell | None:
     if item.difference is None:
         return None
     exact = numbers.exact(item.difference, item.unit)
@@ -360,9 +362,9 @@ def _difference(item: Comparison, scale: numbers.Scale) -> Cell | None:
     return Cell(scale.text(item.difference, sign=still == 0), spread, exact)
 
 
-def _tile(item: Comparison) -> Tile:
+def _tile(item: Change) -> Tile:
     before, after = item.subjects[BEFORE].value, item.subjects[AFTER].value
-    scale = numbers.fit([before, after], item.unit, finest=item.difference)
+    scale = numbers.scale_for([before, after], item.unit, finest=item.difference)
     change = numbers.percent(item.relative, sign=True) if item.relative is not None else ""
     name = label(item)
     return Tile(

@@ -281,7 +281,7 @@ def _heatmap(figure: Figure) -> Canvas:
     places = {label: place for place, label in enumerate(columns)}
     values = [value for series in rows for value in series.y if value is not None and math.isfinite(value)]
     largest = figure.full or max(abs(value) for value in values) or 1.0
-    scale = numbers.fit(values)
+    scale = numbers.scale_for(values)
     room = (width - 1.2) * 72 / len(columns)
     longest = max(len(scale.text(value)) for value in values)
     annotated = len(rows) * len(columns) <= MOST_ANNOTATED and longest * 5.2 < room
@@ -327,7 +327,7 @@ def _scale_bar(canvas: Canvas, axes: Axes, lowest: float, highest: float, larges
     bar.set_ylim(bottom, top if top > bottom else bottom + 1)
     bar.set_xticks([])
     ends = [bottom, top] if top > bottom else [bottom]
-    scale = numbers.fit(ends)
+    scale = numbers.scale_for(ends)
     bar.set_yticks(ends, [scale.text(end) for end in ends])
     bar.yaxis.tick_right()
     bar.tick_params(length=0)
@@ -366,7 +366,7 @@ def _describe(figure: Figure) -> str:
         if not known:
             parts.append(f"{series.name}: no values")
             continue
-        scale = numbers.fit(known)
+        scale = numbers.scale_for(known)
         first, last, low, high = (scale.text(value) for value in (known[0], known[-1], min(known), max(known)))
         parts.append(f"{series.name}: {len(known)} values from {first} to {last}, lowest {low}, highest {high}")
     return f"{figure.kind} plot. " + "; ".join(parts) + "."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tenfold.stage.numbers import fit
+from tenfold.stage.numbers import scale_for
 from tenfold.stage.record import StageSummary
 
 
@@ -37,5 +37,5 @@ def _sides(values: dict[str, float], unit: str) -> tuple[str, str, str] | None:
     before, after = values.get("before"), values.get("after", values.get("model"))
     if after is None:
         return None
-    scale = fit([before, after], unit, finest=None if before is None else after - before)
+    scale = scale_for([before, after], unit, finest=None if before is None else after - before)
     return "" if before is None else scale.text(before), scale.text(after), scale.unit

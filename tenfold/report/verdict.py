@@ -24,7 +24,7 @@ VIEWS = (LIKELIHOOD | {"perplexity ratio", "nll difference"}, frozenset({"prefil
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Change:
     """One metric of one task, for every subject."""
 
     task: str
@@ -68,7 +68,7 @@ class Sentence:
     outcome: Outcome
 
 
-def compare(results: Iterable[Result], *, held_out: bool = False) -> list[Comparison]:
+def changes(results: Iterable[Result], *, held_out: bool = False) -> list[Change]:
     """Put the subjects of each metric side by side and judge the change.
 
     A change is better or worse when the 95 % interval of the paired difference (without one, of the difference of two
@@ -82,7 +82,7 @@ def compare(results: Iterable[Result], *, held_out: bool = False) -> list[Compar
     >>> def speed(subject, value):
     ...     metric = Metric(name="prefill", value=value, stderr=0.1, better="higher", kind="timing")
     ...     return Result(task="speed", subject=subject, metrics=(metric,))
-    >>> [compare([speed("before", 100.0), speed("after", after)])[0].outcome for after in (100.1, 102.0, 110.0)]
+    >>> [changes([speed("before", 100.0), speed("after", after)])[0].outcome for after in (100.1, 102.0, 110.0)]
     ['no clear change', 'too small to matter', 'better']
     """
     found: dict[tuple[str, str], dict[str, Metric]] = {}
@@ -110,7 +110,7 @@ def compare(results: Iterable[Result], *, held_out: bool = False) -> list[Compar
 
 def _judge(
     task: str, name: str, subjects: Mapping[str, Metric], paired: Mapping[str, Metric], nll: Metric | None
-) -> Comparison:
+) -> Change:
     own = paired.get(name)
     decides = own or paired.get(f"{name}_difference") or _likelihood(name, paired)
     example = subjects.get(AFTER) or next(iter(subjects.values()), None) or paired[name]
@@ -131,7 +131,7 @@ def _judge(
             size = own.model_copy(update={"value": abs(own.value)})  # a loss of a share matters as a gain does
             matters = threshold(size, size)
             outcome = _outcome(difference - still, moved, matters.of(still), own)
-    return Comparison(
+    return Change(
         task=task,
         name=name,
         unit=example.unit,
@@ -147,7 +147,7 @@ def _judge(
     )
 
 
-def _agreed(items: Sequence[Comparison]) -> list[Comparison]:
+def _agreed(items: Sequence[Change]) -> list[Change]:
     """The same items, with one outcome for all views of one phenomenon: near a threshold they could differ."""
     decided: dict[tuple[str, int], Outcome] = {}
     agreed = []
@@ -236,16 +236,16 @@ def _outcome(difference: float, interval: tuple[float, float] | None, matters: f
     return "better" if (difference < 0) == (metric.better == "lower") else "worse"
 
 
-def headlines(summaries: Sequence[StageSummary]) -> list[Comparison]:
+def headlines(summaries: Sequence[StageSummary]) -> list[Change]:
     """The comparisons that speak for the run, most important first.
 
     The first metric of each task speaks for it, each timing (tails apart) and each size for itself; where several
     stages measured a task, the last one does.
     """
-    latest: dict[str, list[Comparison]] = {}
+    latest: dict[str, list[Change]] = {}
     for summary in summaries:
         held_out = summary.config.get("split") == "held-out"
-        groups = by_task(compare(summary.results, held_out=held_out))
+        groups = by_task(changes(summary.results, held_out=held_out))
         latest.update({task: group for task, group in groups.items() if any(map(_is_compared, group))})
     items = [item for group in latest.values() for item in _speakers(group)]
     return sorted(items, key=lambda item: ("figure", "timing", "memory").index(item.kind))
@@ -255,7 +255,7 @@ def verdict(summaries: Sequence[StageSummary]) -> list[Sentence]:
     """What the run bought and what it cost, most important first; what did not change for certain shares a sentence."""
     items = headlines(summaries)
     clear = [item for item in items if item.outcome in ("better", "worse", "changed")]
-    sentences = [Sentence(describe(item), item.outcome) for item in clear]
+    sentences = [Sentence(describe_change(item), item.outcome) for item in clear]
     quiet: tuple[Outcome, ...] = ("no clear change", "too small to matter")
     for outcome in quiet:
         steady = [item for item in items if item.outcome == outcome]
@@ -271,29 +271,29 @@ def verdict(summaries: Sequence[StageSummary]) -> list[Sentence]:
     return sentences + _cost(summaries)
 
 
-def by_task(items: Iterable[Comparison]) -> dict[str, list[Comparison]]:
+def by_task(items: Iterable[Change]) -> dict[str, list[Change]]:
     """The comparisons grouped by task, in order."""
-    groups: dict[str, list[Comparison]] = {}
+    groups: dict[str, list[Change]] = {}
     for item in items:
         groups.setdefault(item.task, []).append(item)
     return groups
 
 
-def _speakers(group: Sequence[Comparison]) -> list[Comparison]:
+def _speakers(group: Sequence[Change]) -> list[Change]:
     compared = [item for item in group if _is_compared(item) and item.better != "neither"]
     measured = [item for item in compared if _is_cost(item) and "p95" not in item.name]
     return measured or compared[:1]
 
 
-def _is_compared(item: Comparison) -> bool:
+def _is_compared(item: Change) -> bool:
     return item.before is not None and item.after is not None
 
 
-def _is_cost(item: Comparison) -> bool:
+def _is_cost(item: Change) -> bool:
     return item.kind != "figure" or is_bytes(item.unit)
 
 
-def label(item: Comparison) -> str:
+def label(item: Change) -> str:
     """The metric's name as a reader says it: ``held-out perplexity``, ``accuracy (quiz)``, ``prefill``."""
     name, task = item.name.replace("_", " "), item.task.replace("_", " ")
     if item.kind != "timing" and task not in name:
@@ -301,24 +301,24 @@ def label(item: Comparison) -> str:
     return f"held-out {name}" if item.held_out and not _is_cost(item) else name
 
 
-def _values(item: Comparison) -> str:
+def _values(item: Change) -> str:
     before, after = item.subjects[BEFORE].value, item.subjects[AFTER].value
-    scale = numbers.fit([before, after], item.unit, finest=item.difference)
+    scale = numbers.scale_for([before, after], item.unit, finest=item.difference)
     change = f" ({numbers.percent(item.relative, sign=True)})" if item.relative is not None else ""
     return f"{label(item)} {scale.text(before)} → {scale.quantity(after)}{change}"
 
 
-def describe(item: Comparison) -> str:
+def describe_change(item: Change) -> str:
     """A sentence for one clear change.
 
     >>> before, after = (Metric(name="accuracy", value=v, stderr=0.02, better="higher") for v in (0.5, 0.75))
-    >>> describe(compare([Result(task="quiz", subject=s, metrics=(m,)) for s, m in (("before", before),
+    >>> describe_change(changes([Result(task="quiz", subject=s, metrics=(m,)) for s, m in (("before", before),
     ...                                                                             ("after", after))])[0])
     'Accuracy (quiz) 0.500 → 0.750 (+50.0 %), difference +0.250 [+0.195, +0.305]: better.'
     """
     text = _values(item)
     if item.difference is not None and item.interval is not None:
-        scale = numbers.fit([item.difference, *item.interval], item.unit)
+        scale = numbers.scale_for([item.difference, *item.interval], item.unit)
         low, high = (scale.text(end, sign=True) for end in item.interval)
         text += f", difference {scale.quantity(item.difference, sign=True)} [{low}, {high}]"
     ending = {"better": ": better.", "worse": ": worse."}.get(item.outcome, ".")

@@ -43,7 +43,7 @@ class Scale:
         return f"{text} {self.unit}" if self.unit and value is not None else text
 
 
-def fit(values: Iterable[float | None], unit: str = "", *, finest: float | None = None) -> Scale:
+def scale_for(values: Iterable[float | None], unit: str = "", *, finest: float | None = None) -> Scale:
     """The scale on which `values` read well: three significant digits, more where their difference needs them.
 
     Args:
@@ -51,11 +51,11 @@ def fit(values: Iterable[float | None], unit: str = "", *, finest: float | None 
         unit: ``s`` becomes ms or min, ``bytes`` becomes KiB or MiB, also before a slash (``s/token``).
         finest: a difference that must stay visible, in `unit`.
 
-    >>> fit([0.0312], "s").quantity(0.0312)
+    >>> scale_for([0.0312], "s").quantity(0.0312)
     '31.2 ms'
-    >>> fit([31.24, 31.21], finest=0.03).text(31.21)
+    >>> scale_for([31.24, 31.21], finest=0.03).text(31.21)
     '31.210'
-    >>> fit([3 * 2**20], "bytes").quantity(3 * 2**20)
+    >>> scale_for([3 * 2**20], "bytes").quantity(3 * 2**20)
     '3.00 MiB'
     """
     known = [value for value in values if value is not None and math.isfinite(value)]
@@ -99,7 +99,7 @@ def quantity(value: float | None, unit: str = "") -> str:
     >>> quantity(134515008), quantity(1.5, "s"), quantity(0.0001, "")
     ('134,515,008', '1.50 s', '0.000100')
     """
-    return fit([value], unit).quantity(value)
+    return scale_for([value], unit).quantity(value)
 
 
 def percent(share: float | None, *, sign: bool = False) -> str:
@@ -134,11 +134,13 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def named(value: object, key: str) -> str:
+def named_unit(value: object, key: str) -> str:
     """A value in words, by what its key says it is: bytes, seconds, a share, a count.
 
-    >>> named(2152000, "bytes"), named(0.004, "share of the model"), named(True, "packing"), named(None, "rank")
-    ('2.05 MiB', '0.40 %', 'yes', '–')
+    >>> named_unit(2152000, "bytes"), named_unit(0.004, "share of the model")
+    ('2.05 MiB', '0.40 %')
+    >>> named_unit(True, "packing"), named_unit(None, "rank")
+    ('yes', '–')
     """
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tenfold.adapt.distil import DistilTrainer, distance, hidden_states, unconverted
+from tenfold.adapt.distil import DistilTrainer, distance, states_to_match, unconverted
 from tenfold.adapt.lora import LoraConfig, attach
 from tenfold.attend import masformer
 from tenfold.attend.spans import NAME
@@ -24,7 +24,7 @@ SPAN = AttentionWindow("sliding", 6)
 
 def converted(kind="llama"):
     model = tiny_model(kind).model.eval()
-    before = hidden_states(model, {"input_ids": IDS})
+    before = states_to_match(model, {"input_ids": IDS})
     masformer.convert(model, full_layers=[1], span=SPAN)
     return model, before
 
@@ -43,12 +43,12 @@ def test_the_teacher_is_the_unconverted_model_without_its_adapter(kind):
             if "lora_B" in name:
                 parameter.fill_(0.1)
     teacher = unconverted(adapted)
-    changed = hidden_states(adapted, {"input_ids": IDS})
+    changed = states_to_match(adapted, {"input_ids": IDS})
     states = teacher({"input_ids": IDS})
     assert same(states, before)
     assert not any(state.requires_grad for state in states)
     assert adapted.config._attn_implementation == NAME
-    assert same(hidden_states(adapted, {"input_ids": IDS}), changed), "the teacher must leave the student as it was"
+    assert same(states_to_match(adapted, {"input_ids": IDS}), changed), "the teacher must leave the student as it was"
     assert not same(changed, before)
 
 
@@ -136,7 +136,7 @@ def test_the_loss_is_the_distance_and_the_rest_the_labels(padded, tmp_path):
     with torch.no_grad():
         for ids in (IDS[:1], IDS[1:, :30]):
             wanted = trainer.teacher({"input_ids": ids})
-            mine = hidden_states(student, {"input_ids": ids})
+            mine = states_to_match(student, {"input_ids": ids})
             # A first token has no label, and where there is no mask that is all that is known of it.
             seen = torch.ones_like(ids, dtype=torch.bool)
             seen[0, 0] = padded
@@ -184,8 +184,8 @@ def test_all_weights_learn_what_the_model_thought_before(recipe, number_rows, tm
 
     @torch.no_grad()
     def gap(folder):
-        wanted = hidden_states(opened.model.eval(), inputs)
-        return float(distance(hidden_states(open_model(folder).model.eval(), inputs), wanted, seen))
+        wanted = states_to_match(opened.model.eval(), inputs)
+        return float(distance(states_to_match(open_model(folder).model.eval(), inputs), wanted, seen))
 
     assert gap(tmp_path / "02-full/model") < 0.9 * gap(tmp_path / "01-masformer/model")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenfold.attend.autopasta.embed import hidden_states
-from tenfold.attend.autopasta.quote_matching import cosine, locate
+from tenfold.attend.autopasta.quote_matching import cosine, locate_quote
 from tenfold.data.encode import pad_id
 from tenfold.models.tiny import tiny_model
 
@@ -100,6 +100,6 @@ def test_locate_with_the_models_own_embeddings():
     rows = embed([quote, *rivers]).double()
     scores = cosine(rows[0], rows[1:])
     context = " ".join(rivers)
-    hit = locate(quote, context, embed=embed, min_similarity=-1)[0]
+    hit = locate_quote(quote, context, embed=embed, min_similarity=-1)[0]
     assert context[hit.start : hit.end] == rivers[int(scores.argmax())]
     assert hit.score == pytest.approx(float(scores.max()), abs=1e-5)

@@ -18,8 +18,8 @@ from tenfold.attend.autopasta.quote_matching import (
     clean_quote,
     cosine,
     is_refusal,
-    locate,
-    ratio,
+    locate_quote,
+    similarity,
 )
 from tenfold.attend.autopasta.sentences import sentences
 from tenfold.errors import ConfigError, DataError
@@ -39,7 +39,7 @@ def never(texts):
 
 def found(quote, context=CONTEXT, **options):
     """The sentences hit, and the stages."""
-    hits = locate(quote, context, **options)
+    hits = locate_quote(quote, context, **options)
     return [context[hit.start : hit.end] for hit in hits], [hit.stage for hit in hits]
 
 
@@ -62,23 +62,23 @@ def test_cosines_of_words(quote, expected):
 def test_ratios_and_their_order():
     quote = "The Nile is the longest river."
     expected = [0.477612, 0.597015, 0.821918, 0.372881]
-    assert [ratio(quote, text) for text in RIVERS] == pytest.approx(expected, abs=1e-6)
-    assert [ratio(text, quote) for text in RIVERS] != pytest.approx(expected, abs=1e-6)
+    assert [similarity(quote, text) for text in RIVERS] == pytest.approx(expected, abs=1e-6)
+    assert [similarity(text, quote) for text in RIVERS] != pytest.approx(expected, abs=1e-6)
 
 
 def test_the_right_sentence_on_the_right_rung():
     quote = "The Nile is the longest river."
-    assert locate(quote, CONTEXT, embed=never) == (Hit(76, 119, pytest.approx(0.821918, abs=1e-6), "ratio"),)
-    assert locate("The Nile has a length of about 6650 km.", CONTEXT) == (
+    assert locate_quote(quote, CONTEXT, embed=never) == (Hit(76, 119, pytest.approx(0.821918, abs=1e-6), "ratio"),)
+    assert locate_quote("The Nile has a length of about 6650 km.", CONTEXT) == (
         Hit(120, 149, pytest.approx(0.377964, abs=1e-6), "embedding"),
     )
-    assert locate("I do not know.", CONTEXT) == ()
+    assert locate_quote("I do not know.", CONTEXT) == ()
 
 
 @pytest.mark.parametrize("text", RIVERS)
 def test_a_copy_is_exact(text):
     start = CONTEXT.index(text)
-    assert locate(text, CONTEXT, embed=never) == (Hit(start, start + len(text), 1.0, "exact"),)
+    assert locate_quote(text, CONTEXT, embed=never) == (Hit(start, start + len(text), 1.0, "exact"),)
 
 
 def test_ties_go_to_the_first():
@@ -88,8 +88,8 @@ def test_ties_go_to_the_first():
     assert found("The Nile is the longest river.", context) == ([RIVERS[0]], ["embedding"])
     twice = "A bird sang. The sun was out all day. A bird sang. The sun was out all day."
     for quote in ("The sun was out all day.", "the sun was out all day", "The sun was out today."):
-        assert [hit.start for hit in locate(quote, twice, embed=never)] == [13]
-        assert [hit.start for hit in locate(quote, twice, all_matches=True)] == [13, 51]
+        assert [hit.start for hit in locate_quote(quote, twice, embed=never)] == [13]
+        assert [hit.start for hit in locate_quote(quote, twice, all_matches=True)] == [13, 51]
 
 
 # ---- cleaning --------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_cleaning_and_refusing_take_linear_time(unit):
 )
 def test_refusals(text):
     assert is_refusal(text)
-    assert locate(text, CONTEXT, embed=never, min_similarity=-1) == ()
+    assert locate_quote(text, CONTEXT, embed=never, min_similarity=-1) == ()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_no_refusals(text):
 
 
 def test_a_refusal_is_not_read_on():
-    assert locate("No sentence says so. The rivers of South America are long.", CONTEXT, min_similarity=-1) == ()
+    assert locate_quote("No sentence says so. The rivers of South America are long.", CONTEXT, min_similarity=-1) == ()
 
 
 def test_a_refusal_that_the_context_holds_is_a_quote():
@@ -292,7 +292,7 @@ def test_a_refusal_that_the_context_holds_is_a_quote():
     ],
 )
 def test_each_rung(quote, stage):
-    hits = locate(quote, CONTEXT)
+    hits = locate_quote(quote, CONTEXT)
     assert [(hit.start, hit.end, hit.stage) for hit in hits] == [(76, 119, stage)]
     assert (hits[0].score == 1) == (stage in ("exact", "normalised"))
 
@@ -333,7 +333,7 @@ def test_long_sentences_are_compared_by_all_their_letters():
         "thousand pounds and should be rebuilt."
     )
     quote = text.replace("eleven", "twelve").replace("town hall", "townhall")
-    assert SequenceMatcher(None, quote, text).ratio() < MIN_RATIO < 0.98 < ratio(quote, text)
+    assert SequenceMatcher(None, quote, text).ratio() < MIN_RATIO < 0.98 < similarity(quote, text)
     assert found(quote, f"{text} It was.", embed=never) == ([text], ["ratio"])
 
 
@@ -350,8 +350,8 @@ def test_the_ratio_rung_agrees_with_trying_all(texts, data):
         return
     context = "\n".join(texts)
     spans = [(sum(len(text) + 1 for text in texts[:k]), len(texts[k])) for k in range(len(texts))]
-    ratios = [ratio(piece, text) for text in texts]
-    hits = locate(piece, context, [(lo, lo + length) for lo, length in spans], min_similarity=1)
+    ratios = [similarity(piece, text) for text in texts]
+    hits = locate_quote(piece, context, [(lo, lo + length) for lo, length in spans], min_similarity=1)
     hits = [hit for hit in hits if hit.stage == "ratio"]
     if max(ratios) >= MIN_RATIO:
         best = ratios.index(max(ratios))
@@ -369,12 +369,12 @@ def test_any_copy_of_a_long_sentence_is_found_exactly(context, data):
     if len(text.split()) < 3 or is_refusal(text):
         return
     first = next((a, b) for a, b in spans if context[a:b] == text)
-    assert locate(text, context, embed=never) == (Hit(*first, 1.0, "exact"),)
+    assert locate_quote(text, context, embed=never) == (Hit(*first, 1.0, "exact"),)
 
 
 @given(st.text(max_size=80), st.text(max_size=80), st.integers(1, 3), st.booleans())
 def test_hits_are_sentences_in_order(quote, context, count, copies):
-    hits = locate(quote, context, max_spans=count, all_matches=copies)
+    hits = locate_quote(quote, context, max_spans=count, all_matches=copies)
     spans = [(hit.start, hit.end) for hit in hits]
     assert spans == sorted(set(spans))
     assert set(spans) <= set(sentences(context))
@@ -423,13 +423,13 @@ def test_a_quote_across_a_line_end_means_both_parts_the_larger_first():
 
 def test_several_sentences_of_the_quote_may_be_one_of_the_context():
     context = "It rained. The sun rose. The moon set."
-    assert locate("The sun rose. The moon set.", context, [(0, 10), (11, 38)]) == (Hit(11, 38, 1.0, "exact"),)
+    assert locate_quote("The sun rose. The moon set.", context, [(0, 10), (11, 38)]) == (Hit(11, 38, 1.0, "exact"),)
 
 
 def test_copies_come_beyond_max_spans():
     context = "The sun rose again. It rained.\nthe sun  rose again. The moon set then. The sun rose again."
-    assert len(locate("The sun rose again.", context)) == 1
-    hits = locate("The sun rose again.", context, all_matches=True)
+    assert len(locate_quote("The sun rose again.", context)) == 1
+    hits = locate_quote("The sun rose again.", context, all_matches=True)
     assert [(hit.start, hit.end) for hit in hits] == [(0, 19), (31, 51), (71, 90)]
     assert {(hit.score, hit.stage) for hit in hits} == {(1.0, "exact")}
 
@@ -453,7 +453,7 @@ def test_a_heading_never_wins_by_cosine_but_lends_its_words():
 
 
 def test_only_headings_are_no_evidence():
-    assert locate("Of which length is the Nile?", "The Nile\nThe Amazon\n", embed=never) == ()
+    assert locate_quote("Of which length is the Nile?", "The Nile\nThe Amazon\n", embed=never) == ()
 
 
 def test_short_quotes():
@@ -461,7 +461,7 @@ def test_short_quotes():
     assert found("1999", context) == (["In 1999 he left Rome."], ["exact"])
     assert found("the nile", context) == (["The Nile"], ["normalised"])
     for quote in ("Rome", "Paris", "199", "he came"):  # of several, part of a word, nowhere
-        assert locate(quote, context, embed=never, min_similarity=-1) == ()
+        assert locate_quote(quote, context, embed=never, min_similarity=-1) == ()
 
 
 def test_headings_do_not_cost_quadratic_memory():
@@ -489,19 +489,19 @@ def test_the_least_similarity_decides_and_counts_itself():
     quote = "The Nile has a length of about 6650 km."
     rows = bag_of_words([quote, *RIVERS])
     score = float(cosine(rows[0], rows[1:])[3])
-    assert len(locate(quote, CONTEXT, min_similarity=score)) == 1
-    assert locate(quote, CONTEXT, min_similarity=score + 1e-9) == ()
+    assert len(locate_quote(quote, CONTEXT, min_similarity=score)) == 1
+    assert locate_quote(quote, CONTEXT, min_similarity=score + 1e-9) == ()
 
 
 def test_no_common_word_is_no_evidence():
-    assert locate("Penguins cannot fly.", CONTEXT) == ()
-    assert locate("Πιγκουίνοι που δεν πετούν.", CONTEXT) == ()
+    assert locate_quote("Penguins cannot fly.", CONTEXT) == ()
+    assert locate_quote("Πιγκουίνοι που δεν πετούν.", CONTEXT) == ()
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda rows: [torch.tensor(row) for row in rows]])
 def test_rows_of_any_kind(kind):
     vectors = {RIVERS[0]: [-1.0, 0.0], RIVERS[1]: [1.0, 1.0], RIVERS[2]: [0.0, 0.0], RIVERS[3]: [3.0, 1.0]}
-    hits = locate(
+    hits = locate_quote(
         "A quite different thing.", CONTEXT, embed=lambda texts: kind([vectors.get(t, [2.0, 0]) for t in texts])
     )
     assert hits == (Hit(120, 149, pytest.approx(3 / 10**0.5), "embedding"),)
@@ -509,7 +509,9 @@ def test_rows_of_any_kind(kind):
 
 def test_rows_that_differ_by_rounding_are_a_tie():
     noise = iter([0.1, 0.0, 1e-7, 2e-7, 0.0])  # the third sentence is nearest, by 2e-8
-    hits = locate("A quite different thing.", CONTEXT, embed=lambda texts: [[1.0, 1e-3 + next(noise)] for _ in texts])
+    hits = locate_quote(
+        "A quite different thing.", CONTEXT, embed=lambda texts: [[1.0, 1e-3 + next(noise)] for _ in texts]
+    )
     assert [hit.start for hit in hits] == [0]
 
 
@@ -533,7 +535,7 @@ def test_rows_that_differ_by_rounding_are_a_tie():
 )
 def test_rows_that_are_no_embeddings_are_refused(rows):
     with pytest.raises(ConfigError, match=r"^embed: returned"):
-        locate("A quite different thing.", CONTEXT, embed=lambda texts: rows)
+        locate_quote("A quite different thing.", CONTEXT, embed=lambda texts: rows)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +550,7 @@ def test_rows_that_are_no_embeddings_are_refused(rows):
 )
 def test_options_out_of_range_are_refused_whatever_the_quote(options, field):
     with pytest.raises(ConfigError, match=f"^{field} "):
-        locate("", "", **options)
+        locate_quote("", "", **options)
 
 
 @pytest.mark.parametrize(
@@ -564,14 +566,14 @@ def test_options_out_of_range_are_refused_whatever_the_quote(options, field):
 )
 def test_spans_that_are_no_spans_of_the_context_are_refused(spans, number):
     with pytest.raises(DataError, match=rf"^spans\[{number}\]: "):
-        locate(RIVERS[0], CONTEXT, spans)
+        locate_quote(RIVERS[0], CONTEXT, spans)
 
 
 def test_spans_of_the_caller_are_used():
-    assert locate("It is the largest river", CONTEXT, [(0, 37), (38, 119)]) == (Hit(38, 119, 1.0, "exact"),)
-    assert locate(RIVERS[3], CONTEXT, [(0, 37)], min_similarity=0.9) == ()
-    assert locate(RIVERS[3], CONTEXT, [], embed=never) == ()
-    assert locate(RIVERS[3], "", embed=never) == ()
+    assert locate_quote("It is the largest river", CONTEXT, [(0, 37), (38, 119)]) == (Hit(38, 119, 1.0, "exact"),)
+    assert locate_quote(RIVERS[3], CONTEXT, [(0, 37)], min_similarity=0.9) == ()
+    assert locate_quote(RIVERS[3], CONTEXT, [], embed=never) == ()
+    assert locate_quote(RIVERS[3], "", embed=never) == ()
 
 
 def test_bag_of_words_counts_ascii_words():

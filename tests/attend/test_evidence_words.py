@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tenfold.attend.autopasta.answering import AutoPasta
-from tenfold.attend.autopasta.quote_matching import MIN_RARE, cosine, locate, rare_words
+from tenfold.attend.autopasta.quote_matching import MIN_RARE, cosine, locate_quote, rare_words
 from tenfold.models.tiny import tiny_model
 
 CONTEXT = (
@@ -24,8 +24,8 @@ NONSENSE = [
 
 @pytest.mark.parametrize("quote", NONSENSE)
 def test_fluent_text_about_something_else_marks_nothing(quote):
-    assert locate(quote, CONTEXT, min_similarity=0.3) != ()  # counts of words are taken in
-    assert locate(quote, CONTEXT, embed=rare_words, min_similarity=MIN_RARE) == ()
+    assert locate_quote(quote, CONTEXT, min_similarity=0.3) != ()  # counts of words are taken in
+    assert locate_quote(quote, CONTEXT, embed=rare_words, min_similarity=MIN_RARE) == ()
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_fluent_text_about_something_else_marks_nothing(quote):
     ],
 )
 def test_a_quote_in_other_words_finds_its_sentence(quote, start):
-    (hit,) = locate(quote, CONTEXT, embed=rare_words, min_similarity=MIN_RARE)
+    (hit,) = locate_quote(quote, CONTEXT, embed=rare_words, min_similarity=MIN_RARE)
     assert CONTEXT[hit.start :].startswith(start)
     assert hit.stage == "embedding"
 

@@ -5,7 +5,7 @@ import pytest
 from tenfold.attend.pasta import profiling
 from tenfold.attend.pasta.heads import batches_of, effects
 from tenfold.attend.pasta.profiles import load_profile, save_profile
-from tenfold.attend.pasta.profiling import choose, find_profile
+from tenfold.attend.pasta.profiling import choose_size, find_profile
 from tenfold.attend.pasta.tasks import conflict_items, evidence_items
 from tenfold.errors import ConfigError
 from tenfold.models.tiny import tiny_model
@@ -71,11 +71,11 @@ def test_the_choice_is_the_best_score_among_fluent_sets():
         {"heads": n, "score": s, "stderr": 0.0, "fluency": f}
         for n, s, f in [(0, 0.9, 4), (4, 0.5, 4), (8, 0.7, 3.7), (16, 1, 1)]
     ]
-    assert choose(points, 0.9)["heads"] == 8
-    assert choose([{**point, "stderr": 0.3} for point in points], 0.9)["heads"] == 4
-    assert choose(points, 0.0)["heads"] == 16
+    assert choose_size(points, 0.9)["heads"] == 8
+    assert choose_size([{**point, "stderr": 0.3} for point in points], 0.9)["heads"] == 4
+    assert choose_size(points, 0.0)["heads"] == 16
     with pytest.raises(ConfigError, match="min_fluency"):
-        choose([points[0], points[3]], 0.9)
+        choose_size([points[0], points[3]], 0.9)
 
 
 def test_what_was_kept_for_another_search_is_not_used(tmp_path):

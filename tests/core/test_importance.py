@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tenfold.core.importance as module
-from tenfold.core.importance import Importance, Part, allocate
+from tenfold.core.importance import Importance, ScoredPart, allocate
 from tenfold.errors import ConfigError, RunError
 
 
@@ -32,7 +32,7 @@ def blocks(request, monkeypatch):
 def rows(smoothing):
     """The rows of two matrices S after each of five steps, as LoSparse scores them."""
     weights = [fill((4, 3), 7, 3, 11, 10), fill((3, 4), 7, 6, 11, 10)]
-    parts = {f"S{i}": [Part(weight, 0, "sum")] for i, weight in enumerate(weights, 1)}
+    parts = {f"S{i}": [ScoredPart(weight, 0, "sum")] for i, weight in enumerate(weights, 1)}
     found = []
     for resolution in ("entry", "unit"):
         importance = Importance(parts, 0.85, None, smoothing, window=2, resolution=resolution)
@@ -85,7 +85,7 @@ def test_losparse_allocation():
 @pytest.mark.usefixtures("blocks")
 def test_missing_and_non_finite_gradients_leave_the_averages_alone_and_are_counted():
     first, second = torch.ones(3), torch.ones(2)
-    importance = Importance({"a": [Part(first, 0)], "b": [Part(second, 0)]})
+    importance = Importance({"a": [ScoredPart(first, 0)], "b": [ScoredPart(second, 0)]})
     first.grad, second.grad = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 1.0])
     importance.observe(0)
     before = {group: score.clone() for group, score in importance.scores().items()}
@@ -105,7 +105,7 @@ def test_missing_and_non_finite_gradients_leave_the_averages_alone_and_are_count
 def test_low_precision_tensors_are_averaged_in_float32():
     weight = torch.full((4,), 1e-3, dtype=torch.float16)
     weight.grad = torch.full((4,), 1e-3, dtype=torch.float16)
-    importance = Importance({"a": [Part(weight, 0)]})
+    importance = Importance({"a": [ScoredPart(weight, 0)]})
     importance.observe(0)
     score = importance.scores()["a"]
     assert score.dtype == torch.float32
@@ -119,7 +119,9 @@ def test_state_goes_on_as_if_nothing_had_happened(smoothing):
     def fresh():
         torch.manual_seed(0)
         weights = [torch.randn(3, 4), torch.randn(4, 3)]
-        return weights, Importance({"a": [Part(weights[0], 0), Part(weights[1], 1)]}, smoothing=smoothing, window=3)
+        return weights, Importance(
+            {"a": [ScoredPart(weights[0], 0), ScoredPart(weights[1], 1)]}, smoothing=smoothing, window=3
+        )
 
     def observe(weights, importance, steps):
         for step in steps:
@@ -139,13 +141,13 @@ def test_state_goes_on_as_if_nothing_had_happened(smoothing):
 
 
 def test_states_of_other_parts_are_refused():
-    saved = Importance({"a": [Part(torch.ones(3), 0)]}).state_dict()
+    saved = Importance({"a": [ScoredPart(torch.ones(3), 0)]}).state_dict()
     with pytest.raises(RunError, match=r"0\.average is \[3\], expected \[4\]"):
-        Importance({"a": [Part(torch.ones(4), 0)]}).load_state_dict(saved)
+        Importance({"a": [ScoredPart(torch.ones(4), 0)]}).load_state_dict(saved)
 
 
 def test_released_scores_are_gone():
-    importance = Importance({"a": [Part(torch.ones(3), 0)]})
+    importance = Importance({"a": [ScoredPart(torch.ones(3), 0)]})
     importance.release()
     with pytest.raises(RunError, match="released"):
         importance.scores()
@@ -162,7 +164,7 @@ def test_released_scores_are_gone():
 )
 def test_impossible_averages_are_refused(arguments, says):
     with pytest.raises(ConfigError, match=says):
-        Importance({"a": [Part(torch.ones(3), 0)]}, **arguments)
+        Importance({"a": [ScoredPart(torch.ones(3), 0)]}, **arguments)
 
 
 numbers = st.floats(0, 1, width=32) | st.just(0.0) | st.just(math.nan)

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tenfold.attend.pasta.steering import steer
 from tenfold.attend.text_marks import encode, from_tags
-from tenfold.kernels.biased import KeyBias, biased_mask, merge, split_heads, with_key_channel
+from tenfold.kernels.biased import KeyBias, biased_mask, merge_parts, split_heads, with_key_channel
 from tenfold.models.tiny import tiny_model
 
 SCALE = 0.125
@@ -49,7 +49,7 @@ def test_every_way_is_the_definition(device, away, way, queries, dtype):
         plain = scaled_dot_product_attention(query, *wide, attn_mask=seen, scale=SCALE)
         found = split_heads(plain, query, key, value, seen, SCALE, bias)
     elif way == "merge":
-        found = merge(query, key, value, seen, SCALE, bias if queries > 1 else strengths_of_a_step(bias))
+        found = merge_parts(query, key, value, seen, SCALE, bias if queries > 1 else strengths_of_a_step(bias))
     else:
         parts = with_key_channel(query, key, value, SCALE, bias)
         parts = [parts[0], *(part.repeat_interleave(4, 1) for part in parts[1:])]

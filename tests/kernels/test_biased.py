@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tenfold.kernels.biased import KeyBias, attention_with_lse, biased_mask, merge, split_heads, with_key_channel
+from tenfold.kernels.biased import KeyBias, attention_with_lse, biased_mask, merge_parts, split_heads, with_key_channel
 
 SCALE = 0.37
 
@@ -67,7 +67,7 @@ def test_every_way_equals_the_definition(mask, dtype, tolerance):
 
     dense = biased_mask(given, bias.dense(6, dtype), 12, 12)
     by_mask = scaled_dot_product_attention(query, *wide, attn_mask=dense, scale=SCALE)
-    merged = merge(query, key, value, given, SCALE, bias)
+    merged = merge_parts(query, key, value, given, SCALE, bias)
     plain = scaled_dot_product_attention(query, *wide, attn_mask=visible, scale=SCALE)
     split = split_heads(plain, query, key, value, given, SCALE, bias)
     q, k, v = with_key_channel(query, key, value, SCALE, bias)
@@ -82,7 +82,7 @@ def test_every_way_equals_the_definition(mask, dtype, tolerance):
 def test_merge_leaves_earlier_queries_and_other_heads_exactly_alone():
     query, key, value = problem(torch.float32)
     plain = attention_with_lse(query, key, value, None, SCALE)[0]
-    merged = merge(query, key, value, None, SCALE, strengths())
+    merged = merge_parts(query, key, value, None, SCALE, strengths())
     assert torch.equal(merged[:, :, :3], plain[:, :, :3])
     assert torch.equal(merged[:, [1, 3, 5]], plain[:, [1, 3, 5]])
     assert torch.equal(merged[1, :, :9], plain[1, :, :9])  # row 1 sees its first raised key at query 9
@@ -94,7 +94,7 @@ def test_merge_needs_no_raised_key_of_the_call():
     query, key, value = problem(torch.float32, queries=3, keys=3)
     bias = strengths().first_keys(3)
     plain = attention_with_lse(query, key, value, None, SCALE)[0]
-    assert torch.equal(merge(query, key, value, None, SCALE, bias), plain)
+    assert torch.equal(merge_parts(query, key, value, None, SCALE, bias), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -115,7 +115,10 @@ def test_normaliser_of_a_query_that_sees_nothing_is_no_nan():
     mask = padded()
     mask[1, :, :4] = False
     bias = strengths()
-    for found in (*attention_with_lse(query, key, value, mask, SCALE), merge(query, key, value, mask, SCALE, bias)):
+    for found in (
+        *attention_with_lse(query, key, value, mask, SCALE),
+        merge_parts(query, key, value, mask, SCALE, bias),
+    ):
         assert found.isfinite().all()
 
 
@@ -149,7 +152,7 @@ def test_values_of_another_size_than_keys(size):
     value = torch.randn(2, 2, 12, size, generator=torch.Generator().manual_seed(3))
     bias = strengths()
     wanted = definition(query, key, value, causal(), bias.values, {0, 2, 4})
-    merged = merge(query, key, value, None, SCALE, bias)
+    merged = merge_parts(query, key, value, None, SCALE, bias)
     q, k, v = with_key_channel(query, key, value, SCALE, bias)
     assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     k, v = k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)
@@ -173,7 +176,7 @@ def test_target_mass_is_hit_where_the_plain_share_is_lower(queries):
     zero = torch.zeros(2)
     bias = KeyBias(torch.tensor([0, 1, 4]), torch.zeros(2, 12), raised, zero, target=0.4)
     plain = attention_with_lse(query, key, value, None, SCALE)[0][..., 0]
-    share = merge(query, key, value, None, SCALE, bias)[..., 0]
+    share = merge_parts(query, key, value, None, SCALE, bias)[..., 0]
     raised_rows = plain[:, [0, 1, 4]].clamp(min=0.4)
     start = 1 if queries > 1 else 0  # the first query sees itself alone: its share is 0 or 1
     assert torch.allclose(share[:, [0, 1, 4], start:], raised_rows[:, :, start:], atol=1e-5)

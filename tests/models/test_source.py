@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tenfold.errors import ModelError
 from tenfold.models.export import save_model
-from tenfold.models.source import content_hash, locate, resolve
+from tenfold.models.source import content_hash, locate, resolve_source
 from tenfold.models.tiny import tiny_model
 
 
@@ -91,7 +91,7 @@ def test_adapters_are_followed_to_their_base(tmp_path):
     for name, base in (("first", "tiny:llama"), ("second", str(tmp_path / "first")), ("third", None)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    located, name, chain = resolve(str(tmp_path / "second"), (str(tmp_path / "third"),))
+    located, name, chain = resolve_source(str(tmp_path / "second"), (str(tmp_path / "third"),))
     assert (located.name, name) == ("llama", "tiny:llama")
     assert [path.name for path in chain] == ["first", "second", "third"]
 
@@ -101,7 +101,7 @@ def test_adapters_without_end(tmp_path, base, said):
     fields = {"base_model_name_or_path": str(tmp_path) if base else None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(ModelError, match=said):
-        resolve(str(tmp_path))
+        resolve_source(str(tmp_path))
 
 
 def test_home_is_expanded(tmp_path, monkeypatch, folder):

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from tenfold.adapt.adalora import AdaLoraConfig, attach, open_adapter
 from tenfold.adapt.adalora.mathematics import penalty
 from tenfold.adapt.adalora.plan import make_plan, make_schedule
-from tenfold.core.importance import Importance, Part, allocate
+from tenfold.core.importance import Importance, ScoredPart, allocate
 from tenfold.core.schedule import CubicSchedule
 from tenfold.models.layer_map import Slot
 from tenfold.models.tiny import tiny_model
@@ -135,7 +135,7 @@ def scores_of_oracle_4(light=False, factor=1.0):
     tensors = weights_of_oracle_4()
     dims = (0, 0, 1)
     chosen = [1] if light else [0, 1, 2]
-    parts = {group: [Part(members[i][1], dims[i]) for i in chosen] for group, members in tensors.items()}
+    parts = {group: [ScoredPart(members[i][1], dims[i]) for i in chosen] for group, members in tensors.items()}
     importance = Importance(parts, 0.85, 0.85)
     for update in (1, 2):
         for members in tensors.values():
@@ -206,7 +206,7 @@ def test_07_closed_form_of_a_steady_entry():
     expected = {1: 0.019125, 2: 0.060148125, 5: 0.185123181, 10: 0.237172310, 20: 0.111771690, 40: 0.009000266}
     weight = torch.ones(1).double()
     weight.grad = torch.ones(1).double()
-    importance = Importance({"w": [Part(weight, 0)]}, 0.85, 0.85)
+    importance = Importance({"w": [ScoredPart(weight, 0)]}, 0.85, 0.85)
     for t in range(1, 41):
         importance.observe(t - 1)
         if t in expected:

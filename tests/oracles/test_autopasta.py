@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tenfold.attend.autopasta.answering import AutoPasta
-from tenfold.attend.autopasta.quote_matching import bag_of_words, locate
+from tenfold.attend.autopasta.quote_matching import bag_of_words, locate_quote
 from tenfold.attend.autopasta.sentences import sentences
 from tenfold.attend.pasta.likelihood import likelihood
 from tenfold.attend.pasta.search import coarse_to_fine
@@ -122,16 +122,16 @@ def test_04_mapping():
     assert cosines(first) == pytest.approx([0.534522, 0.534522, 0.894427, 0.133631], abs=1e-6)
     assert cosines(second) == pytest.approx([0.125988, 0.125988, 0.316228, 0.377964], abs=1e-6)
     assert cosines("I do not know.") == [0.0] * 4
-    assert [(hit.start, hit.end) for hit in locate(first, RIVERS)] == [spans[2]]
-    hit = locate(second, RIVERS)[0]
+    assert [(hit.start, hit.end) for hit in locate_quote(first, RIVERS)] == [spans[2]]
+    hit = locate_quote(second, RIVERS)[0]
     assert (hit.start, hit.end, hit.stage) == (*spans[3], "embedding")
     assert hit.score == pytest.approx(0.377964, abs=1e-6)
-    assert locate("I do not know.", RIVERS) == ()
-    assert locate(first, RIVERS)[0].score == pytest.approx(0.821918, abs=1e-6)  # the difflib ratio comes before
+    assert locate_quote("I do not know.", RIVERS) == ()
+    assert locate_quote(first, RIVERS)[0].score == pytest.approx(0.821918, abs=1e-6)  # the difflib ratio comes before
     for span, text in zip(spans, texts, strict=True):
-        hit = locate(text, RIVERS)[0]
+        hit = locate_quote(text, RIVERS)[0]
         assert (hit.start, hit.end, hit.score, hit.stage) == (*span, 1.0, "exact")
-    assert [(hit.start, hit.end) for hit in locate(first, RIVERS, spans[:2])] == [spans[0]]  # a tie
+    assert [(hit.start, hit.end) for hit in locate_quote(first, RIVERS, spans[:2])] == [spans[0]]  # a tie
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -145,8 +145,8 @@ def test_05_marked_tokens(opened, chat):
     marks = encode(opened.tokenizer, [prompt])
     assert opened.tokenizer.decode(marks.input_ids[0][marks.marked[0]]) == SENTENCE
     assert len(marks.tokens(0)) == 1
-    assert [hit.start for hit in locate(SENTENCE, context)] == [SPAN[0]]
-    assert len(locate(SENTENCE, context, all_matches=True)) == 2
+    assert [hit.start for hit in locate_quote(SENTENCE, context)] == [SPAN[0]]
+    assert len(locate_quote(SENTENCE, context, all_matches=True)) == 2
 
 
 @pytest.mark.parametrize(

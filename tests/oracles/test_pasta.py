@@ -15,7 +15,7 @@ from tenfold.attend.pasta.profiles import load_profile
 from tenfold.attend.pasta.steering import log_strength, steer
 from tenfold.attend.text_marks import Marks, encode, from_spans, tokens_of
 from tenfold.data.text_checks import json_contains, json_valid, pronouns_changed
-from tenfold.kernels.biased import KeyBias, biased_mask, merge, split_heads, with_key_channel
+from tenfold.kernels.biased import KeyBias, biased_mask, merge_parts, split_heads, with_key_channel
 from tenfold.models.tiny import tiny_model
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
@@ -144,7 +144,7 @@ def by_channel(query, key, value, bias):
 
 
 def by_merge(query, key, value, bias):
-    return merge(query, key, value, None, query.shape[3] ** -0.5, bias)
+    return merge_parts(query, key, value, None, query.shape[3] ** -0.5, bias)
 
 
 def by_split(query, key, value, bias):

@@ -36,12 +36,12 @@ def test_quantities_read_as_people_write_them(value, unit, shown):
 
 
 def test_values_side_by_side_keep_their_difference_visible():
-    scale = numbers.fit([0.8312, 0.8354], finest=0.0042)
+    scale = numbers.scale_for([0.8312, 0.8354], finest=0.0042)
     assert (scale.text(0.8312), scale.text(0.8354), scale.text(0.0042, sign=True)) == ("0.8312", "0.8354", "+0.0042")
 
 
 def test_nothing_is_neither_plus_nor_minus():
-    scale = numbers.fit([31.2])
+    scale = numbers.scale_for([31.2])
     assert scale.text(-0.0001, sign=True) == "0.0"
     assert scale.text(0.0, sign=True) == "0.0"
     assert numbers.percent(0.0, sign=True) == "0.0 %"
@@ -54,7 +54,7 @@ def test_exact_values_keep_every_digit():
 
 @given(st.floats(), st.sampled_from(["", "s", "bytes", "bytes/token", "tokens/s"]), st.floats())
 def test_every_number_can_be_shown(value, unit, finest):
-    text = numbers.fit([value], unit, finest=finest).quantity(value, sign=True)
+    text = numbers.scale_for([value], unit, finest=finest).quantity(value, sign=True)
     assert text
     assert len(text) < 40
     assert numbers.percent(value)

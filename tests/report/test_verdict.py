@@ -2,12 +2,12 @@ import math
 
 import pytest
 
-from tenfold.report.verdict import compare, headlines, verdict
+from tenfold.report.verdict import changes, headlines, verdict
 from tenfold.stage.results import Metric, Result
 
 
 def outcome(results, name):
-    return next(item.outcome for item in compare(results) if item.name == name)
+    return next(item.outcome for item in changes(results) if item.name == name)
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_a_difference_stands_in_the_row_of_its_metric_and_not_in_another(make_me
     change = Metric(name="accuracy_difference", value=0.1, interval=(-0.1, 0.3), better="higher")
     difference = Result(task="quiz", subject="after - before", metrics=(change,))
     both = [*make_measured("quiz", {**metric, "value": 0.5}, {**metric, "value": 0.6}), difference]
-    (item,) = compare(both)
+    (item,) = changes(both)
     assert (item.name, item.paired, item.outcome) == ("accuracy", change, "no clear change")
-    assert [item.name for item in compare([difference])] == ["accuracy_difference"]
+    assert [item.name for item in changes([difference])] == ["accuracy_difference"]
 
 
 @pytest.mark.parametrize(("before", "after", "relative"), [(2.0, 3.0, 0.5), (-0.5, 2.0, None), (2.0, -0.5, None)])
 def test_a_share_is_given_only_of_what_cannot_be_negative(make_measured, before, after, relative):
     metric = {"name": "margin", "better": "higher"}
-    (item,) = compare(make_measured("quiz", {**metric, "value": before}, {**metric, "value": after}))
+    (item,) = changes(make_measured("quiz", {**metric, "value": before}, {**metric, "value": after}))
     assert item.relative == relative
 
 
@@ -65,7 +65,7 @@ def test_a_share_is_given_only_of_what_cannot_be_negative(make_measured, before,
 def test_a_difference_alone_matters_alike_in_both_directions(value, outcome):
     def judged(value):
         change = Metric(name="f1_difference", value=value, interval=(value - 1e-3, value + 1e-3), better="higher")
-        return compare([Result(task="quiz", subject="after - before", metrics=(change,))])[0].outcome
+        return changes([Result(task="quiz", subject="after - before", metrics=(change,))])[0].outcome
 
     assert (judged(value), judged(-value)) == (outcome, outcome.replace("better", "worse"))
 
@@ -107,7 +107,7 @@ def test_an_interval_has_the_unit_of_its_figure():
         for subject, nll in (("before", 2.2), ("after", 2.0))
     ]
     change = Metric(name="nll_difference", value=-0.2, unit="nats/token", interval=nats, better="lower")
-    items = compare([*results, Result(task="perplexity", subject="after - before", metrics=(change,))])
+    items = changes([*results, Result(task="perplexity", subject="after - before", metrics=(change,))])
     intervals = {item.name: item.interval for item in items}
     assert intervals["perplexity"] == pytest.approx([math.exp(2.2 + end) - math.exp(2.2) for end in nats])
     assert intervals["nll"] == nats
@@ -126,7 +126,7 @@ def test_two_views_of_one_phenomenon_agree(difference):
         for subject, metrics in zip(("before", "after"), zip(text, nll, strict=True), strict=True)
     ]
     change = Metric(name="nll_difference", value=difference, unit="nats/token", **spread)
-    outcomes = {item.outcome for item in compare([*results, Result(
+    outcomes = {item.outcome for item in changes([*results, Result(
         task="perplexity", subject="after - before", metrics=(change,))])}  # fmt: skip
     assert len(outcomes) == 1
     assert outcomes <= {"better", "too small to matter"}
@@ -143,7 +143,7 @@ def test_timings_drift(make_measured, after, expected):
 def test_one_subject_alone_is_not_compared():
     results = [Result(task="quiz", subject="model", metrics=(Metric(name="accuracy", value=0.5),))]
     assert outcome(results, "accuracy") == "not compared"
-    assert compare([]) == []
+    assert changes([]) == []
 
 
 def test_sentences(run_stages):

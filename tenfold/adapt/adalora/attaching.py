@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from tenfold.adapt.adalora.layer import ADAPTER, SvdLinear, initialise
-from tenfold.adapt.adalora.plan import Plan
+from tenfold.adapt.adalora.plan import RankPlan
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.errors import ModelError
 from tenfold.models.heads import PEFT_TASKS
@@ -60,7 +60,7 @@ class Matrix:
 def wrap(
     model: nn.Module,
     slots: Sequence[Slot],
-    plan: Plan,
+    plan: RankPlan,
     config: AdaLoraConfig,
     *,
     task: str | None,

@@ -17,11 +17,11 @@ from tenfold.adapt.adalora.attaching import Matrix, set_patterns, trainable
 from tenfold.adapt.adalora.layer import ADAPTER
 from tenfold.adapt.adalora.mathematics import penalty
 from tenfold.adapt.adalora.optimizers import family, replace_closure, skips
-from tenfold.adapt.adalora.plan import Plan, make_schedule, settings, too_short
+from tenfold.adapt.adalora.plan import RankPlan, make_schedule, settings, too_short
 from tenfold.adapt.adalora.shrinking import can_cut, cut
 from tenfold.adapt.adalora.trainer import LogCallback, running_trainer
 from tenfold.config.adalora import AdaLoraConfig
-from tenfold.core.importance import Importance, Part, allocate
+from tenfold.core.importance import Importance, ScoredPart, allocate
 from tenfold.core.schedule import CubicSchedule
 from tenfold.errors import ConfigError, RunError
 
@@ -52,7 +52,7 @@ class Controller:
         self,
         model: PeftModel,
         matrices: Mapping[str, Matrix],
-        plan: Plan,
+        plan: RankPlan,
         config: AdaLoraConfig,
         total_steps: int | None,
         trained: bool,
@@ -345,7 +345,7 @@ class Controller:
         for name, matrix in self.matrices.items():
             light = self.config.importance == "light"
             members = ((matrix.singular, 0),) if light else ((matrix.Q, 0), (matrix.singular, 0), (matrix.P, 1))
-            parts[name] = [Part(tensor, dim) for tensor, dim in members]
+            parts[name] = [ScoredPart(tensor, dim) for tensor, dim in members]
         return Importance(parts, self.config.beta1, self.config.beta2)
 
     # ------------------------------------------------------------------ state

@@ -16,14 +16,14 @@ from torch import Tensor
 from tenfold.adapt.adalora.attaching import Matrix
 from tenfold.adapt.adalora.layer import ADAPTER
 from tenfold.adapt.adalora.mathematics import decompose, fold
-from tenfold.adapt.adalora.plan import Plan
+from tenfold.adapt.adalora.plan import RankPlan
 from tenfold.core.importance import allocate
 from tenfold.errors import ConfigError, RunError
 from tenfold.models.folders import write_folder
 from tenfold.models.gguf import source_of
 from tenfold.models.source import REFERENCE
 
-Layout = Literal["padded", "compact"]
+RankLayout = Literal["padded", "compact"]
 Order = Literal["score", "singular_value"]
 PREFIX = "base_model.model."
 
@@ -36,7 +36,7 @@ def export(
     scale: float,
     folder: Path,
     *,
-    layout: Layout = "padded",
+    layout: RankLayout = "padded",
     order: Order | None = None,
     triplets: int | None = None,
     base: str | None = None,
@@ -97,8 +97,8 @@ def export(
 
 
 @torch.no_grad()
-def within_budget(
-    matrices: Mapping[str, Matrix], kept: Mapping[str, Tensor], scores: Mapping[str, Tensor], plan: Plan
+def affordable(
+    matrices: Mapping[str, Matrix], kept: Mapping[str, Tensor], scores: Mapping[str, Tensor], plan: RankPlan
 ) -> dict[str, Tensor]:
     """What of the kept triplets an export writes: all that the budget pays for, the best of the others.
 

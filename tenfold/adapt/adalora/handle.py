@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tenfold.adapt.adalora.attaching import Matrix, trainable, wrap
 from tenfold.adapt.adalora.controller import Controller
-from tenfold.adapt.adalora.exporting import Layout, Order, export, within_budget
+from tenfold.adapt.adalora.exporting import Order, RankLayout, affordable, export
 from tenfold.adapt.adalora.opening import Stored, fill, read_adapter
-from tenfold.adapt.adalora.plan import BYTES, Plan, make_plan, make_schedule, size_plan, too_short
+from tenfold.adapt.adalora.plan import BYTES, RankPlan, make_plan, make_schedule, size_plan, too_short
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.errors import ModelError, RunError
 from tenfold.models.layer_map import layer_map
@@ -52,7 +52,7 @@ class AdaLora:
         self.detach()
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> RankPlan:
         """The sizes at the start and at the end."""
         return self.controller.plan
 
@@ -109,7 +109,7 @@ class AdaLora:
 
     def _exported(self) -> dict[str, Tensor]:
         """The triplets that an export writes, for each matrix ``bool[rank]``."""
-        return within_budget(self.matrices, self.controller.kept(), self.controller.latest_scores(), self.plan)
+        return affordable(self.matrices, self.controller.kept(), self.controller.latest_scores(), self.plan)
 
     def _above_budget(self) -> list[str]:
         """A note where the adapter holds more than an export writes."""
@@ -137,7 +137,7 @@ class AdaLora:
         self,
         folder: Path | str,
         *,
-        layout: Layout = "padded",
+        layout: RankLayout = "padded",
         order: Order | None = None,
         triplets: int | None = None,
         base: str | None = None,

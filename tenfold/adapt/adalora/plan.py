@@ -19,7 +19,7 @@ BYTES = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class RankPlan:
     """The sizes of an adapter.
 
     Args:
@@ -48,7 +48,7 @@ class Plan:
         return dict.fromkeys(self.costs, 1) if self.by == "count" else self.costs
 
 
-def make_plan(config: AdaLoraConfig, slots: Sequence[Slot], parameters: int) -> Plan:
+def make_plan(config: AdaLoraConfig, slots: Sequence[Slot], parameters: int) -> RankPlan:
     """The sizes that the configuration means.
 
     Args:
@@ -76,7 +76,7 @@ def make_plan(config: AdaLoraConfig, slots: Sequence[Slot], parameters: int) -> 
 
 def size_plan(
     config: AdaLoraConfig, ranks: Mapping[str, int], costs: Mapping[str, int], scale: float, parameters: int
-) -> Plan:
+) -> RankPlan:
     """The plan for given ranks at the start.
 
     Raises:
@@ -94,8 +94,8 @@ def size_plan(
         start, unit = sum(rank * costs[name] for name, rank in ranks.items()), dict(costs)
     floor = {name: min(config.min_rank, rank) for name, rank in ranks.items()}
     cap = {name: min(config.max_rank or rank, rank) for name, rank in ranks.items()}
-    _check(config, Plan(dict(ranks), dict(costs), scale, by, start, end, floor, cap), unit, parameters)
-    return Plan(dict(ranks), dict(costs), scale, by, start, end, floor, cap)
+    _check(config, RankPlan(dict(ranks), dict(costs), scale, by, start, end, floor, cap), unit, parameters)
+    return RankPlan(dict(ranks), dict(costs), scale, by, start, end, floor, cap)
 
 
 def _affordable(config: AdaLoraConfig, parameters: int) -> float | None:
@@ -106,7 +106,7 @@ def _affordable(config: AdaLoraConfig, parameters: int) -> float | None:
     return {"share": budget.amount * parameters, "count": budget.amount, "bytes": budget.amount / BYTES}[budget.unit]
 
 
-def _check(config: AdaLoraConfig, plan: Plan, unit: Mapping[str, int], parameters: int) -> None:
+def _check(config: AdaLoraConfig, plan: RankPlan, unit: Mapping[str, int], parameters: int) -> None:
     what = "triplets" if plan.by == "count" else "parameters"
     asked = f"budget: {config.budget!r}" if config.budget is not None else f"rank: {config.rank or DEFAULT_RANK:g}"
     cheapest = min(unit.values())
@@ -138,7 +138,7 @@ def _check(config: AdaLoraConfig, plan: Plan, unit: Mapping[str, int], parameter
         )
 
 
-def make_schedule(config: AdaLoraConfig, plan: Plan, total: int) -> CubicSchedule:
+def make_schedule(config: AdaLoraConfig, plan: RankPlan, total: int) -> CubicSchedule:
     """The budget at each step of a run of ``total`` optimizer steps.
 
     Raises:
@@ -185,7 +185,7 @@ def too_short(config: AdaLoraConfig, schedule: CubicSchedule) -> str | None:
     )
 
 
-def settings(config: AdaLoraConfig, plan: Plan, schedule: CubicSchedule) -> dict[str, Any]:
+def settings(config: AdaLoraConfig, plan: RankPlan, schedule: CubicSchedule) -> dict[str, Any]:
     """What a resumed run must share with the saved one, as plain values."""
     names = ("beta1", "beta2", "gamma", "orthogonality", "importance", "sensitivity_at", "shrink", "dropout")
     return {name: getattr(config, name) for name in names} | {

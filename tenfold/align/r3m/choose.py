@@ -50,14 +50,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class CapChoice:
     """The cap to train with, and all that were tried, largest first."""
 
     lam: float
     candidates: tuple[Candidate, ...]
 
 
-def choose_lam(margins: Mapping[float, Tensor], *, trusted: bool) -> Choice:
+def choose_lam(margins: Mapping[float, Tensor], *, trusted: bool) -> CapChoice:
     """Choose the cap whose model explains pairs best that it has not seen.
 
     Args:
@@ -100,7 +100,7 @@ def choose_lam(margins: Mapping[float, Tensor], *, trusted: bool) -> Choice:
                 wrong=wrong,
             )
         )
-    return Choice(best, tuple(candidates))
+    return CapChoice(best, tuple(candidates))
 
 
 def _check(margins: Mapping[float, Tensor]) -> None:

@@ -146,7 +146,7 @@ def judging(model: ModelRef, target: str) -> ModelRef:
     return dataclasses.replace(model, task="reward" if target == "reward" else "causal")
 
 
-class Trained(NamedTuple):
+class TrainedJudge(NamedTuple):
     """A model, what it was opened as, what its training measured, and of each pair the mean margin over epochs."""
 
     model: Any
@@ -155,7 +155,7 @@ class Trained(NamedTuple):
     margins: dict[str, float]
 
 
-def _learnt(pairs: Sequence[Preference], config: R3MConfig, context: Context, folder: Path) -> Trained:
+def _learnt(pairs: Sequence[Preference], config: R3MConfig, context: Context, folder: Path) -> TrainedJudge:
     """Train on pairs; checkpoints lie in the folder."""
     from datasets import Dataset, disable_progress_bars
 
@@ -208,7 +208,7 @@ def _learnt(pairs: Sequence[Preference], config: R3MConfig, context: Context, fo
         Metric(name="peak memory growth", value=growth.growth, unit="bytes", better="lower", kind="memory"),
     )  # fmt: skip
     result = Result(task="preference training", subject="after", metrics=figures, settings=settings)
-    return Trained(model, opened, [result], trainer.epoch_margins())
+    return TrainedJudge(model, opened, [result], trainer.epoch_margins())
 
 
 def _fitting(pairs: Sequence[Preference], config: R3MConfig, tokenizer: Any) -> tuple[list[int], dict[str, Any]]:
@@ -261,7 +261,7 @@ def _quality(model: Any, opened: Opened, held: Rows, config: R3MConfig, context:
     return Result(task="held-out preferences", subject="after", metrics=metrics, settings={"pairs": len(margins)})
 
 
-def _judged(trained: Trained, pairs: Sequence[Preference], config: R3MConfig, context: Context) -> Scored:
+def _judged(trained: TrainedJudge, pairs: Sequence[Preference], config: R3MConfig, context: Context) -> Scored:
     """The margins by which training labels are doubted."""
     if not config.folds:
         keys = {"cache": score_cache(context), "progress": partial(context.progress, "audit")}

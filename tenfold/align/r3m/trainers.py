@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from tenfold.align.r3m.losses import PairLoss, RunningKink, pair_loss, perturbation
 from tenfold.config.r3m import TRIMMED_START, RobustFields
-from tenfold.data.templates import render
+from tenfold.data.templates import render_chat
 from tenfold.errors import ConfigError, DataError, MissingDependencyError, RunError
 
 try:
@@ -341,7 +341,7 @@ def _name_refused(dataset: Iterable[dict[str, Any]], tokenizer: Any) -> None:
     """Raise an error that names the first pair that the chat template refuses."""
     for row in dataset:
         for answer in ("chosen", "rejected"):
-            render(tokenizer, [*row.get("prompt", []), *row[answer]], f"train_dataset, id {row[ID]!r}")
+            render_chat(tokenizer, [*row.get("prompt", []), *row[answer]], f"train_dataset, id {row[ID]!r}")
 
 
 def _number(row: dict[str, Any], index: int) -> dict[str, Any]:

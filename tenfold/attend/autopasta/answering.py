@@ -31,7 +31,7 @@ from tenfold.attend.autopasta.quote_matching import (
     Stage,
     clean_quote,
     is_refusal,
-    locate,
+    locate_quote,
     rare_words,
 )
 from tenfold.attend.autopasta.sentences import sentences
@@ -40,12 +40,12 @@ from tenfold.attend.pasta.profiles import Profile, all_heads, by_layer, load_pro
 from tenfold.attend.pasta.steering import steer
 from tenfold.attend.reach import sights, split
 from tenfold.attend.text_marks import Marked, Marks, encode
+from tenfold.config.autopasta import Mode
 from tenfold.data.templates import require_chat_template
 from tenfold.errors import ConfigError
 from tenfold.models.generation import continue_ids
 from tenfold.models.inference import input_device, max_positions
 
-Mode = Literal["direct", "iterative", "autopasta", "gold", "whole"]
 Region = tuple[int, int]
 """Characters ``[start, end)`` of a context."""
 
@@ -172,7 +172,9 @@ class AutoPasta:
         if min(max_quote_tokens, max_answer_tokens) < 1:
             lengths = f"{max_quote_tokens}, {max_answer_tokens}"
             raise ConfigError(f"max_quote_tokens, max_answer_tokens: {lengths}", remedy="give 1 or more")
-        locate("", "", embed=embed, min_similarity=min_similarity, max_spans=max_spans)  # refuses what it refuses later
+        locate_quote(
+            "", "", embed=embed, min_similarity=min_similarity, max_spans=max_spans
+        )  # refuses what it refuses later
         self.model, self.tokenizer, self.make_cache = model, tokenizer, make_cache
         self.reuse = reuse and make_cache is None
         self.alpha, self.target_mass = alpha, target_mass
@@ -324,7 +326,7 @@ class AutoPasta:
                 continue
             start = time.perf_counter()
             limits: Any = {"min_similarity": self.min_similarity, "max_spans": self.max_spans}
-            hits = locate(quote, row.context, self.split(row.context), embed=self.embed, **limits)
+            hits = locate_quote(quote, row.context, self.split(row.context), embed=self.embed, **limits)
             timings["locate"] = time.perf_counter() - start
             spans = tuple((hit.start, hit.end) for hit in hits)
             found.append(_Evidence(quote, None, spans, hits, not hits, timings, seen))

@@ -210,7 +210,7 @@ def rare_words(texts: Sequence[str]) -> torch.Tensor:
     return table
 
 
-def ratio(quote: str, sentence: str) -> float:
+def similarity(quote: str, sentence: str) -> float:
     """How alike two texts are, by difflib: 2 x matching characters / all characters, case kept, quote first.
 
     The order matters: difflib is not symmetric.  Unlike difflib's own setting, common letters count in texts of 200
@@ -221,7 +221,7 @@ def ratio(quote: str, sentence: str) -> float:
         sentence: of the context.
 
     Example:
-        >>> round(ratio("The Nile is the longest river.", "The Nile is often called the longest river."), 6)
+        >>> round(similarity("The Nile is the longest river.", "The Nile is often called the longest river."), 6)
         0.821918
     """
     return _matcher(quote, sentence).ratio()
@@ -252,7 +252,7 @@ def cosine(row: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return ((row * rows).sum(1) / scale.masked_fill(scale == 0, 1)).clamp(-1, 1)
 
 
-def locate(
+def locate_quote(
     quote: str,
     context: str,
     spans: Sequence[tuple[int, int]] | None = None,
@@ -294,7 +294,7 @@ def locate(
         DataError: spans that are not ordered, disjoint and within the context.
 
     Example:
-        >>> locate("“the nile is long”", "The Amazon is wide. The Nile is long.")
+        >>> locate_quote("“the nile is long”", "The Amazon is wide. The Nile is long.")
         (Hit(start=20, end=37, score=1.0, stage='normalised'),)
     """
     _check(min_similarity, max_spans)

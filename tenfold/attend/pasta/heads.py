@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tenfold.attend.attention import base_implementation, installed, self_attentions
 from tenfold.attend.pasta.likelihood import continuation
 from tenfold.attend.pasta.profiles import by_layer
+from tenfold.attend.pasta.search import Head
 from tenfold.attend.pasta.steering import log_strength, steer
 from tenfold.attend.pasta.tasks import Item
 from tenfold.attend.reach import reach
@@ -27,9 +28,7 @@ from tenfold.errors import ConfigError, DataError
 from tenfold.kernels.biased import KeyBias
 from tenfold.models.inference import evaluating, input_device, takes_logits_to_keep
 
-Head = tuple[int, int]
-"""Layer and query head."""
-Tell = Callable[[int, int, str], None]
+TellWhat = Callable[[int, int, str], None]
 """Progress: done, of how many, what."""
 
 
@@ -156,7 +155,7 @@ def effects(
     *,
     alpha: float = 0.01,
     rows: int = 64,
-    tell: Tell | None = None,
+    tell: TellWhat | None = None,
 ) -> dict[Head, float]:
     """Change of the mean margin when a head is steered alone, exactly, for each of these heads.
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import transformers
 
-from tenfold.attend.pasta.heads import Batch, Head, Tell, batches_of, candidates, effects, gradients, margins, rank
+from tenfold.attend.pasta.heads import Batch, TellWhat, batches_of, candidates, effects, gradients, margins, rank
 from tenfold.attend.pasta.profiles import Profile, by_layer, describe_model
+from tenfold.attend.pasta.search import Head
 from tenfold.attend.pasta.steering import steer
 from tenfold.attend.pasta.tasks import Item
 from tenfold.attend.text_marks import encode
@@ -41,7 +42,7 @@ def find_profile(
     batch_size: int = 16,
     provenance: Mapping[str, Any] | None = None,
     store: Store | None = None,
-    tell: Tell | None = None,
+    tell: TellWhat | None = None,
 ) -> Profile:
     """Find the heads of a model (PASTA, section 3.2, by the shorter way of `tenfold.attend.pasta.heads`).
 
@@ -112,7 +113,7 @@ def find_profile(
         if tell is not None:
             tell(number, len(sets), f"{len(heads)} heads")
         curve.append(keep(f"size {k}", partial(_point, model, tokenizer, checks, marks, k, heads, alpha)))
-    best = choose(curve, min_fluency)
+    best = choose_size(curve, min_fluency)
     seconds = round(time.perf_counter() - began, 1)
     return Profile(
         heads=by_layer(sets[best["k"]]),
@@ -135,7 +136,7 @@ def find_profile(
     )
 
 
-def choose(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[str, Any]:
+def choose_size(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[str, Any]:
     """The smallest set within one standard error of the best score, among those fluent enough; the plain model is none.
 
     Raises:
@@ -143,7 +144,7 @@ def choose(curve: Sequence[Mapping[str, Any]], min_fluency: float) -> Mapping[st
 
     >>> points = [{"heads": n, "score": score, "stderr": 0.03, "fluency": fluency}
     ...           for n, score, fluency in [(0, 0.5, 4.0), (4, 0.7, 3.9), (8, 0.88, 3.9), (16, 0.9, 3.9), (32, 1, 1)]]
-    >>> choose(points, 0.9)["heads"]
+    >>> choose_size(points, 0.9)["heads"]
     8
     """
     least = min_fluency * curve[0]["fluency"]
@@ -168,7 +169,7 @@ def _slopes(model: Any, batches: Sequence[Batch], alpha: float) -> list[tuple[in
 
 
 def _exact(
-    model: Any, batches: Sequence[Batch], heads: Sequence[Head], alpha: float, name: str, tell: Tell | None
+    model: Any, batches: Sequence[Batch], heads: Sequence[Head], alpha: float, name: str, tell: TellWhat | None
 ) -> list[tuple[int, int, float]]:
     def show(done: int, total: int, what: str) -> None:
         if tell is not None:

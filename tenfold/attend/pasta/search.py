@@ -10,7 +10,7 @@ from tenfold.errors import ConfigError
 
 Head = tuple[int, int]
 """Layer and query head."""
-Heads = tuple[Head, ...]
+HeadSet = tuple[Head, ...]
 """A configuration: the heads that are steered together, in order."""
 
 
@@ -29,24 +29,24 @@ class Search:
         evaluations: how often the score was computed; what was known already does not count.
     """
 
-    heads: Heads
+    heads: HeadSet
     score: float
     layers: tuple[int, ...]
-    ranking: Heads
+    ranking: HeadSet
     coarse: dict[int, float]
     fine: dict[Head, float]
-    candidates: dict[Heads, float]
+    candidates: dict[HeadSet, float]
     evaluations: int
 
 
 def coarse_to_fine(
-    score: Callable[[Heads], float],
+    score: Callable[[HeadSet], float],
     counts: Mapping[int, int],
     keep: int,
     *,
     per_layer: Sequence[int] = (4, 6, 8),
     pooled: Sequence[int] = (16, 24, 32, 64),
-    known: MutableMapping[Heads, float] | None = None,
+    known: MutableMapping[HeadSet, float] | None = None,
 ) -> Search:
     """Find heads with about ``layers + keep * heads`` evaluations instead of ``layers * heads``.
 
@@ -85,10 +85,10 @@ def coarse_to_fine(
         raise ConfigError(f"keep: {keep} of {len(counts)} layers", remedy="keep 10 to 20 % of the layers")
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"per_layer, pooled: {sizes}", remedy="give at least one size, each 1 or more")
-    scores: MutableMapping[Heads, float] = {} if known is None else known
+    scores: MutableMapping[HeadSet, float] = {} if known is None else known
     before = len(scores)
 
-    def of(heads: Heads) -> float:
+    def of(heads: HeadSet) -> float:
         if heads not in scores:
             try:
                 scores[heads] = float(score(heads))
@@ -120,7 +120,7 @@ def _worse(score: float) -> tuple[bool, float]:
     return math.isnan(score), -score
 
 
-def _named(heads: Heads) -> str:
+def _named(heads: HeadSet) -> str:
     """Heads for a message: ``layer 1 head 0``, or the layers and how many they are."""
     if len(heads) == 1:
         return f"layer {heads[0][0]} head {heads[0][1]}"
@@ -129,5 +129,5 @@ def _named(heads: Heads) -> str:
     return f"{len(heads)} heads of {many} {', '.join(map(str, layers))}"
 
 
-def _of_layer(ranking: Heads, layer: int) -> list[Head]:
+def _of_layer(ranking: HeadSet, layer: int) -> list[Head]:
     return [head for head in ranking if head[0] == layer]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from tenfold.attend.attention import base_implementation, installed, self_attentions
 from tenfold.attend.pasta.blocks import Block, LayerHook, PromptBias, reading
 from tenfold.attend.pasta.profiles import Profile, load_profile, save_profile
-from tenfold.attend.reach import Heads, by_layer, sights, split
+from tenfold.attend.reach import Heads, heads_by_layer, sights, split
 from tenfold.attend.text_marks import (
     Marked,
     Marks,
@@ -174,7 +174,7 @@ def steer(
     groups, blind, unseen = split(sights(attentions, chosen, marks), marks)
     if unseen:
         raise _out_of_reach(unseen[0], chosen, marks)
-    steered = Steered(by_layer(groups), tuple(marks.marked.sum(1).tolist()), marks.marked.shape[1], blind)
+    steered = Steered(heads_by_layer(groups), tuple(marks.marked.sum(1).tolist()), marks.marked.shape[1], blind)
     if blind:
         tell(note_of(steered))
     block, biases = Block(marks), {}  # type: Block, dict[tuple[bool, ...], PromptBias]
