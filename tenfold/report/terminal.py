@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from tenfold.stage.numbers import scale_for
 from tenfold.stage.record import StageSummary
 
+SIDES = ("before", "after", "model")
+"""Subjects that have a column."""
+
 
 def figures(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Column titles and rows of what was measured, for the terminal: values as the report shows them.
+
+    What stands behind a comma in a subject, such as the cache in ``model, gear:4``, goes to the task.
 
     >>> from tenfold.stage.results import Metric, Result
     >>> result = Result(task="speed", subject="model", metrics=(Metric(name="prefill", value=0.0312, unit="s"),))
@@ -17,12 +22,17 @@ def figures(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tu
     ...                        results=(result,))
     >>> figures([summary])
     (('what', 'model', 'unit'), [('speed: prefill', '31.2', 'ms')])
+    >>> packed = result.model_copy(update={"subject": "model, gear:4"})
+    >>> figures([summary.model_copy(update={"results": (packed,)})])[1]
+    [('speed, gear:4: prefill', '31.2', 'ms')]
     """
     found: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
     for summary in summaries:
         for result in summary.results:
+            side, _, label = result.subject.partition(", ")
+            task, subject = (f"{result.task}, {label}", side) if side in SIDES else (result.task, result.subject)
             for metric in result.metrics:
-                found.setdefault((result.task, metric.name), ({}, metric.unit))[0][result.subject] = metric.value
+                found.setdefault((task.removesuffix(", "), metric.name), ({}, metric.unit))[0][subject] = metric.value
     shown = {key: kept for key, (values, unit) in found.items() if (kept := _sides(values, unit))}
     compared = any(before for before, _, _ in shown.values())
     rows = [

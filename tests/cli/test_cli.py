@@ -104,7 +104,7 @@ def test_validate_says_what_it_read(recipe):
         (["adapt", "demo", "--columns", "{text: body}"], "as in --columns prompt question"),
         (["adapt", "demo", "--columns", "text"], "as in --columns prompt question, got 'text'"),
         (["adapt", "demo", "--packing", "no"], "write --packing or --no-packing"),
-        (["adapt", "demo", "--kv", "gear:4"], "--kv belongs to tenfold generate"),
+        (["adapt", "demo", "--find-evidence"], "--find-evidence belongs to tenfold generate"),
         (["adapt", "--model", "demo"], "the model has no flag, it comes first"),
         (["adapt", "demo", "more"], "'more' belongs to no flag"),
         (["generate", "demo", "What is it?"], "such as --prompts"),

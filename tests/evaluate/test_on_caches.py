@@ -21,6 +21,7 @@ from tenfold.models import scoring
 from tenfold.models.tiny import tiny_model
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.recipe import resolve
+from tenfold.report.terminal import figures
 
 TEXTS = ["A text of some length, which is read in windows and in steps.", "Short.", "Another one, naïve café; " * 3]
 KV = "plain:{},buffer=16,kernel=torch"
@@ -122,6 +123,11 @@ def test_the_stage_measures_both_and_compares_them(number_rows, tmp_path, monkey
     assert any("memory are measured on the exact cache" in note for note in summary.notes)
     assert sum("packed" in note and note.startswith(("perplexity", "needle", "copying")) for note in summary.notes) == 3
     assert Path("run/report.html").stat().st_size > 10_000
+    titles, shown = figures([summary])
+    assert titles == ("what", "model", "unit")
+    names = [row[0] for row in shown]
+    for name in ("perplexity: nll", f"perplexity, {kv}: nll", f"perplexity, {kv} - model: nll_difference"):
+        assert name in names
 
 
 def test_the_stage_on_a_converted_model_and_on_questions(number_rows, tmp_path, monkeypatch):
