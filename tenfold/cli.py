@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -416,14 +417,19 @@ def _execute(plan: Any, out: Path) -> int:
     from tenfold.report.terminal import figures
 
     console = Console(soft_wrap=True, emoji=False)  # tiny:llama: is a model, not a picture of one
-    summaries = execute(plan, out, console)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: console.print(f"  {message}", markup=False, highlight=False)
+        summaries = execute(plan, out, console)
+    told: set[str] = set()
     for summary in summaries:
         for sample in summary.samples:
             console.rule(Text(sample.prompt), align="left")
             for subject, text in sample.outputs.items():
                 console.print(f"[{subject}] {text}", markup=False, highlight=False)
         for note in summary.notes:
-            console.print(f"{summary.stage}: {note}", markup=False, highlight=False)
+            if note not in told:  # stages that read the same data note the same of it
+                console.print(f"{summary.stage}: {note}", markup=False, highlight=False)
+            told.add(note)
         if summary.artefact:
             artefact = out / f"{summary.index:02d}-{summary.stage}" / summary.artefact
             console.print(f"{summary.stage}: {artefact}", markup=False, highlight=False)
