@@ -43,9 +43,18 @@ def test_links_to_files_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_recipe_of_the_readme_is_valid():
-    block = re.search(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert resolve(yaml.safe_load(block.group(1)), "README.md").steps[0].config.budget == "0.4%"
+RECIPES = [
+    (page, block)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S)
+    if re.search(r"^stages:", block, re.M)
+]
+
+
+@pytest.mark.parametrize("number", range(len(RECIPES)))
+def test_the_recipes_of_the_pages_are_valid(number):
+    page, block = RECIPES[number]
+    assert resolve(yaml.safe_load(block), page.name).steps
 
 
 def test_every_target_of_the_makefile_that_is_named_exists():
