@@ -13,7 +13,7 @@ from tenfold.attend.autopasta.answering import AutoPasta
 from tenfold.engines.requests import Evidence, Request
 from tenfold.engines.session import Session
 from tenfold.errors import ModelError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.tiny import tiny_model
 
 from .dense import Meaning, log_probabilities
@@ -50,7 +50,7 @@ def build(kind, on):
     plain = tiny_model(kind, num_hidden_layers=3, **KINDS[kind]).model
     model = opened.model
     if "masformer" in on:
-        masformer.convert(model, full_layers=[1], span=Span("sliding", WINDOW))
+        masformer.convert(model, full_layers=[1], span=AttentionWindow("sliding", WINDOW))
     if "adapter" in on:
         config = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=4, lora_alpha=16, init_lora_weights=False)
         with torch.random.fork_rng():
@@ -179,4 +179,4 @@ def test_windows_of_gemma_keep_their_emphasis_and_what_is_packed_beside_them():
 def test_spans_on_top_of_windows_are_refused():
     opened = tiny_model("gemma3")
     with pytest.raises(ModelError, match="spans of their own"):
-        masformer.convert(opened.model, full_layers=[1], span=Span("sliding", 16))
+        masformer.convert(opened.model, full_layers=[1], span=AttentionWindow("sliding", 16))

@@ -9,7 +9,7 @@ from tenfold.engines import session as module
 from tenfold.engines.requests import Evidence, Request
 from tenfold.engines.session import Session
 from tenfold.errors import ConfigError, DataError, ModelError
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models.generation import generate
 from tenfold.models.memory import stored_bytes
 from tenfold.models.tiny import tiny_model
@@ -121,7 +121,7 @@ def test_nothing_is_left_behind_also_after_a_failure(opened, monkeypatch):
 def test_a_converted_model_is_read_through_its_small_cache():
     opened = tiny_model("llama", num_hidden_layers=3)
     whole = Session(opened).generate([Request(PROMPT * 3, max_new_tokens=4)])[0]
-    handle = masformer.convert(opened.model, full_layers=[1], span=Span("sliding", 8))
+    handle = masformer.convert(opened.model, full_layers=[1], span=AttentionWindow("sliding", 8))
     small = Session(opened).generate([Request(PROMPT * 3, max_new_tokens=4)])[0]
     assert small.cache_bytes < 0.5 * whole.cache_bytes
     handle.revert()

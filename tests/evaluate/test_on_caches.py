@@ -16,7 +16,7 @@ from tenfold.errors import ConfigError
 from tenfold.evaluate.long_context import copying, needle
 from tenfold.evaluate.perplexity import perplexity
 from tenfold.evaluate.qa import answer
-from tenfold.kernels.local import Span
+from tenfold.kernels.local import AttentionWindow
 from tenfold.models import scoring
 from tenfold.models.tiny import tiny_model
 from tenfold.pipeline import run as runner
@@ -50,7 +50,7 @@ def test_perplexity_through_an_exact_cache_is_that_of_one_pass(kind, step, monke
 
 def test_perplexity_on_a_converted_model_is_that_of_its_small_cache():
     opened = tiny_model("llama", num_hidden_layers=3)
-    masformer.convert(opened.model, full_layers=[1], span=Span("sliding", 12))
+    masformer.convert(opened.model, full_layers=[1], span=AttentionWindow("sliding", 12))
     keys = {"max_length": 60, "stride": 20, "batch_size": 3}
     right = perplexity(opened.model, opened.tokenizer, TEXTS, **keys)
     found = perplexity(opened.model, opened.tokenizer, TEXTS, **keys, make_cache=lambda: own_cache(opened.model))
