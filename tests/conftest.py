@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from _pytest.doctest import DoctestModule
 
 # Nothing here may wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,3 +41,9 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path, parent):
+    """Tests hold no doctests; looking for some would make a test file that cannot be imported a silent skip."""
+    return [found for found in (yield) if not isinstance(found, DoctestModule)]
