@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -56,12 +56,13 @@ class Config(Record):
         return schema
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
+    def parse(cls, values: Mapping[str, Any], where: str, beside: Sequence[str] = ()) -> Self:
         """Build the configuration from plain values.
 
         Args:
             values: keys and values as YAML gives them.
             where: what is being read, named in the error ("recipe.yaml, stage 2 (lora)").
+            beside: keys that may stand beside these, and were taken out: an unknown key may have been meant for one.
 
         Raises:
             ConfigError: naming every wrong key and value.
@@ -69,11 +70,11 @@ class Config(Record):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise _explain(error, cls, where) from None
+            raise _explain(error, cls, where, beside) from None
 
 
-def _explain(error: ValidationError, cls: type[Config], where: str) -> ConfigError:
-    keys = list(cls.model_fields)
+def _explain(error: ValidationError, cls: type[Config], where: str, beside: Sequence[str]) -> ConfigError:
+    keys = [*beside, *cls.model_fields]
     # A value that may be one of several kinds is wrong as each of them: one of these is enough to say.
     errors = {str(item["loc"][:1] or item["msg"]): item for item in reversed(error.errors())}
     lines, named = [], []
@@ -83,7 +84,7 @@ def _explain(error: ValidationError, cls: type[Config], where: str) -> ConfigErr
         # What is wrong between keys names them itself.
         lines.append(f"{where}: {key}: {message}" if key else f"{where}: {message}")
         named += [str(item["loc"][0])] if key else [name for name in keys if re.search(rf"\b{name}\b", message)]
-    known = [name for name in dict.fromkeys(named) if name in keys]
+    known = [name for name in dict.fromkeys(named) if name in cls.model_fields]
     if not known or any(item["type"] == "extra_forbidden" for item in errors.values()):
         return ConfigError("\n".join(lines), remedy=f"valid keys: {', '.join(keys)}")
     return ConfigError("\n".join(lines), remedy="\n     ".join(_described(cls, name) for name in known))

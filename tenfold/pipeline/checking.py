@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from tenfold.config.data import DataFields
@@ -65,7 +65,8 @@ def check_model(plan: ResolvedRecipe) -> list[str]:
     shapes: dict[str | None, Shape | None] = {}
     for step in steps:
         if step.model not in shapes:
-            shapes[step.model] = _shape(plan, step, notes)
+            with naming(step) if step.model is not None else nullcontext():
+                shapes[step.model] = _shape(plan, step, notes)
         start = shapes[step.model]
         if start is None:
             continue

@@ -19,6 +19,9 @@ from tenfold.errors import ConfigError
 from tenfold.pipeline.references import MODELS, Made, inherit, is_reference, look_up, reference
 from tenfold.pipeline.stages import stage, stages
 
+OF_EVERY_STAGE = ("use", "id", "model")
+"""Keys of a stage that are not its configuration's."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -152,15 +155,16 @@ def resolve(values: Mapping[str, Any], where: str) -> ResolvedRecipe:
             raise ConfigError(f"{where}, stage {index}: use: missing", remedy="each stage begins with `use: NAME`")
         place = f"{where}, stage {index} ({name})"
         cls = stage(name, place)
-        keys = {key: value for key, value in entry.items() if key not in ("use", "id", "model")}
+        keys = {key: value for key, value in entry.items() if key not in OF_EVERY_STAGE}
         keys = _with_data(keys, cls, pools, learnt, place)
-        config = inherit(cls.parse(keys, place), made)
+        config = inherit(cls.parse(keys, place, beside=OF_EVERY_STAGE), made)
         step = Step(index, name, config, model=entry.get("model"))
         step = replace(step, id=_id(entry.get("id"), step.folder, steps, place))
-        _check_model(step, recipe, task, made, place)
+        ids = {str(other.get("id")): number < index for number, other in enumerate(recipe.stages, start=1)}
+        _check_model(step, recipe, task, made, place, ids)
         for key, takes in config.takes().items():
             if is_reference(getattr(config, key)):
-                look_up(getattr(config, key), made, takes, place, key)
+                look_up(getattr(config, key), made, takes, place, key, ids)
         steps.append(step)
         for artefact, kind in config.artefacts().items():
             known = Made(reference(step.id, artefact), kind, len(steps) - 1, artefact)
@@ -186,7 +190,9 @@ def _id(given: Any, folder: str, steps: Sequence[Step], place: str) -> str:
     return given
 
 
-def _check_model(step: Step, recipe: Recipe, task: str, made: Mapping[str, Made], place: str) -> None:
+def _check_model(
+    step: Step, recipe: Recipe, task: str, made: Mapping[str, Made], place: str, ids: Mapping[str, bool]
+) -> None:
     """Refuse a stage that lacks a model, or whose model has another head."""
     needs = step.config.needs
     if step.model is not None and (not isinstance(step.model, str) or not needs.model):
@@ -194,16 +200,24 @@ def _check_model(step: Step, recipe: Recipe, task: str, made: Mapping[str, Made]
         raise ConfigError(f"{place}: model: {problem}", remedy="give a source as under model, or leave the key out")
     if is_reference(step.model):
         assert step.model is not None
-        look_up(step.model, made, Takes(("model", "adapter")), place, "model")
+        look_up(step.model, made, Takes(("model", "adapter")), place, "model", ids)
+    if step.model in recipe.models and not Path(step.model).exists():
+        raise ConfigError(
+            f"{place}: model: {step.model!r} is a name under models", remedy=f"write {reference(MODELS, step.model)}"
+        )
     if not needs.model:
         return
     if step.model is None and recipe.model is None:
-        raise ConfigError(f"{place}: works on a model, and the recipe names none", remedy="write model: demo, for one")
+        own = f", or in the stage model: {reference(MODELS, next(iter(recipe.models)))}" if recipe.models else ""
+        raise ConfigError(
+            f"{place}: works on a model, and the recipe names none", remedy=f"write model: demo, for one{own}"
+        )
     if step.model is None and task not in needs.task:
         says = f"the recipe says task: {task}" if task == recipe.task else f"the stages before it made a {task} model"
         raise ConfigError(
             f"{place}: works on {' or '.join(needs.task)} models, and {says}",
-            remedy="leave the stage out, or open the model as causal; from Python, adapters train on every task",
+            remedy="leave the stage out, give it a model of its own (model: ...), or open the recipe's as causal; "
+            "from Python, adapters train on every task",
         )
 
 

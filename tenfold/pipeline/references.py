@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from tenfold.config.stage import ArtefactKind, StageConfig, Takes
@@ -51,28 +52,60 @@ def reference(id: str, name: str) -> str:
     return f"${{{id}.{name}}}"
 
 
-def look_up(value: str, known: Mapping[str, Made], takes: Takes, place: str, key: str) -> Made:
+def look_up(
+    value: str,
+    known: Mapping[str, Made],
+    takes: Takes,
+    place: str,
+    key: str,
+    ids: Mapping[str, bool] = MappingProxyType({}),
+) -> Made:
     """The artefact that a value stands for.
+
+    Args:
+        value: as the recipe writes it.
+        known: artefacts of the stages before, and models, by reference.
+        takes: what may stand there.
+        place: of the stage, for errors.
+        key: under which the value stands.
+        ids: those of the recipe's stages, each with whether it comes before this stage.
 
     Raises:
         ConfigError: not of the form, unknown, made only later, or of a kind that cannot stand there.
     """
     if not _WHOLE.fullmatch(value):
-        raise ConfigError(f"{place}: {key}: cannot read {value!r}", remedy="write ${ID.NAME}, as in ${clean.cleaned}")
+        raise ConfigError(
+            f"{place}: {key}: cannot read {value!r}",
+            remedy=f"write ${{ID.NAME}}, as in {next(iter(known), '${clean.cleaned}')}",
+        )
     if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        there = ", ".join(known) or "none: give an earlier stage an id, or list models under models"
-        raise ConfigError(f"{place}: {key}: nothing before this stage makes {value}{hint}", remedy=f"there is {there}")
+        raise _nothing_makes(value, known, ids, f"{place}: {key}")
     found = known[value]
     if found.kind not in takes.kinds:
         raise ConfigError(
             f"{place}: {key}: {value} is of kind {found.kind}, and {' or '.join(takes.kinds)} is asked for",
             remedy=f"name another artefact: {', '.join(m.reference for m in known.values() if m.kind in takes.kinds)}"
             if any(made.kind in takes.kinds for made in known.values())
-            else "put a stage before this one that makes it",
+            else f"put a stage before this one that makes something of kind {' or '.join(takes.kinds)}, or give a path",
         )
     return found
+
+
+def _nothing_makes(value: str, known: Mapping[str, Made], ids: Mapping[str, bool], where: str) -> ConfigError:
+    id = value[2:].partition(".")[0]
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    advice = "" if id in ids else ": give an earlier stage an id, or list models under models"
+    there = ", ".join(known) or f"none{advice}"
+    remedy = f"there is {there}"
+    if ids.get(id) is False:
+        hint, remedy = (
+            f", and the stage {id} does not come before it",
+            f"put this stage after {id}, or name one that comes before",
+        )
+    elif id in ids and not any(made.startswith(f"${{{id}.") for made in known):
+        hint = f", and the stage {id} makes nothing"
+    return ConfigError(f"{where}: nothing before this stage makes {value}{hint}", remedy=remedy)
 
 
 def inherit(config: StageConfig, known: Mapping[str, Made]) -> StageConfig:

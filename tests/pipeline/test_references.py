@@ -31,13 +31,23 @@ def execute(stages, out, **keys):
         ([{**REWARD, "id": "a b"}], "is no name"),
         ([{**REWARD, "id": "models"}], "models is taken"),
         ([{"use": "generate", "model": "${models.other}"}], "nothing before"),
-        ([{"use": "generate", "model": "${judge.training}"}, REWARD], "nothing before"),
+        ([{"use": "generate", "model": "${judge.training}"}, REWARD], "the stage judge does not come before it"),
+        ([{"use": "generate", "id": "said"}, {"use": "lora", "data": "${said.texts}"}], "the stage said makes nothing"),
+        ([REWARD, {"use": "pasta", "profile": "${judge.adapter}"}], "that makes something of kind profile"),
+        ([REWARD, {"use": "generate", "modle": "demo"}], "did you mean 'model'"),
         ([REWARD, {"use": "generate", "model": "${judge.training}"}], "kind rows, and model or adapter"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(stages, message):
     with pytest.raises(ConfigError, match=message):
         resolve({"model": "tiny:llama", "stages": stages}, "test")
+
+
+def test_a_name_under_models_is_referred_to():
+    with pytest.raises(ConfigError, match=r"write \${models.teacher}"):
+        resolve({"models": {"teacher": "demo"}, "stages": [{"use": "generate", "model": "teacher"}]}, "test")
+    with pytest.raises(ConfigError, match=r"in the stage model: \${models.teacher}"):
+        resolve({"models": {"teacher": "demo"}, "stages": [{"use": "generate"}]}, "test")
 
 
 def test_a_recipe_without_a_model_needs_stages_without_one():
