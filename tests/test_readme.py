@@ -40,7 +40,9 @@ def test_every_command_parses(line, monkeypatch, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert (page.parent / target).exists(), (
+            f"{page.name}: {target} (options/ and results/ are written by python -m docs.generate)"
+        )
 
 
 RECIPES = [

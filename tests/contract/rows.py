@@ -1,6 +1,14 @@
-"""One row per method: it inherits all behaviour tests of `test_contract.py`.
+"""One row per method, of the kind that its work is: it inherits all behaviour tests of this kind.
 
-Add your method here; nothing else in this folder needs to change.
+| it | row | tests |
+|---|---|---|
+| trains on texts | `Row` in `ROWS` | `test_contract.py` |
+| changes no weight, and is read differently within `attach` | `Steering` in `STEERING` | `test_steering.py` |
+| stores the cache | `Caching` in `CACHING` | `test_caching.py` |
+| gives layers a span | `Spans` in `SPANS` | `test_spans.py` |
+
+Add your method here; nothing else in this folder needs to change, unless it is of a kind of its own (R3M has
+`test_preferences.py`).
 """
 
 from collections.abc import Callable
@@ -10,14 +18,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """What the contract needs to know of a method."""
+    """What the contract needs to know of a method that trains on texts."""
 
     name: str
     """The registered stage."""
     keys: dict[str, Any]
     """Keys of its configuration for a run of seconds on a tiny model; ``data`` is added."""
     models: tuple[str, ...]
-    """Tiny models that it must work on."""
+    """Tiny models that it must work on; the first is the one that whole runs start from."""
     attach: Callable[[Any, Any], Any]
     """``(model, config) -> adapted model``."""
     detach: Callable[[Any], Any]
@@ -28,6 +36,26 @@ class Row:
     """Keys with values that must be refused."""
     baseline: bool = False
     """A method of others, kept for comparison: it has no oracles, benchmark or page of its own."""
+
+
+def _full() -> Row:
+    from tenfold.adapt import full
+
+    def report(model):
+        parameters = list(model.parameters())
+        count = sum(p.numel() for p in parameters)
+        return {"matrices": len(parameters), "trainable parameters": count}
+
+    return Row(
+        name="full",
+        keys={"steps": 8, "max_length": 48, "learning_rate": 0.02, "save_every": 3, "log_every": 2},
+        models=("gpt2", "llama"),
+        attach=full.attach,
+        detach=lambda model: model,
+        report=report,
+        impossible=({"steps": 0}, {"learning_rate": 0}, {"distil": 2}),
+        baseline=True,
+    )
 
 
 def _lora() -> Row:
@@ -84,7 +112,7 @@ def _adalora() -> Row:
     )
 
 
-ROWS = {row.name: row for row in (_lora(), _adalora())}
+ROWS = {row.name: row for row in (_lora(), _adalora(), _full())}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ WRITTEN = sorted(path for path in DOCS.rglob("*.md") if "notes" not in path.part
 
 @pytest.mark.parametrize("path", generate.pages())
 def test_page_is_up_to_date(path):
-    assert (DOCS / path).read_text(encoding="utf-8") == generate.text(path), "python -m docs.generate writes it anew"
+    file = DOCS / path
+    assert file.exists(), f"docs/{path} is missing: python -m docs.generate writes it"
+    assert file.read_text(encoding="utf-8") == generate.text(path), "python -m docs.generate writes it anew"
 
 
 @pytest.mark.parametrize(("name", "stage"), described().items())
@@ -74,7 +76,8 @@ def test_anchors_lead_to_a_heading(page):
 def test_the_site_lists_every_page():
     nav = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())["nav"]
     listed = re.findall(r"[\w/-]+\.md", str(nav))
-    assert sorted(listed) == [str(path.relative_to(DOCS)) for path in WRITTEN]
+    pages = [str(path.relative_to(DOCS)) for path in WRITTEN]
+    assert sorted(listed) == pages, f"put under nav in mkdocs.yml: {sorted({*pages} - {*listed})}"
 
 
 @pytest.mark.parametrize("name", ["gear", "pasta"])
