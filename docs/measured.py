@@ -14,13 +14,15 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 
+FURTHER = {
+    "adalora": ("adalora_defaults:defaults_table",),
+    "pasta": ("chats:table",),
+    "r3m": ("r3m_choose:table", "r3m_choose:lost"),
+}
+"""Method -> tables of it that stand in other benchmarks."""
 TABLES = {
-    "adalora": ("adalora:table", "adalora_defaults:defaults_table"),
-    "pasta": ("pasta:table", "chats:table"),
-    "autopasta": ("autopasta:table",),
-    "gear": ("gear:table",),
-    "masformer": ("masformer:table",),
-    "r3m": ("r3m:table", "r3m_choose:table", "r3m_choose:lost"),
+    path.stem: (f"{path.stem}:table", *FURTHER.get(path.stem, ()))
+    for path in sorted((DOCS / "results/notes").glob("*.md"))
 }
 """Method -> functions of `benchmarks` that print Markdown, each table under a heading (`benchmarks.section`)."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,10 +124,15 @@ def check(plan: ResolvedRecipe) -> list[str]:
     """
     from tenfold.models.source import locate
 
-    refs = {model_of(plan, step) for step in plan.steps if step.config.needs.model and not is_reference(step.model)}
-    for ref in sorted(refs, key=str):
-        if locate(ref.source).kind != "hub":
-            ref.identity()
+    looked_at = set()
+    for step in plan.steps:
+        if not step.config.needs.model or is_reference(step.model):
+            continue
+        ref = model_of(plan, step)
+        with naming(step) if step.model is not None else nullcontext():
+            if ref not in looked_at and locate(ref.source).kind != "hub":
+                ref.identity()
+        looked_at.add(ref)
     lines = []
     for step in plan.steps:
         rows = rows_of(step.config)
