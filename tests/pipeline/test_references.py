@@ -33,7 +33,10 @@ def execute(stages, out, **keys):
         ([{"use": "generate", "model": "${models.other}"}], "nothing before"),
         ([{"use": "generate", "model": "${judge.training}"}, REWARD], "the stage judge does not come before it"),
         ([{"use": "generate", "id": "said"}, {"use": "lora", "data": "${said.texts}"}], "the stage said makes nothing"),
-        ([REWARD, {"use": "pasta", "profile": "${judge.adapter}"}], "that makes something of kind profile"),
+        (
+            [{"use": "lora", "id": "one"}, {"use": "pasta", "profile": "${one.adapter}"}],
+            "that makes something of kind profile",
+        ),
         ([REWARD, {"use": "generate", "modle": "demo"}], "did you mean 'model'"),
         ([REWARD, {"use": "generate", "model": "${judge.training}"}], "kind rows, and model or adapter"),
     ],
