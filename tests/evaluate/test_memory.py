@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tenfold.models import memory as module
 from tenfold.evaluate.memory import memory
 from tenfold.evaluate.speed import speed
+from tenfold.models import memory as module
 from tenfold.models.memory import measure_growth, peak_growth, stored_bytes, weight_bytes
 
 MIB = 2**20
