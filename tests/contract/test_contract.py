@@ -91,7 +91,7 @@ def test_targets_that_match_nothing_are_an_error_also_beside_right_ones(row):
     if "targets" not in stage(row.name).model_fields:
         pytest.skip("it has no targets")
     with pytest.raises(ConfigError, match="nonsense"):
-        row.attach(tiny_model(row.models[0]).model, config_of(row, targets=["q", "nonsense"]))
+        row.attach(tiny_model(row.models[0]).model, config_of(row, targets=["attention", "nonsense"]))
 
 
 def test_impossible_values_are_refused(row):
