@@ -390,7 +390,7 @@ def encode(
             f"{type(tokenizer).__name__} does not say where its tokens stand in the text",
             remedy="open the model with its fast tokenizer",
         )
-    rows = [_row(tokenizer, prompt, number, max_length) for number, prompt in enumerate(prompts)]
+    rows = [_row(tokenizer, prompt, number, max_length) for number, prompt in enumerate(prompts, 1)]
     if not rows:
         raise DataError("no prompts", remedy="give at least one")
     length = max(len(ids) for ids, _ in rows)

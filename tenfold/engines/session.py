@@ -244,7 +244,7 @@ class Session:
                 self._longest = max(cache.get_seq_length() for cache in read)
                 self._cache_note = cache_note(self.kv, read)
 
-    def _prompt(self, request: Request, number: int) -> Marked:
+    def _prompt(self, request: Request, index: int) -> Marked:
         """A request as one text, with what is emphasised of it."""
         if request.text is not None:
             found = _marked(request.text, request.emphasis)
@@ -257,7 +257,7 @@ class Session:
             found = in_chat(self.tokenizer, request.messages, spans)
         else:
             require_chat_template(self.tokenizer)
-            text = render_chat(self.tokenizer, request.messages, f"prompt {number}", ask=True)
+            text = render_chat(self.tokenizer, request.messages, f"prompt {index + 1}", ask=True)
             found = Marked(text, special=False)
         return Marked(found.text + request.prefill, found.spans, found.special)
 

@@ -62,7 +62,7 @@ def generate(
         require_chat_template(tokenizer)
         prompts = [
             render_chat(tokenizer, [{"role": "user", "content": prompt}], f"prompt {number}", ask=True)
-            for number, prompt in enumerate(prompts)
+            for number, prompt in enumerate(prompts, 1)
         ]
     config = decoding(model, tokenizer, max_new_tokens, temperature)
     device = input_device(model)

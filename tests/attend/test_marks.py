@@ -261,7 +261,7 @@ def test_a_cut_that_keeps_nothing_is_refused(max_length):
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "deberta-v2"])
 def test_special_tokens_alone_are_no_prompt(kind):
-    with pytest.raises(DataError, match="prompt 1 is empty"):
+    with pytest.raises(DataError, match="prompt 2 is empty"):
         encode(tokenizer(kind=kind), ["a", ""])
 
 

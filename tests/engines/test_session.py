@@ -160,7 +160,7 @@ def test_what_cannot_be_meant_is_refused(opened):
     with pytest.raises(ConfigError, match="empty prompt"):
         Session(opened).generate([Request("")])
     opened.tokenizer.chat_template = "{% if true %}{{ raise_exception('no') }}{% endif %}"
-    with pytest.raises(DataError, match="prompt 1"):
+    with pytest.raises(DataError, match="prompt 2"):
         Session(opened).generate([Request("a"), Request(messages=[{"role": "user", "content": "b"}])])
     opened.tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):

@@ -86,7 +86,7 @@ def test_bad_settings(model, tokenizer):
 
 def test_a_template_that_refuses_a_prompt_says_which_and_why(model, tokenizer):
     tokenizer.chat_template = "{% if 'bb' in messages[0].content %}{{ raise_exception('no b, please') }}{% endif %}x"
-    with pytest.raises(DataError, match="prompt 2: the chat template refuses these messages: no b, please") as caught:
+    with pytest.raises(DataError, match="prompt 3: the chat template refuses these messages: no b, please") as caught:
         generate(model, tokenizer, PROMPTS)
     assert caught.value.exit_code == 2
 
