@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from os.path import expanduser  # Path.expanduser raises where there is no such user
 from pathlib import Path
 
+from tenfold.data.sources import FILE_SUFFIXES
 from tenfold.errors import ModelError
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ./name and ../name are paths
@@ -47,13 +49,41 @@ def no_such(source: str, known: Iterable[str]) -> ModelError:
     if "://" in source:
         return ModelError(f"{source!r}: an address, not a model", remedy="give the hub id alone: owner/name")
     if "/" in source or source.startswith("~") or source.endswith(".gguf"):
-        near = _nearest_path(Path(source).expanduser())
+        near = _nearest_path(Path(expanduser(source)))
         hint = f"; nearest: {near}" if near else ""
         return ModelError(f"{source!r}: no such folder or file{hint}", remedy="check the path")
     names = [*known, *_entries(Path())]
     found = difflib.get_close_matches(source, names, n=1, cutoff=0.6)
     hint = f"; nearest: {found[0]}" if found else ""
     return ModelError(f"unknown model {source!r}{hint}", remedy=_GIVE)
+
+
+def refuse_data(source: str) -> None:
+    """Say of a file of rows that stands where a model belongs, where it belongs.
+
+    Args:
+        source: as the user gave it; the file need not exist.
+
+    Raises:
+        ModelError: its name ends as those of files of rows do.
+
+    >>> refuse_data("models/mine"), refuse_data("adapter/adapter_config.json")
+    (None, None)
+    >>> refuse_data("rows/my.jsonl")
+    Traceback (most recent call last):
+    ...
+    tenfold.errors.ModelError: 'rows/my.jsonl': a file of data, not a model
+      -> name the model first and the file as data: demo --data rows/my.jsonl (`model: demo` and `data:` in a recipe)
+    """
+    path = Path(source)
+    name = path.name.lower().removesuffix(".gz")
+    of_models = name.endswith(("config.json", "index.json", "tokenizer.json"))
+    if name.endswith(FILE_SUFFIXES) and not of_models and not path.is_dir():
+        raise ModelError(
+            f"{source!r}: a file of data, not a model",
+            remedy=f"name the model first and the file as data: demo --data {source} (`model: demo` and `data:` in a "
+            "recipe)",
+        )
 
 
 def _nearest_path(path: Path) -> Path | None:

@@ -7,13 +7,14 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import expanduser  # Path.expanduser raises where there is no such user
 from pathlib import Path
 from typing import Any, Literal
 
 from tenfold.errors import ModelError
 from tenfold.models.embedded import DEMO_COMMAND, DEMO_HUB_ID, demo_file
 from tenfold.models.gguf import check_header, gguf_sha256
-from tenfold.models.names import is_hub_id, no_such
+from tenfold.models.names import is_hub_id, no_such, refuse_data
 from tenfold.models.tiny import KINDS
 
 _SAMPLE = 1024  # bytes read at each of three places of every tensor
@@ -67,7 +68,8 @@ def locate(source: str) -> Located:
         return Located("tiny", source.removeprefix("tiny:"))
     if not source:
         raise ModelError("the source of the model is empty", remedy="give demo, a hub id, a folder or a .gguf file")
-    path = Path(source).expanduser()
+    refuse_data(source)
+    path = Path(expanduser(source))
     if path.is_dir():
         return _locate_folder(path)
     if path.exists():
@@ -118,7 +120,7 @@ def resolve_source(source: str, adapters: Sequence[str] = ()) -> tuple[Located, 
     >>> resolve_source("tiny:llama")
     (Located(kind='tiny', name='llama'), 'tiny:llama', ())
     """
-    chain = [Path(folder).expanduser() for folder in adapters]
+    chain = [Path(expanduser(folder)) for folder in adapters]
     located = locate(source)
     seen = set()
     while located.kind == "adapter":

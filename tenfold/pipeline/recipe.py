@@ -16,6 +16,7 @@ from tenfold.config.recipe import Recipe
 from tenfold.config.shape import Task
 from tenfold.config.stage import StageConfig, Takes
 from tenfold.errors import ConfigError
+from tenfold.models.names import refuse_data
 from tenfold.pipeline.references import MODELS, Made, inherit, is_reference, look_up, reference
 from tenfold.pipeline.stages import stage, stages
 
@@ -144,6 +145,8 @@ def resolve(values: Mapping[str, Any], where: str) -> ResolvedRecipe:
     512
     """
     recipe = Recipe.parse(values, where)
+    for source in (recipe.model, *recipe.models.values()):
+        refuse_data(source or "")
     made = {reference(MODELS, name): Made(reference(MODELS, name), "model", None, name) for name in recipe.models}
     steps: list[Step] = []
     pools: dict[str, dict[str, Any]] = {}

@@ -50,7 +50,18 @@ def test_a_slip_is_answered_with_the_nearest(source, nearest):
 
 
 @pytest.mark.parametrize(
-    "source", ["./x.gguf", "/nowhere/at/all", "two words", "qqqqqq", "a:b", "~/nowhere-at-all", "./qqqqqq", "../qqqqqq"]
+    "source",
+    [
+        "./x.gguf",
+        "/nowhere/at/all",
+        "two words",
+        "qqqqqq",
+        "a:b",
+        "~/nowhere-at-all",
+        "~nobody-here/x",
+        "./qqqqqq",
+        "../qqqqqq",
+    ],
 )
 def test_nothing_is_near(source):
     with pytest.raises(ModelError, match=r"no such folder or file|unknown model") as caught:
@@ -88,3 +99,22 @@ def test_a_folder_of_adapters_names_them(tmp_path):
     with pytest.raises(ModelError) as caught:
         locate("my-model")
     assert "english, french" in caught.value.remedy
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("source", ["my.jsonl", "rows/my.csv.gz", "NOTES.TXT", "my.json"])
+def test_rows_in_place_of_a_model_are_sent_where_they_belong(source, there, tmp_path):
+    if there:
+        (tmp_path / source).parent.mkdir(exist_ok=True)
+        (tmp_path / source).write_text("{}")
+    with pytest.raises(ModelError, match="a file of data, not a model") as caught:
+        locate(source)
+    assert f"--data {source}" in caught.value.remedy
+
+
+def test_a_folder_is_no_file_of_rows(tmp_path):
+    (tmp_path / "model.txt").mkdir()
+    (tmp_path / "model.txt/config.json").write_text("{}")
+    assert locate("model.txt").kind == "folder"
+    with pytest.raises(ModelError, match="not GGUF"):
+        locate("model.txt/config.json")
