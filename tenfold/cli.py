@@ -244,7 +244,8 @@ def ls(folder: Positional[Path | None] = None) -> int:
 
     found = sorted({path.parent for path in folder.glob("**/recipe.yaml")})
     if not found:
-        raise ConfigError(f"{folder}: no run in it", remedy="give a folder that holds run folders, such as runs")
+        problem = "no run in it" if folder.is_dir() else "no such folder"
+        raise ConfigError(f"{folder}: {problem}", remedy="give a folder that holds run folders, such as runs")
     runs: list[tuple[str, ...]] = []
     for path in found:
         _, summaries, _ = load_run(path)
@@ -417,19 +418,19 @@ def _execute(plan: Any, out: Path) -> int:
     from tenfold.report.terminal import figures
 
     console = Console(soft_wrap=True, emoji=False)  # tiny:llama: is a model, not a picture of one
+    said: set[str] = set()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: console.print(f"  {message}", markup=False, highlight=False)
-        summaries = execute(plan, out, console)
-    told: set[str] = set()
+        summaries = execute(plan, out, console, said)
     for summary in summaries:
         for sample in summary.samples:
             console.rule(Text(sample.prompt), align="left")
             for subject, text in sample.outputs.items():
                 console.print(f"[{subject}] {text}", markup=False, highlight=False)
         for note in summary.notes:
-            if note not in told:  # stages that read the same data note the same of it
+            if note not in said:  # at work already, or of an earlier stage that read the same data
                 console.print(f"{summary.stage}: {note}", markup=False, highlight=False)
-            told.add(note)
+            said.add(note)
         if summary.artefact:
             artefact = out / f"{summary.index:02d}-{summary.stage}" / summary.artefact
             console.print(f"{summary.stage}: {artefact}", markup=False, highlight=False)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from tenfold.errors import FolderError, RunError, TenfoldError
 from tenfold.files import replace_folder
-from tenfold.pipeline.ownership import LOCK, Owned
+from tenfold.pipeline.ownership import LOCK, RECORD, Owned
 from tenfold.pipeline.recipe import ResolvedRecipe
 from tenfold.stage.context import STORE
 
@@ -62,15 +62,36 @@ def locked(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writable(out: Path) -> Iterator[None]:
-    """A folder that can be written; a full disk is told from a fault."""
+def removed_if_refused(out: Path, made: list[Path]) -> Iterator[None]:
+    """Leave no folder behind of a run that was refused before it wrote anything; the lock must be held.
+
+    Args:
+        out: the run folder.
+        made: the folders that did not exist before this run, the innermost first.
+    """
+    try:
+        yield
+    except TenfoldError:
+        if made and {path.name for path in out.iterdir()} <= {LOCK, RECORD}:
+            with suppress(OSError):  # another run has begun here since
+                for name in (RECORD, LOCK):
+                    (out / name).unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
+        raise
+
+
+@contextmanager
+def writable(out: Path) -> Iterator[list[Path]]:
+    """A folder that can be written, and which folders were made for it; a full disk is told from a fault."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / LOCK).touch()
     except OSError as error:
         raise FolderError(f"{out}: {error.strerror}", remedy="choose a folder you can write with --out") from error
     try:
-        yield
+        yield made
     except TenfoldError:
         raise
     except Exception as error:

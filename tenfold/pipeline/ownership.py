@@ -79,7 +79,8 @@ class Owned:
 
     def _name(self, path: Path) -> str:
         """What a file is called in the record: a moved run folder knows its own files again."""
-        return path.name if path.parent.resolve() == self.folder.resolve() else str(path.absolute())
+        folder = path.parent.resolve()
+        return path.name if folder == self.folder.resolve() else str(folder / path.name)
 
     def _remember(self, files: dict[str, list[str]]) -> None:
         for name, hashes in files.items():

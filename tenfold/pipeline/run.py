@@ -30,7 +30,7 @@ from tenfold.files import write_text
 from tenfold.models.embedded import DEMO_HUB_ID
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.checking import check_model, check_stage, model_of, naming
-from tenfold.pipeline.folder import finish, locked, refuse_foreign, sweep, writable
+from tenfold.pipeline.folder import finish, locked, refuse_foreign, removed_if_refused, sweep, writable
 from tenfold.pipeline.inputs import Job, jobs, other_rows_of, rows_of, why_again
 from tenfold.pipeline.ownership import Owned, check_out, owned
 from tenfold.pipeline.recipe import ResolvedRecipe
@@ -61,6 +61,7 @@ class Run:
         model: the model as the stages so far have left it.
         paths: of the artefacts that are there, by their references.
         summaries: of the finished stages.
+        said: what stages have said already.
     """
 
     plan: ResolvedRecipe
@@ -72,9 +73,10 @@ class Run:
     model: ModelRef | None
     paths: dict[str, str]
     summaries: list[StageSummary]
+    said: set[str]
 
 
-def run(plan: ResolvedRecipe, out: Path, console: Console) -> list[StageSummary]:
+def run(plan: ResolvedRecipe, out: Path, console: Console, said: set[str] | None = None) -> list[StageSummary]:
     """Execute a plan and write its report.
 
     Finished stages are skipped unless what they depend on has changed; a stage that was killed goes on from its last
@@ -84,6 +86,7 @@ def run(plan: ResolvedRecipe, out: Path, console: Console) -> list[StageSummary]
         plan: the resolved recipe.
         out: the run folder; made if absent.
         console: where progress goes.
+        said: gets the lines that stages say while they work; a note among them needs no second mention.
 
     Returns:
         The summaries of all stages, in order.
@@ -92,7 +95,7 @@ def run(plan: ResolvedRecipe, out: Path, console: Console) -> list[StageSummary]
         TenfoldError: bad input, a folder in use, not writable or not ours, a full disk, a loss that is not finite.
     """
     check_out(out)
-    with writable(out), locked(out):
+    with writable(out) as made, locked(out), removed_if_refused(out, made):
         ours = owned(out)
         refuse_foreign(plan, out)
         for name in ("recipe.yaml", "environment.json", "report.html"):
@@ -108,7 +111,7 @@ def run(plan: ResolvedRecipe, out: Path, console: Console) -> list[StageSummary]
         machine = environment()
         ours.write(out / "environment.json", json.dumps(machine, indent=2))
         start = None if plan.recipe.model is None else model_of(plan)
-        at_work = Run(plan, out, ours, console, machine, start, start, {}, [])
+        at_work = Run(plan, out, ours, console, machine, start, start, {}, [], set() if said is None else said)
         for job in todo:
             _stage(at_work, job)
         return at_work.summaries
@@ -263,7 +266,7 @@ def _execute(at_work: Run, job: Job, start: ModelRef | None, model: ModelRef | N
         write_text(marker, job.fingerprint)
     began = time.perf_counter()
     config, rows, others = _given(at_work, job)
-    with Progress(at_work.console) as progress:
+    with Progress(at_work.console, at_work.said) as progress:
         if model is not None:
             progress.begin(f"opening {model.source}")
         context = Context(work, start, model, rows, plan.recipe.seed, plan.to_yaml(), progress, others)

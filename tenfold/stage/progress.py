@@ -24,10 +24,15 @@ class Progress:
 
     Use it as a context manager and call it with what is done: ``progress("train", 3, 100, "loss 2.31")``. A part whose
     steps are not known is named by `begin`.
+
+    Args:
+        console: where it goes.
+        said: gets what `say` prints, so that nobody needs to say it again.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, said: set[str] | None = None) -> None:
         self.console = console
+        self.said = set() if said is None else said
         self._bar: RichProgress | None = None
         self._task: tuple[str, TaskID] | None = None
         self._last = 0.0
@@ -80,6 +85,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self._tell()
+        self.said.add(text.strip())
         self.console.print(text, markup=False, emoji=False, highlight=False)
 
     def beat(self, now: float) -> None:

@@ -115,7 +115,7 @@ def test_validate_says_what_it_read(recipe):
         (["adapt", "demo", "--rank", "0"], "must be above 0"),
         (["adapt", "demo", "--rank", "3", "--budget", "1%"], "rank and budget"),
         (["adapt", "demo", "--budget", "much"], "cannot be read as a budget"),
-        (["ls", "nothing"], "no run in it"),
+        (["ls", "nothing"], "no such folder"),
         (["compare", "nothing", "other"], "no such folder"),
     ],
 )
@@ -180,7 +180,9 @@ def test_verbs_work_on_what_verbs_made(number_rows, tmp_path, monkeypatch, capsy
     assert cli.main(["adapt", "tiny:llama", *flags]) == 0
     adapter = "adapted/01-adalora/adapter"
     shown = capsys.readouterr()
-    assert "4 optimizer steps are few for AdaLoRA" in shown.out + shown.err
+    assert (shown.out + shown.err).count("4 optimizer steps are few for AdaLoRA") == 1
+    assert cli.main(["adapt", "tiny:llama", *flags]) == 0
+    assert "steps are few for AdaLoRA" in capsys.readouterr().out, "a finished stage says again what matters"
     assert cli.main(["evaluate", adapter, "--data", str(number_rows), "--tasks", "perplexity"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "bits_per_byte" in line)
     assert len(row.split()) >= 4, "an adapter is shown beside its base"
@@ -240,3 +242,20 @@ def test_a_single_model_is_called_model():
 
     columns, rows = figures([summary(model=[{"name": "weights", "value": 16e9, "unit": "bytes"}])])
     assert (columns, rows) == (("what", "model", "unit"), [("measured: weights", "14.9", "GiB")])
+
+
+def test_a_folder_that_is_not_there_is_told_from_one_without_runs(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for name, said in (("nowhere", "no such folder"), ("empty", "no run in it")):
+        assert cli.main(["ls", str(tmp_path / name)]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["adapt", "FILE"], ["evaluate", "FILE", "--data", "FILE"], ["export", "FILE"]])
+def test_rows_given_as_the_model_are_named_first(arguments, number_rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([str(number_rows) if word == "FILE" else word for word in arguments]) == 2
+    shown = capsys.readouterr().err
+    assert "a file of data, not a model" in shown
+    assert f"--data {number_rows}" in shown
+    assert not list(tmp_path.iterdir())

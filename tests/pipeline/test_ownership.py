@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from tenfold import cli
-from tenfold.errors import FolderError
+from tenfold.errors import DataError, FolderError
+from tenfold.pipeline import folder
 from tenfold.pipeline import run as runner
 from tenfold.pipeline.ownership import RECORD, check_out, owned
 from tenfold.pipeline.recipe import resolve
@@ -185,3 +186,55 @@ def test_a_page_or_record_of_the_user_in_a_run_folder_is_kept(name, values, tmp_
     with pytest.raises(FolderError, match=name):
         execute(values, tmp_path / "run")
     assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+def test_a_file_has_one_name_however_its_path_is_written(tmp_path):
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    ours = owned(tmp_path / "run")
+    ours.write(tmp_path / "other/../profile.json", "one")
+    ours.write(tmp_path / "profile.json", "two")
+    ours.write(tmp_path / "link/profile.json", "one")
+    ours.write(tmp_path / "other/profile.json", "two")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_refused_run_leaves_no_folder_that_it_made(there, values, tmp_path):
+    out = tmp_path / "a/b/run"
+    if there:
+        out.parent.mkdir(parents=True)
+    values["stages"][0] = {"use": "evaluate", "tasks": ["perplexity"], "data": str(tmp_path / "nowhere.jsonl")}
+    with pytest.raises(DataError, match="no such file"):
+        execute(values, out)
+    assert not out.exists()
+    assert (tmp_path / "a/b").is_dir() == (tmp_path / "a").is_dir() == there
+
+
+def test_a_refused_run_removes_nothing_that_was_there(values, tmp_path):
+    out = tmp_path / "run"
+    execute(values, out)
+    before = contents(out)
+    values["stages"][0]["prompts"] = ["3 cubed is"]
+    values["stages"].append({"use": "evaluate", "tasks": ["perplexity"], "data": str(tmp_path / "nowhere.jsonl")})
+    with pytest.raises(DataError):
+        execute(values, out)
+    assert contents(out) == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError):
+        execute(values, empty)
+    assert empty.is_dir()
+
+
+def test_a_run_that_came_between_keeps_its_folder(tmp_path):
+    out = tmp_path / "run"
+
+    def refused():
+        with folder.writable(out) as made, folder.removed_if_refused(out, made):
+            (out / "recipe.yaml").write_text("another's")
+            raise DataError("no")
+
+    with pytest.raises(DataError):
+        refused()
+    assert (out / "recipe.yaml").exists()
