@@ -36,12 +36,12 @@ from benchmarks import done_in, keep_in, rows_in, section
 from benchmarks.adalora import alternate, quotient, spread
 from tenfold.attend.attention import installed
 from tenfold.cache.gear import GearCache
-from tenfold.cache.gear.cache import head_sizes
 from tenfold.cache.gear.measure import measure_decoding, measure_quality
 from tenfold.compat import quiet_upstream
 from tenfold.config.gear import parse_kv
 from tenfold.evaluate.compare import t_quantile
 from tenfold.models.generation import generate
+from tenfold.models.head_sizes import head_dim, kv_heads
 from tenfold.models.inference import evaluating, prompt_ids
 from tenfold.models.memory import peak_growth
 from tenfold.models.open import open_model
@@ -208,8 +208,7 @@ def quality(source: str = "demo") -> None:
             if done(part="quality", model=called(source), kind=kind, length=length, text=number):
                 continue
             found = measure_quality(model, [text], chosen, context=[context])
-            kv_heads, channels = head_sizes(model.config)
-            elements = 2 * model.config.num_hidden_layers * kv_heads * channels * context
+            elements = 2 * model.config.num_hidden_layers * kv_heads(model.config) * head_dim(model.config) * context
             exact = statistics.mean(found["exact"].nll)
             for name, values in found.items():
                 bits = values.report.get("bits", 8 * values.report["bytes"] / elements)

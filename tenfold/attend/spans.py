@@ -21,6 +21,7 @@ from tenfold.compat import captures
 from tenfold.errors import ModelError
 from tenfold.kernels.biased import KeyBias, in_parts
 from tenfold.kernels.local import FULL, AttentionWindow
+from tenfold.models.head_sizes import kv_heads
 
 NAME = f"{PREFIX}span"
 FIELD = "tenfold_span"
@@ -62,11 +63,6 @@ def own_spans(table: Any, layer: int) -> dict[int, AttentionWindow | None]:
     """The KV heads of a layer with a span of their own; None is full attention."""
     own = table.get("heads", {}).get(str(layer), {})
     return {int(head): None if fields is None else AttentionWindow(**fields) for head, fields in own.items()}
-
-
-def kv_heads(config: Any) -> int:
-    """KV heads of a layer, by a decoder's configuration."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def by_span(spans: Sequence[AttentionWindow]) -> dict[AttentionWindow, list[int]]:

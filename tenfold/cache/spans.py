@@ -25,7 +25,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from tenfold.attend.attention import reader
 from tenfold.attend.layers import attention_layers
 from tenfold.attend.spans import FIELD, by_span, head_spans, spanned
-from tenfold.cache.gear.cache import gear_layers, head_sizes
+from tenfold.cache.gear.cache import gear_layers
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.layer import ExactLayer
 from tenfold.cache.reading import Reads
@@ -34,6 +34,7 @@ from tenfold.cache.whole import WholeCalls
 from tenfold.config.gear import CacheConfig
 from tenfold.errors import ModelError
 from tenfold.kernels.local import FULL
+from tenfold.models.head_sizes import head_dim, kv_heads
 from tenfold.models.memory import stored_bytes
 
 
@@ -148,13 +149,12 @@ def formula_bytes(config: Any, tokens: int, *, batch: int = 1, itemsize: int = 2
     (402653184, 110091264)
     """
     decoder = config.get_text_config(decoder=True)
-    kv_heads, head_dim = head_sizes(decoder)
     layers = attention_layers(decoder)
-    kept = len(layers) * kv_heads * tokens
+    kept = len(layers) * kv_heads(decoder) * tokens
     if spans:
         found = [span for layer in layers for span in head_spans(decoder, layer)]
         kept = sum(min(tokens, span.reach + span.sinks) for span in found)
-    return 2 * batch * head_dim * itemsize * kept
+    return 2 * batch * head_dim(decoder) * itemsize * kept
 
 
 def own_cache(model: Any, kv: CacheConfig | None = None) -> SpanCache | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from tenfold.errors import ModelError
 from tenfold.models.gguf_rope import FACTORS, carry_rope
+from tenfold.models.head_sizes import head_dim
 
 INSTEAD = "give the original model (a folder or hub id) instead"
 
@@ -191,8 +192,7 @@ def _carried_scale(config: Any, scale: float) -> bool:
     if hasattr(config, "attention_multiplier"):
         config.attention_multiplier = scale
         return True
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return scale == 0 or bool(np.isclose(scale, head_dim**-0.5, rtol=1e-5))
+    return scale == 0 or bool(np.isclose(scale, head_dim(config) ** -0.5, rtol=1e-5))
 
 
 def _layer_types(pattern: int | list[bool], layers: int) -> list[str]:
@@ -218,8 +218,7 @@ def _settle_rotary_width(config: Any, header: Header, where: str) -> None:
     rope = getattr(config, "rope_parameters", None)
     if turning is None or not rope:
         return
-    stated = header.keys.get("attention.key_length") or getattr(config, "head_dim", None)
-    width = int(stated or config.hidden_size // config.num_attention_heads)
+    width = int(header.keys.get("attention.key_length") or head_dim(config))
     if turning == int(width * rope.get("partial_rotary_factor", 1.0)):
         return
     if "partial_rotary_factor" not in rope:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.families import FAMILIES, GROUPS
+from tenfold.models.head_sizes import head_dim, kv_heads
 
 Layout = Literal["linear", "conv1d", "embedding", "norm"]
 
@@ -229,14 +230,13 @@ def _sizes(config: Any) -> dict[str, int]:
     layers, encoder_layers = config.num_hidden_layers, 0
     if getattr(config, "is_encoder_decoder", False):
         encoder_layers, layers = layers, config.num_decoder_layers
-    heads = config.num_attention_heads
     return {
         "layers": layers,
         "encoder_layers": encoder_layers,
         "hidden": config.hidden_size,
-        "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads,
+        "heads": config.num_attention_heads,
+        "kv_heads": kv_heads(config),
+        "head_dim": head_dim(config),
     }
 
 

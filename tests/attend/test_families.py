@@ -15,6 +15,7 @@ from tenfold.errors import ConfigError, ModelError
 from tenfold.evaluate.long_context import repeated
 from tenfold.kernels.local import AttentionWindow
 from tenfold.models.export import save_model
+from tenfold.models.head_sizes import kv_heads
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model, tiny_tokenizer
 
@@ -292,7 +293,7 @@ def test_attentions_are_those_of_the_masked_model(kind, implementation):
     )
     positions = (PADDED.cumsum(1) - 1).masked_fill(PADDED == 0, -1)
     for layer, weights in zip(layers, output.attentions, strict=True):
-        count = spans.kv_heads(model.config)
+        count = kv_heads(model.config)
         table = spans.head_spans(model.config, layer)
         assert weights.shape == (2, 4, 40, 40)
         for head in range(4):

@@ -26,9 +26,10 @@ from torch import Tensor
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.layers import odd_layer
 from tenfold.attend.reach import reach
-from tenfold.attend.spans import FIELD, NAME, SAVED, by_span, kv_heads, note, spans_in
+from tenfold.attend.spans import FIELD, NAME, SAVED, by_span, note, spans_in
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.local import FULL, AttentionWindow
+from tenfold.models.head_sizes import kv_heads
 from tenfold.models.inference import input_device, text_loss
 
 Placement = Literal["bottom", "top", "middle", "interleave"]

@@ -17,9 +17,10 @@ import torch
 
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.masformer.conversion import Converted, check_spans, put_on, stock_implementation
-from tenfold.attend.spans import FIELD, NAME, SAVED, common_span, kv_heads, own_spans
+from tenfold.attend.spans import FIELD, NAME, SAVED, common_span, own_spans
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.folders import write_folder
+from tenfold.models.head_sizes import kv_heads
 from tenfold.models.heads import auto_class
 
 NATIVE = {

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.masformer.conversion import Converted, choose_heads, convert, place, profile, profile_heads
-from tenfold.attend.spans import kv_heads
-from tenfold.cache.gear.cache import head_sizes
 from tenfold.cache.spans import formula_bytes
 from tenfold.config.masformer import MasformerConfig
 from tenfold.errors import ConfigError
 from tenfold.evaluate.long_context import copying, joined_ids, repeated, spread
 from tenfold.kernels.local import AttentionWindow
 from tenfold.models.export import save_model
+from tenfold.models.head_sizes import head_dim, kv_heads
 from tenfold.models.inference import max_positions
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Figure, Series, Table
@@ -109,7 +108,7 @@ def _costs(handle: Converted) -> Table:
     config = model.config.get_text_config(decoder=True)
     outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
     weights = sum(p.numel() for p in model.parameters() if id(p) not in outer)
-    _, size = head_sizes(config)
+    size = head_dim(config)
     rows = []
     for length in LENGTHS:
         pairs = handle.report(length)["pairs"]

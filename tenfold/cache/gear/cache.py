@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tenfold.attend.attention import installed, reader
-from tenfold.attend.spans import head_spans, kv_heads
+from tenfold.attend.spans import head_spans
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.gear.settings import within_budget
 from tenfold.cache.reading import Reads
@@ -19,6 +19,7 @@ from tenfold.cache.whole import WholeCalls
 from tenfold.config.gear import CacheConfig, parse_kv
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.local import FULL
+from tenfold.models.head_sizes import head_dim, kv_heads
 
 
 class GearCache(WholeCalls):
@@ -147,12 +148,6 @@ def packed_report(layers: Sequence[GearLayer]) -> dict[str, Any]:
     }
 
 
-def head_sizes(decoder: Any) -> tuple[int, int]:
-    """Heads of keys and values, and the channels of each, by a decoder's configuration."""
-    head_dim: int = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-    return kv_heads(decoder), head_dim
-
-
 def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dict[int, GearLayer]:
     """Packed layers of a cache.
 
@@ -173,8 +168,8 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
             f"layer_bits: layers {unknown} are none of full attention", remedy=f"layers that are packed: {list(full)}"
         )
     if settings.budget is not None:
-        kv_heads, head_dim = head_sizes(decoder)
-        settings = within_budget(settings, layers=len(full), channels=head_dim, kv_heads=kv_heads)
+        sizes = {"channels": head_dim(decoder), "kv_heads": kv_heads(decoder)}
+        settings = within_budget(settings, layers=len(full), **sizes)
     reads = Reads(decoder)
     return {index: GearLayer(settings, index, reads) for index in full}
 

@@ -18,6 +18,7 @@ from tenfold.cache.gear.cache import packed_report
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.layer import CacheLayer
 from tenfold.errors import DataError
+from tenfold.models.head_sizes import head_dim, kv_heads
 from tenfold.models.inference import evaluating, input_device, synchronize, takes_logits_to_keep
 from tenfold.models.memory import stored_bytes
 
@@ -178,9 +179,7 @@ def measure_decoding(
 
 def _fill(model: Any, cache: Any, tokens: int, batch: int, generator: torch.Generator) -> None:
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (2, batch, heads, tokens, size)
+    shape = (2, batch, kv_heads(config), tokens, head_dim(config))
     for index in range(config.num_hidden_layers):
         keys, values = torch.randn(shape, generator=generator, device=generator.device).to(model.dtype)
         cache.update(keys, values, index)
