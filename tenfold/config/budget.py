@@ -14,6 +14,8 @@ from pydantic import BeforeValidator
 
 Unit = Literal["share", "count", "bytes", "seconds", "bits", "bytes/token"]
 
+PARAMETER_BYTES = 4
+"""Of a parameter of an adapter (float32)."""
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _COUNT = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%/]*)\s*")
@@ -83,6 +85,24 @@ def adapter_budget(text: str) -> Budget:
     if budget.amount <= 0:
         raise ValueError(f"budget: {text!r} buys nothing: write 0.4%, 300k or 2MiB")
     return budget
+
+
+def trainable_parameters(text: str, model_parameters: int) -> float:
+    """How many parameters a budget of an adapter pays for; one takes four bytes (float32).
+
+    Args:
+        text: the budget.
+        model_parameters: of the whole model; what a share is a share of.
+
+    Raises:
+        ValueError: as `adapter_budget`.
+
+    >>> trainable_parameters("2%", 1000), trainable_parameters("3k", 1000), trainable_parameters("1KiB", 1000)
+    (20.0, 3000.0, 256.0)
+    """
+    budget = adapter_budget(text)
+    each = {"share": model_parameters, "count": 1, "bytes": 1 / PARAMETER_BYTES}
+    return budget.amount * each[budget.unit]
 
 
 def _check(value: object) -> str:

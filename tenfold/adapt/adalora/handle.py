@@ -13,8 +13,9 @@ from tenfold.adapt.adalora.attaching import Matrix, trainable, wrap
 from tenfold.adapt.adalora.controller import Controller
 from tenfold.adapt.adalora.exporting import Order, RankLayout, affordable, export
 from tenfold.adapt.adalora.opening import Stored, fill, read_adapter
-from tenfold.adapt.adalora.plan import BYTES, RankPlan, make_plan, make_schedule, size_plan, too_short
+from tenfold.adapt.adalora.plan import RankPlan, make_plan, make_schedule, size_plan, too_short
 from tenfold.config.adalora import AdaLoraConfig
+from tenfold.config.budget import PARAMETER_BYTES
 from tenfold.errors import ModelError, RunError
 from tenfold.models.layer_map import layer_map
 from tenfold.models.tied import tie_again
@@ -84,7 +85,7 @@ class AdaLora:
             "triplets at the start": sum(self.plan.ranks.values()),
             "triplets": sum(kept.values()),
             "exported parameters": parameters,
-            "exported bytes": parameters * BYTES,
+            "exported bytes": parameters * PARAMETER_BYTES,
             "budget": f"{self.plan.end} {'triplets' if self.plan.by == 'count' else 'parameters'}",
         }
 

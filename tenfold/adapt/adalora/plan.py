@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tenfold.config.adalora import AdaLoraConfig
-from tenfold.config.budget import parse_budget
+from tenfold.config.budget import trainable_parameters
 from tenfold.core.schedule import CubicSchedule
 from tenfold.errors import ConfigError
 from tenfold.models.layer_map import Slot
 
 DEFAULT_RANK = 8.0
-BYTES = 4
-"""Of a parameter of the exported adapter (fp32)."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,7 @@ def size_plan(
 
 def _affordable(config: AdaLoraConfig, parameters: int) -> float | None:
     """The budget in parameters, or None where a rank is given."""
-    if config.budget is None:
-        return None
-    budget = parse_budget(config.budget)
-    return {"share": budget.amount * parameters, "count": budget.amount, "bytes": budget.amount / BYTES}[budget.unit]
+    return None if config.budget is None else trainable_parameters(config.budget, parameters)
 
 
 def _check(config: AdaLoraConfig, plan: RankPlan, unit: Mapping[str, int], parameters: int) -> None:

@@ -8,7 +8,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from tenfold.config.budget import adapter_budget
+from tenfold.config.budget import trainable_parameters
 from tenfold.config.lora import LoraConfig
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.heads import PEFT_TASKS
@@ -74,13 +74,12 @@ def choose_rank(config: LoraConfig, slots: tuple[Slot, ...], parameters: int) ->
     """
     if config.budget is None:
         return config.rank or DEFAULT_RANK
-    budget = adapter_budget(config.budget)
-    amounts = {"share": budget.amount * parameters, "count": budget.amount, "bytes": budget.amount / 4}
+    affordable = trainable_parameters(config.budget, parameters)
     cost = sum(slot.in_features + slot.out_features for slot in slots)
-    rank = int(amounts[budget.unit] // cost)
+    rank = int(affordable // cost)
     if rank < 1:
         raise ConfigError(
-            f"budget: {config.budget!r} is {amounts[budget.unit]:,.0f} parameters, but one rank on the "
+            f"budget: {config.budget!r} is {affordable:,.0f} parameters, but one rank on the "
             f"{len(slots)} targeted matrices costs {cost:,}",
             remedy=f"give at least {cost / parameters:.3%} or fewer targets (targets: [q, v])",
         )
