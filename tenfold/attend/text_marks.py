@@ -269,6 +269,18 @@ def from_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templ
     return in_chat(tokenizer, plain, spans, **template)
 
 
+def said_by_user(tokenizer: Any, prompt: Marked, **template: Any) -> Marked:
+    """A marked prompt as the one message of a user, and the beginning of the model's turn; as `in_chat`.
+
+    >>> from tenfold.models.tiny import tiny_tokenizer
+    >>> marked = said_by_user(tiny_tokenizer(), Marked("Be brief.", (TextSpan(3, 8, 0.5),)))
+    >>> marked.text[marked.spans[0].start : marked.spans[0].end], marked.spans[0].strength
+    ('brief', 0.5)
+    """
+    spans = [MessageSpan(0, span.start, span.end, span.strength) for span in prompt.spans]
+    return in_chat(tokenizer, [{"role": "user", "content": prompt.text}], spans, **template)
+
+
 def in_chat(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -424,7 +436,7 @@ def _row(
     for span in prompt.spans:
         _check_strength(span.strength)
         _check_span(span.start, span.end, len(prompt.text), f"prompt {number}")
-        chosen = _overlapping(offsets, span.start, span.end)
+        chosen = tokens_of(offsets, span.start, span.end)
         if not chosen:
             raise DataError(
                 f"prompt {number}: characters {span.start} to {span.end} have no token", remedy="mark some text"
@@ -448,17 +460,9 @@ def tokens_of(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[
         start: first character.
         end: one past the last.
 
-    Raises:
-        DataError: an empty span, or one outside the text that the tokens cover.
-
     >>> tokens_of([(0, 0), (0, 4), (4, 7)], 3, 5)
     [1, 2]
     """
-    _check_span(start, end, max((b for _, b in offsets), default=0), "text")
-    return _overlapping(offsets, start, end)
-
-
-def _overlapping(offsets: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
     return [index for index, (a, b) in enumerate(offsets) if b > a and b > start and a < end]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
-from tenfold.attend.text_marks import Marked, MessageSpan, from_spans, in_chat
+from tenfold.attend.text_marks import Marked, from_spans, said_by_user
 from tenfold.errors import ConfigError
 
 IDENTIFY_PROMPT = (
@@ -68,12 +68,5 @@ class QuestionPrompt:
             text += literal
             base = len(text) if name == "context" else base
             text += {"context": context, "question": question, None: ""}[name]
-        if chat is None:
-            return from_spans(text, [(base + start, base + end) for start, end in spans])
-        return in_chat(
-            tokenizer,
-            [{"role": "user", "content": text}],
-            [MessageSpan(0, base + start, base + end) for start, end in spans],
-            add_generation_prompt=True,
-            **chat,
-        )
+        marked = from_spans(text, [(base + start, base + end) for start, end in spans])
+        return marked if chat is None else said_by_user(tokenizer, marked, **chat)

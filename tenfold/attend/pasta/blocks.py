@@ -178,6 +178,12 @@ def reading(module: nn.Module, block: Block) -> Iterator[None]:
         _OPEN[module].remove(block)
 
 
+def given_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states ``[batch, tokens, channels]`` that a layer or its attention is called with."""
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden
+
+
 @dataclass(frozen=True)
 class LayerHook:
     """Hands its layer the bias of the keys that this call sees."""
@@ -194,7 +200,7 @@ class LayerHook:
         if not self.block.acts():
             return None
         check_installed(module)
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        hidden = given_hidden(args, kwargs)
         if kwargs.get("cache") is not None:
             raise ModelError("continuous batching cannot be steered", remedy="use generate without a paged cache")
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # as GPT-NeoX calls it

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.attend.attention import base_implementation, installed, self_attentions
+from tenfold.attend.pasta.blocks import given_hidden
 from tenfold.attend.pasta.likelihood import continuation
 from tenfold.attend.pasta.profiles import by_layer
 from tenfold.attend.pasta.search import Head
@@ -302,7 +303,7 @@ def _weighted(model: Any, values: Tensor, weights: Mapping[int, Tensor]) -> Iter
 
 
 def _hand(bias: KeyBias, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    device = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).device
+    device = given_hidden(args, kwargs).device
     weights = None if bias.weights is None else bias.weights.to(device)
     here = replace(bias, heads=bias.heads.to(device), values=bias.values.to(device), weights=weights)
     return args, {**kwargs, "key_bias": (*kwargs.get("key_bias", ()), here)}
@@ -326,7 +327,7 @@ def _remembered(model: Any, layers: list[nn.Module], batch: Batch, alpha: float)
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal tensors
-        hidden.append(args[0] if args else kwargs["hidden_states"])
+        hidden.append(given_hidden(args, kwargs))
         tensors = tensors and isinstance(output, Tensor)
 
     with ExitStack() as stack:

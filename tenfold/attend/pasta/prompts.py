@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tenfold.attend.pasta.profiles import Profile, load_profile
-from tenfold.attend.text_marks import Marked, MessageSpan, in_chat
+from tenfold.attend.text_marks import Marked, said_by_user
 from tenfold.config.pasta import SteeringFields
 from tenfold.data.text_checks import repeats
 from tenfold.stage.context import Context
@@ -40,7 +40,4 @@ def loops(texts: Mapping[str, str]) -> list[str]:
 
 def chat_prompt(tokenizer: Any, prompt: Marked, chat: str) -> Marked:
     """A marked prompt as the model sees it: what a user says, where there is a chat template and it is wanted."""
-    if not uses_template(tokenizer, chat):
-        return prompt
-    spans = [MessageSpan(0, span.start, span.end, span.strength) for span in prompt.spans]
-    return in_chat(tokenizer, [{"role": "user", "content": prompt.text}], spans)
+    return said_by_user(tokenizer, prompt) if uses_template(tokenizer, chat) else prompt

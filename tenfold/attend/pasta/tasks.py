@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tenfold.attend.text_marks import Marked, MessageSpan, from_spans, from_tags, in_chat
+from tenfold.attend.text_marks import Marked, from_spans, from_tags, said_by_user
 from tenfold.data.rows import Preference, Question
 from tenfold.errors import ConfigError, DataError
 
@@ -174,9 +174,8 @@ def task_items(name: str, count: int, seed: int = 0, *, tokenizer: Any = None) -
 
 def _as_said(tokenizer: Any, item: Item) -> Item:
     """An instruction as a user's message, and the answer as the beginning of the reply."""
-    text = item.prompt.text.removesuffix("\nAnswer:")
-    spans = [MessageSpan(0, span.start, span.end, span.strength) for span in item.prompt.spans]
-    prompt = in_chat(tokenizer, [{"role": "user", "content": text}], spans)
+    asked = Marked(item.prompt.text.removesuffix("\nAnswer:"), item.prompt.spans)
+    prompt = said_by_user(tokenizer, asked)
     return Item(prompt, item.target.strip(), tuple(foil.strip() for foil in item.foils))
 
 
