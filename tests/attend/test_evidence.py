@@ -19,7 +19,7 @@ from tenfold.attend.autopasta.quote_matching import (
     cosine,
     is_refusal,
     locate_quote,
-    similarity,
+    matcher,
 )
 from tenfold.attend.autopasta.sentences import sentences
 from tenfold.errors import ConfigError, DataError
@@ -62,8 +62,8 @@ def test_cosines_of_words(quote, expected):
 def test_ratios_and_their_order():
     quote = "The Nile is the longest river."
     expected = [0.477612, 0.597015, 0.821918, 0.372881]
-    assert [similarity(quote, text) for text in RIVERS] == pytest.approx(expected, abs=1e-6)
-    assert [similarity(text, quote) for text in RIVERS] != pytest.approx(expected, abs=1e-6)
+    assert [matcher(quote, text).ratio() for text in RIVERS] == pytest.approx(expected, abs=1e-6)
+    assert [matcher(text, quote).ratio() for text in RIVERS] != pytest.approx(expected, abs=1e-6)
 
 
 def test_the_right_sentence_on_the_right_rung():
@@ -333,7 +333,7 @@ def test_long_sentences_are_compared_by_all_their_letters():
         "thousand pounds and should be rebuilt."
     )
     quote = text.replace("eleven", "twelve").replace("town hall", "townhall")
-    assert SequenceMatcher(None, quote, text).ratio() < MIN_RATIO < 0.98 < similarity(quote, text)
+    assert SequenceMatcher(None, quote, text).ratio() < MIN_RATIO < 0.98 < matcher(quote, text).ratio()
     assert found(quote, f"{text} It was.", embed=never) == ([text], ["ratio"])
 
 
@@ -350,7 +350,7 @@ def test_the_ratio_rung_agrees_with_trying_all(texts, data):
         return
     context = "\n".join(texts)
     spans = [(sum(len(text) + 1 for text in texts[:k]), len(texts[k])) for k in range(len(texts))]
-    ratios = [similarity(piece, text) for text in texts]
+    ratios = [matcher(piece, text).ratio() for text in texts]
     hits = locate_quote(piece, context, [(lo, lo + length) for lo, length in spans], min_similarity=1)
     hits = [hit for hit in hits if hit.stage == "ratio"]
     if max(ratios) >= MIN_RATIO:

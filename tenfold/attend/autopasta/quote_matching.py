@@ -210,8 +210,8 @@ def rare_words(texts: Sequence[str]) -> torch.Tensor:
     return table
 
 
-def similarity(quote: str, sentence: str) -> float:
-    """How alike two texts are, by difflib: 2 x matching characters / all characters, case kept, quote first.
+def matcher(quote: str, sentence: str) -> SequenceMatcher[str]:
+    """Tells by its `ratio` how alike two texts are: 2 x matching characters / all characters, case kept, quote first.
 
     The order matters: difflib is not symmetric.  Unlike difflib's own setting, common letters count in texts of 200
     characters and more; otherwise a long sentence with one changed word would score below ``MIN_RATIO``.
@@ -221,13 +221,9 @@ def similarity(quote: str, sentence: str) -> float:
         sentence: of the context.
 
     Example:
-        >>> round(similarity("The Nile is the longest river.", "The Nile is often called the longest river."), 6)
+        >>> round(matcher("The Nile is the longest river.", "The Nile is often called the longest river.").ratio(), 6)
         0.821918
     """
-    return _matcher(quote, sentence).ratio()
-
-
-def _matcher(quote: str, sentence: str) -> SequenceMatcher[str]:
     return SequenceMatcher(None, quote, sentence, autojunk=max(len(quote), len(sentence)) > _AUTOJUNK)
 
 
@@ -406,10 +402,10 @@ def _alike(piece: str, texts: Sequence[str]) -> dict[int, _Rank]:
     """Rung 3: the sentence with the largest difflib ratio, where that is ``MIN_RATIO`` or more."""
     score, found = 0.0, -1
     for index, text in enumerate(texts):
-        matcher = _matcher(piece, text)
+        alike = matcher(piece, text)
         # The two quick ratios are upper bounds and spare most sentences the slow one.
-        if min(matcher.real_quick_ratio(), matcher.quick_ratio()) >= max(score, MIN_RATIO):
-            exact = matcher.ratio()
+        if min(alike.real_quick_ratio(), alike.quick_ratio()) >= max(score, MIN_RATIO):
+            exact = alike.ratio()
             if exact >= MIN_RATIO and exact > score:
                 score, found = exact, index
     return {found: (2, -score, 0)} if found >= 0 else {}
