@@ -45,8 +45,17 @@ def repeated(ids: Tensor, passage: int, between: int) -> list[tuple[Tensor, Tens
     return texts
 
 
-def spread(ids: Tensor, length: int, count: int, source: str) -> list[Tensor]:
+def spread(
+    ids: Tensor, length: int, count: int, source: str, fields: str = "passages, passage or between"
+) -> list[Tensor]:
     """So many pieces of a text, evenly spread over it; they do not overlap.
+
+    Args:
+        ids: of the text, ``[tokens]``.
+        length: tokens of a piece.
+        count: how many.
+        source: of the text, for an error.
+        fields: of the configuration that decide length and count, for an error.
 
     Raises:
         DataError: the text is too short; names ``source``.
@@ -57,7 +66,7 @@ def spread(ids: Tensor, length: int, count: int, source: str) -> list[Tensor]:
     if len(ids) < length * count:
         raise DataError(
             f"{source}: {len(ids)} tokens, and {count} pieces of {length} are needed",
-            remedy="give more text, or a smaller passages, passage or between",
+            remedy=f"give more text, or a smaller {fields}",
         )
     last = len(ids) - length
     starts = [number * last // max(1, count - 1) for number in range(count)]

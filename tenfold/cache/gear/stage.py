@@ -18,9 +18,9 @@ from tenfold.cache.gear.settings import sinks_of
 from tenfold.cache.packing import _packed_cache
 from tenfold.cache.spans import SpanCache, own_cache
 from tenfold.config.gear import GearConfig, parse_kv
-from tenfold.data.rows import Text
-from tenfold.errors import ConfigError, DataError
+from tenfold.errors import ConfigError
 from tenfold.evaluate.compare import paired_metric
+from tenfold.evaluate.long_context import joined_ids, spread
 from tenfold.models.inference import max_positions
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Figure, Series, Table
@@ -97,16 +97,8 @@ def _check_lengths(model: Any, config: GearConfig) -> None:
 def _pieces(tokenizer: Any, context: Context, config: GearConfig) -> list[Tensor]:
     """Pieces of equal length, spread evenly over the joined texts."""
     assert context.rows is not None
-    joined = "\n\n".join(row.text for row in context.rows if isinstance(row, Text))
-    ids = torch.tensor(tokenizer(joined, verbose=False)["input_ids"])
-    length = config.context + config.scored + 1
-    if len(ids) < length * config.texts:
-        raise DataError(
-            f"{context.rows.source}: {len(ids)} tokens, and {config.texts} pieces of {length} are asked for",
-            remedy="give more text, or fewer or shorter pieces under texts, context and scored",
-        )
-    step = (len(ids) - length) // max(1, config.texts - 1) if config.texts > 1 else 0
-    return [ids[start : start + length] for start in (number * step for number in range(config.texts))]
+    ids, length = joined_ids(tokenizer, context.rows), config.context + config.scored + 1
+    return spread(ids, length, config.texts, context.rows.source, "texts, context or scored")
 
 
 def _quality(
