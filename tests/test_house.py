@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -15,6 +16,10 @@ ALLOWED = {
     ("tenfold.config.stage", "tenfold.data.read"),
 }
 """Imports that may close a circle, and why."""
+WAITING = {
+    "trace",  # what a judge of Think-RM is taught on StepAudit
+}
+"""Public names that nothing uses yet, and who will."""
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -74,3 +79,34 @@ def test_a_circle_is_seen_however_it_is_imported(tmp_path, line):
     (tmp_path / "tenfold" / "one.py").write_text(line)
     (tmp_path / "tenfold" / "two.py").write_text("from tenfold.one import name")
     assert set(circle(graph(modules(tmp_path)))) == {"tenfold.one", "tenfold.two"}
+
+
+def unused(root: Path) -> set[str]:
+    """Public functions and classes that no code of the package or of benchmarks names, and no page."""
+    defined, named = set(), set()
+    for path in [*root.glob("tenfold/**/*.py"), *root.glob("benchmarks/**/*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.is_relative_to(root / "tenfold"):
+            defined |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name | ast.Attribute):
+                named.add(node.id if isinstance(node, ast.Name) else node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and ":" in node.value:
+                named.add(node.value.rpartition(":")[2])  # "tenfold.cache.gear.stage:run_gear"
+    for page in {root / "README.md", *root.glob("docs/**/*.md")} - {root / "docs/decisions.md"}:
+        if page.exists():
+            named |= set(re.findall(r"\w+", page.read_text(encoding="utf-8")))
+    return {name for name in defined - named if not name.startswith("_")}
+
+
+def test_what_is_public_is_used_or_shown():
+    assert unused(ROOT) == WAITING
+
+
+def test_what_only_a_reexport_and_its_own_definition_name_is_unused(tmp_path):
+    (tmp_path / "tenfold").mkdir()
+    (tmp_path / "tenfold" / "__init__.py").write_text("from tenfold.one import idle")
+    (tmp_path / "tenfold" / "one.py").write_text(
+        "def idle(): ...\ndef called(): ...\ncalled()\nRUN = 'one:stage'\ndef stage(): ..."
+    )
+    assert unused(tmp_path) == {"idle"}
