@@ -40,15 +40,13 @@ def head_span(module: Any, head: int) -> AttentionWindow:
     return AttentionWindow("sliding", size) if size else FULL
 
 
-def reach(module: Any, head: int | None = None) -> int | None:
-    """How many keys, itself included, the last query of an attention module sees at most; None without a window.
+def reach(module: Any) -> int | None:
+    """How many keys, itself included, the last query sees in the head that sees least; None without a window.
 
     Args:
         module: the attention module.
-        head: one of its query heads; None for that which sees least.
     """
-    heads = range(module.config.num_attention_heads) if head is None else (head,)
-    least = min(head_span(module, each).reach for each in heads)
+    least = min(head_span(module, head).reach for head in range(module.config.num_attention_heads))
     return None if least >= FULL.reach else least + 1
 
 

@@ -82,10 +82,8 @@ def continue_inputs(
     inputs: Mapping[str, Any],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
 ) -> list[str]:
-    """Continue prompts that are tokens already, decoding as `generate` does.
+    """Continue prompts that are tokens already, greedily.
 
     Args:
         model: a causal language model.
@@ -93,13 +91,11 @@ def continue_inputs(
         inputs: ``input_ids`` and ``attention_mask``, each ``[batch, tokens]``, filled on the left, and what else
             ``model.generate`` takes, such as ``past_key_values``.
         max_new_tokens: stop after this many tokens, or at the end of the turn.
-        temperature: 0 for greedy.
-        seed: of the sampling.
 
     Returns:
         The new text of each row, special tokens left out.
     """
-    ids = continue_ids(model, tokenizer, inputs, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    ids = continue_ids(model, tokenizer, inputs, max_new_tokens=max_new_tokens)
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
 
@@ -110,12 +106,10 @@ def continue_ids(
     inputs: Mapping[str, Any],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
 ) -> list[list[int]]:
     """As `continue_inputs`: the new tokens of each row, the one that ends its turn included."""
-    config = decoding(model, tokenizer, max_new_tokens, temperature)
-    with evaluating(model), _seeded(seed if temperature else None, input_device(model)):
+    config = decoding(model, tokenizer, max_new_tokens, 0.0)
+    with evaluating(model):
         return _continue(model, inputs, config)
 
 

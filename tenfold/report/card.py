@@ -35,8 +35,6 @@ def write_card(
     recipe_text: str,
     kind: CardKind,
     task: Task = "causal",
-    paper: Mapping[str, str] | None = None,
-    license: str | None = None,
 ) -> Path:
     """Write ``README.md`` into the folder of an artefact.
 
@@ -49,8 +47,6 @@ def write_card(
         kind: ``adapter`` is loaded by PEFT on top of the base model, ``model`` by transformers; either by tenfold where
             the folder says that the model has local spans.
         task: what the model's head is for.
-        paper: of the method: ``title``, ``authors``, ``year``, and ``arxiv`` or ``url``.
-        license: of the artefact as the hub writes it (``apache-2.0``); left out unless known.
 
     Returns:
         The path of the card.
@@ -62,8 +58,6 @@ def write_card(
         recipe_text=recipe_text,
         kind=kind,
         task=task,
-        paper=paper,
-        license=license,
         name=folder.name,
         alone=not is_marked(folder),
     )
@@ -79,8 +73,6 @@ def card(
     kind: CardKind,
     name: str,
     task: Task = "causal",
-    paper: Mapping[str, str] | None = None,
-    license: str | None = None,
     alone: bool = True,
 ) -> str:
     """The text of the card; arguments as in `write_card`, ``name`` is the folder's name in the code.
@@ -93,7 +85,7 @@ def card(
     """
     base = _base(base_model)
     parts = [
-        _header(summary, base, kind, license, alone),
+        _header(summary, base, kind, alone),
         f"# {_inline(base)} after `{summary.stage}`",
         _what(summary, base, kind),
         _loading(name, base, kind, task, alone),
@@ -101,7 +93,6 @@ def card(
         _results(summary),
         "## Recipe\n\n" + _fence(recipe_text, "yaml"),
         _versions(summary),
-        _citation(paper) if paper else "",
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
@@ -112,12 +103,10 @@ def _base(base_model: str) -> str:
     return PurePosixPath(base_model.replace("\\", "/")).name or base_model
 
 
-def _header(summary: StageSummary, base: str, kind: CardKind, license: str | None, alone: bool) -> str:
+def _header(summary: StageSummary, base: str, kind: CardKind, alone: bool) -> str:
     values: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) else {}
     # The hub shows how to load a folder with the library of this name.
     values["library_name"] = "tenfold" if not alone else "peft" if kind == "adapter" else "transformers"
-    if license:
-        values["license"] = license
     values["tags"] = ["tenfold", summary.stage]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
@@ -221,18 +210,6 @@ def _versions(summary: StageSummary) -> str:
     shown = dict(versions) if isinstance(versions, Mapping) else {"tenfold": summary.tenfold_version}
     listed = ", ".join(f"{name} {version}" for name, version in shown.items())
     return f"## Versions\n\n{_inline(listed)}. Seed {summary.seed}. Fingerprint `{summary.fingerprint}`."
-
-
-def _citation(paper: Mapping[str, str]) -> str:
-    words = re.findall(r"\w+", paper.get("authors", "").split(" and ")[0].split(",")[0])
-    key = f"{words[-1].lower() if words else 'paper'}{paper.get('year', '')}"
-    fields = {"title": paper.get("title"), "author": paper.get("authors"), "year": paper.get("year")}
-    if "arxiv" in paper:
-        fields |= {"eprint": paper["arxiv"], "archivePrefix": "arXiv"}
-    if "url" in paper:
-        fields["url"] = paper["url"]
-    body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
-    return "## Citation\n\n" + _fence(f"@misc{{{key},\n{body}\n}}", "bibtex")
 
 
 def _fence(text: str, language: str) -> str:

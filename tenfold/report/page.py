@@ -167,7 +167,6 @@ def write_report(
     summaries: Sequence[StageSummary],
     metrics: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
-    title: str | None = None,
     environment: Mapping[str, Any] | None = None,
     write: Callable[[Path, str], None] = write_text,
 ) -> Path:
@@ -178,7 +177,6 @@ def write_report(
         recipe: the resolved recipe, as text.
         summaries: of the finished stages, in order.
         metrics: stage folder -> lines of its ``metrics.jsonl``, as `tenfold.report.load.load_run` gives them.
-        title: of the page. Default: the folder's name.
         environment: versions and machine. Default: those of the last stage.
         write: writes the page; a run's own way refuses to write over somebody else's file.
 
@@ -192,7 +190,7 @@ def write_report(
     if environment is None:
         environment = summaries[-1].environment if summaries else {}
     path = folder / "report.html"
-    write(path, render(RunPage(title or folder.resolve().name, recipe, summaries, metrics, environment)))
+    write(path, render(RunPage(folder.resolve().name, recipe, summaries, metrics, environment)))
     return path
 
 

@@ -11,7 +11,7 @@ from tenfold import pasta
 from tenfold.attend import masformer, spans
 from tenfold.attend.attention import self_attentions
 from tenfold.attend.masformer import native
-from tenfold.attend.reach import reach
+from tenfold.attend.reach import head_span, reach
 from tenfold.errors import ConfigError, ModelError
 from tenfold.evaluate.long_context import repeated
 from tenfold.kernels.biased import KeyBias
@@ -291,10 +291,10 @@ def test_heads_that_cannot_be_read(heads):
 
 def test_a_query_head_reaches_as_far_as_its_keys():
     modules = self_attentions(converted(heads={0: {1: None}, 2: {0: AttentionWindow("block", 8)}})[0].model)
-    assert [reach(modules[0], head) for head in range(4)] == [3, 3, None, None]
-    assert [reach(modules[2], head) for head in range(4)] == [16, 16, 3, 3]
+    assert [head_span(modules[0], head).reach for head in range(4)] == [2, 2, FULL.reach, FULL.reach]
+    assert [head_span(modules[2], head).reach for head in range(4)] == [15, 15, 2, 2]
     assert [reach(modules[layer]) for layer in range(3)] == [3, None, 3]
-    assert reach(modules[1], 3) is None
+    assert head_span(modules[1], 3) == FULL
 
 
 TEXT = "It was <mark>red</mark>, she said, and nobody in the town believed a word of it."

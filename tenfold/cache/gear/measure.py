@@ -139,7 +139,7 @@ def _score(found: Quality, logs: Tensor, exact: Tensor, true: Tensor, text: int)
 
 
 def measure_decoding(
-    model: Any, caches: Mapping[str, MakeCache], *, context: int, steps: int = 8, repeats: int = 3, batch: int = 1
+    model: Any, caches: Mapping[str, MakeCache], *, context: int, steps: int = 8, repeats: int = 3
 ) -> dict[str, list[float]]:
     """Seconds of each decoding step on a cache of so many tokens, the caches taking turns.
 
@@ -151,7 +151,6 @@ def measure_decoding(
         context: tokens in the cache at the first step.
         steps: that are timed in a turn, after one that is not.
         repeats: turns of each cache.
-        batch: rows.
 
     Returns:
         Name -> seconds of ``repeats * steps`` steps.
@@ -161,9 +160,9 @@ def measure_decoding(
     filled = {}
     for name, make in caches.items():
         filled[name] = make()
-        _fill(model, filled[name], context, batch, generator)
+        _fill(model, filled[name], context, generator)
     seconds: dict[str, list[float]] = {name: [] for name in caches}
-    token = torch.full((batch, 1), 10, device=device)
+    token = torch.full((1, 1), 10, device=device)
     with evaluating(model), installed(model):
         for turn in range(repeats):
             for name in reversed(list(caches)) if turn % 2 else caches:
@@ -177,9 +176,9 @@ def measure_decoding(
     return seconds
 
 
-def _fill(model: Any, cache: Any, tokens: int, batch: int, generator: torch.Generator) -> None:
+def _fill(model: Any, cache: Any, tokens: int, generator: torch.Generator) -> None:
     config = model.config.get_text_config(decoder=True)
-    shape = (2, batch, kv_heads(config), tokens, head_dim(config))
+    shape = (2, 1, kv_heads(config), tokens, head_dim(config))
     for index in range(config.num_hidden_layers):
         keys, values = torch.randn(shape, generator=generator, device=generator.device).to(model.dtype)
         cache.update(keys, values, index)
