@@ -66,7 +66,7 @@ def spread(
     if len(ids) < length * count:
         raise DataError(
             f"{source}: {len(ids)} tokens, and {count} pieces of {length} are needed",
-            remedy=f"give more text, or a smaller {fields}",
+            remedy=f"give more text, or fewer or shorter pieces: a smaller {fields}",
         )
     last = len(ids) - length
     starts = [number * last // max(1, count - 1) for number in range(count)]
