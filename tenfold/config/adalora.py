@@ -56,30 +56,34 @@ class AdaLoraConfig(TextTrainingFields):
     """Rank of every matrix at the start, :math:`b^{(0)}/n`. Default: 1.5 times the final mean rank, rounded up,
     as in the paper's runs."""
     min_rank: Annotated[int, Field(ge=0)] = 0
-    """Rank that no matrix falls below. The paper has none."""
+    """Rank that no matrix falls below, for adapters that must touch every layer. The paper has none."""
     max_rank: Annotated[int, Field(ge=1)] | None = None
-    """Rank that no matrix exceeds once shrinking begins. Default: ``initial_rank``, as in the paper."""
+    """Rank that no matrix exceeds once shrinking begins. Default: ``initial_rank``, as in the paper;
+    lower it to spread the budget."""
     allocate_by: Literal["count", "parameters"] | None = None
     """What the budget counts: triplets, ranked by score (the paper), or parameters, ranked by score per parameter.
     Default: ``parameters`` with ``budget`` (only so can it never be exceeded), ``count`` with ``rank``."""
     tinit: StepSpan = 0.1
-    """:math:`t_i`, steps at the initial budget. The paper's runs: 4 to 18 % of the steps."""
+    """:math:`t_i`, steps at the initial budget. The paper's runs: 4 to 18 % of the steps. Lengthen
+    it where the scores of short runs have not settled."""
     tfinal: StepSpan = 0.5
     """:math:`t_f`, steps at the final budget with the mask fixed; 1 or more. The paper's runs: 44 to 63 %
-    of the steps."""
+    of the steps. Shorten it where the loss has settled long before the end."""
     interval: StepSpan = 0.005
     r""":math:`\Delta_T`, steps between two allocations while shrinking; at least 1. The paper's
-    runs: 1 to 100 steps."""
+    runs: 1 to 100 steps. Raise it where allocations take time that counts."""
     beta1: Beta = 0.85
-    r""":math:`\beta_1` of the sensitivity (section 3.2; the paper's runs: 0.85)."""
+    r""":math:`\beta_1` of the sensitivity (section 3.2; the paper's runs: 0.85). Raise it for small, noisy batches."""
     beta2: Beta | None = 0.85
     r""":math:`\beta_2` of the uncertainty (section 3.2; the paper's runs: 0.85). ``null``: rank by sensitivity alone,
     which very large batches need, because the uncertainty of a noiseless gradient tends to zero."""
     gamma: Annotated[float, Field(ge=0)] = 0.1
-    r""":math:`\gamma` of the orthogonality penalty (section 3.1; the paper's runs: 0.1, 0.3 or 0.5)."""
+    r""":math:`\gamma` of the orthogonality penalty (section 3.1; the paper's runs: 0.1, 0.3 or 0.5). Raise it where
+    triplets of one matrix grow alike; 0 is off."""
     orthogonality: Literal["mean_norm", "sum_squared"] = "mean_norm"
     """``mean_norm``: the mean of un-squared norms, which the published code minimises and every published gamma was
-    tuned for. ``sum_squared``: the sum of squared norms, which the paper prints (section 3.1)."""
+    tuned for. ``sum_squared``: the sum of squared norms, which the paper prints (section 3.1); turn it
+    to repeat that."""
     init: Literal["lora", "normal", "orthonormal"] = "lora"
     """How P, lambda and Q start; the model is unchanged under each. ``lora``: 0, 1 and as LoRA's A, so that training
     begins as LoRA's does and its learning rates serve (not in the paper). ``normal``: lambda is 0, and P and Q are
@@ -89,13 +93,15 @@ class AdaLoraConfig(TextTrainingFields):
     """``full``: score all entries of a triplet (section 3.2). ``light``: score lambda alone, at a fraction of the time
     and memory; it keeps nearly the same triplets."""
     sensitivity_at: Literal["after", "before"] = "after"
-    """Weights from after the optimizer step (the published code) or from before it (algorithm 1)."""
+    """Weights from after the optimizer step (the published code) or from before it (algorithm 1); turn it to repeat
+    that."""
     shrink: bool = True
-    """Really remove the dropped triplets, and what the optimizer remembers of them, once the mask is fixed."""
+    """Really remove the dropped triplets, and what the optimizer remembers of them, once the mask is fixed.
+    Turn it off to keep shapes fixed, as compiled or sharded training wants."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the update before division by ``initial_rank``. Default: twice ``initial_rank``."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input; for few rows and many passes."""
     targets: tuple[str, ...] = ("all-linear",)
     """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
     regular expressions that match whole names; each must match something. The paper: every linear layer."""

@@ -43,13 +43,14 @@ class AutoPastaConfig(SteeringFields, DataFields):
     """Least cosine between quote and sentence; below it the answer is not steered. Default: 0.25 for ``words``, 0.87
     for ``model``."""
     max_spans: Annotated[int, Field(ge=1)] = 1
-    """Most sentences that are emphasised; the paper marks one."""
+    """Most sentences that are emphasised; the paper marks one. More for answers that two sentences hold together."""
     embedder: Literal["words", "model"] = "words"
-    """What finds a quote that is no copy: words, rare ones above all, or the model's own last hidden states."""
+    """What finds a quote that is no copy: words, rare ones above all, or the model's own last hidden states, for
+    quotes in other words."""
     max_quote_tokens: Annotated[int, Field(ge=1)] = 64
-    """Longest quote, in tokens."""
+    """Longest quote, in tokens; more for long sentences."""
     max_answer_tokens: Annotated[int, Field(ge=1)] = 16
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens; more for answers that are sentences."""
     max_prompt_tokens: Annotated[int, Field(ge=64)] | None = None
     """Passages are left out, those without an answer first, until the prompt fits. Default: what the model can read."""
     batch_size: Annotated[int, Field(ge=1)] = 4

@@ -34,43 +34,51 @@ class CacheConfig(Config):
 
     variant: Variant = "best"
     """``gear``: codes, low rank and outliers; ``gear-l``: codes and low rank; ``outlier-reduced``: codes and outliers;
-    ``plain``: codes alone; ``best``: what measures best for its bytes, codes of rotated heads beside exact sinks."""
+    ``plain``: codes alone; ``best``: what measures best for its bytes, codes of rotated heads beside exact sinks.
+    Turn it to repeat the paper."""
     bits: Bits | None = None
     """Width of the codes of keys and values; 4 unless a budget says otherwise. 16 stores bfloat16."""
     key_bits: Bits | None = None
-    """Width of the codes of keys, where it is another one."""
+    """Width of the codes of keys, where it is another one: keys deserve the bits, so raise this one first."""
     value_bits: Bits | None = None
-    """Width of the codes of values, where it is another one."""
+    """Width of the codes of values, where it is another one; lower it first where bytes are short."""
     layer_bits: dict[int, tuple[Bits, Bits]] = {}
-    """Layers with widths of their own: ``{0: [8, 8]}``, keys and values."""
+    """Layers with widths of their own: ``{0: [8, 8]}``, keys and values; for a layer that packs
+    badly."""
     budget: BudgetText | None = None
     """Instead of ``bits``: what a number (``3.5bits``) or a token of the whole model (``9KiB/token``) may cost."""
     backbone: Backbone = "kivi"
     """Which numbers share a scale. ``kivi``: ``group_size`` tokens of a key channel, as many channels of a value;
-    ``kcvt``: all tokens of a key channel, all channels and heads of a value; ``per-token``: channels for both."""
+    ``kcvt``: all tokens of a key channel, all channels and heads of a value; ``per-token``: channels for both.
+    Turn it to repeat the paper."""
     group_size: Annotated[int, Field(ge=8)] = 64
-    """Numbers that share a scale, except under ``kcvt``. Sensible: 32 to 128."""
+    """Numbers that share a scale, except under ``kcvt``: fewer are more exact and cost more in scales. Sensible: 32 to
+    128."""
     s: Annotated[float, Field(ge=0, le=0.5)] | None = None
-    """Share of the numbers that are outliers; 0.02 where the variant has any."""
+    """Share of the numbers that are outliers; 0.02 where the variant has any. At equal bytes a further bit is worth
+    more, so raise ``bits`` first."""
     prefill_rank: Annotated[int, Field(ge=0)] | None = None
-    """Rank of the low-rank part of the prompt (of every block under ``prefill: blocks``); 4 where there is any."""
+    """Rank of the low-rank part of the prompt (of every block under ``prefill: blocks``); 4 where there is any. As
+    with ``s``, a further bit is worth more."""
     rank: Annotated[int, Field(ge=0)] | None = None
-    """Rank of the low-rank part of later blocks; 2 where there is any."""
+    """Rank of the low-rank part of later blocks; 2 where there is any. As with ``prefill_rank``."""
     loop: Annotated[int, Field(ge=1)] = 3
-    """Rounds of the power iteration that finds the low-rank part."""
+    """Rounds of the power iteration that finds the low-rank part; fewer pack faster and fit worse."""
     buffer: Annotated[int, Field(ge=1)] = 128
     """Tokens that wait uncompressed until they are a block. Sensible: 64 to 256; small blocks cost more in scales."""
     prefill: Literal["tail", "compress", "blocks"] = "tail"
     """``tail`` packs the prompt's largest multiple of ``buffer`` as one block; ``compress`` packs all of it, as in the
     paper; ``blocks`` packs blocks of ``buffer`` tokens, so that the state does not depend on how a prompt was split."""
     sinks: Annotated[int, Field(ge=0)] | None = None
-    """First tokens that stay exact; 4 for ``best``, else 0 (not in the paper)."""
+    """First tokens that stay exact; 4 for ``best``, else 0 (not in the paper). Give 4 to any variant: idle attention
+    goes there."""
     rotate: bool | None = None
-    """Multiply heads by a Hadamard matrix before packing; on for ``best``, else off (not in the paper)."""
+    """Multiply heads by a Hadamard matrix before packing; on for ``best``, else off (not in the paper). Turn
+    it on where few channels hold large numbers."""
     mode: Literal["store", "simulate"] = "store"
     """``store`` packs; ``simulate`` keeps what the packed form would give as plain numbers, to study quality alone."""
     kernel: Literal["auto", "torch", "numba", "triton"] = "auto"
-    """What reads the packed form; ``auto`` takes the fastest that runs."""
+    """What reads the packed form; ``auto`` takes the fastest that runs. Turn it to compare them."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

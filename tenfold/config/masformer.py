@@ -47,11 +47,13 @@ class MasformerConfig(DataFields):
     window: Annotated[int, Field(ge=1)] = 1024
     """Span in tokens, the token itself among them. Sensible: 64 to 4096."""
     previous: Annotated[int, Field(ge=0)] = 1
-    """Blocks to the left that a token sees; ``block`` only."""
+    """Blocks to the left that a token sees; ``block`` only. 0 sees the own block alone, which is the cheapest."""
     sinks: Annotated[int, Field(ge=0)] = 4
-    """First tokens that every token sees (not in the paper; decisive without training)."""
+    """First tokens that every token sees (not in the paper; decisive without training); 0 repeats the paper, and is
+    what a folder that plain transformers opens must have."""
     passages: Annotated[int, Field(ge=1)] = 3
-    """Texts that layers are profiled on, and as many that the model is measured on."""
+    """Texts that layers are profiled on, and as many that the model is measured on; more where two
+    profiles of one model disagree."""
     passage: Annotated[int, Field(ge=8)] = 384
     """Tokens of a passage that comes twice; the second copy is scored, which needs copying from afar."""
     between: Annotated[int, Field(ge=1)] | None = None

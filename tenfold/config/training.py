@@ -29,23 +29,23 @@ class TrainingFields(DataFields):
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Training tokens, rounded up to whole steps."""
     batch_size: Annotated[int, Field(ge=1)] = 4
-    """Sequences per forward pass."""
+    """Sequences per forward pass; raise it as far as memory goes."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """Forward passes per optimizer step."""
+    """Forward passes per optimizer step, for larger batches than memory holds."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens per sequence; what is longer is cut, and what was cut is counted."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate falls after the warm-up; ``constant`` for runs that will be continued."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps in which the learning rate rises; more where the loss jumps at the start."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay; for many passes over few rows."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this norm; lower it where single batches throw the loss up."""
     gradient_checkpointing: bool = False
-    """Trade time for memory: recompute activations in the backward pass."""
+    """Trade time for memory: recompute activations in the backward pass; where a batch does not fit."""
     save_every: Annotated[int, Field(ge=1), Incidental] = 25
     """Optimizer steps between checkpoints, from which a killed run resumes."""
     log_every: Annotated[int, Field(ge=1), Incidental] = 5
