@@ -97,6 +97,21 @@ def installed(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def still_in_front(config: Any, implementation: str) -> str:
+    """An implementation that was ours while a block was open: without us, if none is open any more.
+
+    Args:
+        config: of the layers.
+        implementation: that was found there earlier.
+
+    >>> from types import SimpleNamespace
+    >>> still_in_front(SimpleNamespace(), "tenfold_sdpa")
+    'sdpa'
+    """
+    with _LOCK:
+        return implementation if id(config) in _OPEN else implementation.removeprefix(PREFIX)
+
+
 @dataclass
 class _Installation:
     """A configuration with our implementation, and how many blocks count on it."""

@@ -1,284 +1,443 @@
-"""One row per method, of the kind that its work is: it inherits all behaviour tests of this kind.
+"""One row for each method: it inherits every test of this folder that its kind of method can be asked.
 
-| it | row | tests |
-|---|---|---|
-| trains on texts | `Row` in `ROWS` | `test_contract.py` |
-| changes no weight, and is read differently within `attach` | `Steering` in `STEERING` | `test_steering.py` |
-| stores the cache | `Caching` in `CACHING` | `test_caching.py` |
-| gives layers a span | `Spans` in `SPANS` | `test_spans.py` |
-
-Add your method here; nothing else in this folder needs to change, unless it is of a kind of its own (R3M has
-`test_preferences.py`).
+Add your method to `ROWS`; nothing else in this folder needs to change. Tests choose rows by what these say of
+themselves (`row.trains`, `row.attach`, what `row.config` makes), never by their names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tenfold.adapt import adalora, full, lora
+from tenfold.attend import masformer, pasta
+from tenfold.cache import gear
+from tenfold.config.adalora import AdaLoraConfig
+from tenfold.config.full import FullConfig
+from tenfold.config.lora import LoraConfig
+from tenfold.config.stage import ArtefactKind, StageConfig
+from tenfold.config.training import TrainingFields
+from tenfold.kernels.local import AttentionWindow
+from tenfold.models.opened import Opened
+from tenfold.pipeline.stages import stage
+
+Keys = Mapping[str, Any]
+MARKED = "The old mill was <mark>painted red</mark> last year, and the door of the mill is"
+HEADS = {0: [1], 1: [0, 2]}
+"""Of the file ``heads.json`` beside the runs; the file ``numbers.jsonl`` holds forty rows of text."""
+COMPARED = frozenset({"before", "after"})
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2")
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A method on a model.
+
+    Args:
+        read: the logits of `reading`, with what the method needs beside the model.
+        report: what it touched.
+    """
+
+    read: Callable[[], Tensor]
+    report: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """How a method is put on a model and taken off, in Python.
+
+    Args:
+        on: ``(opened model, keys) -> context manager`` of `Attached`; without keys it works on every model of `models`.
+        models: tiny models that it must work on.
+        touched: whether a report says what it must, after `Attached.read`.
+        refused: keys that cannot be, and what the error must name.
+        change: of the logits: at least the first (more than none, if 0), at most the second. None: none at all.
+    """
+
+    on: Callable[[Opened, Keys], AbstractContextManager[Attached]]
+    models: tuple[str, ...]
+    touched: Callable[[dict[str, Any]], bool]
+    refused: tuple[tuple[Keys, str], ...] = ()
+    change: tuple[float, float] | None = (1e-4, float("inf"))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the contract needs to know of a method that trains on texts."""
+    """What the contract needs to know of a method.
+
+    Args:
+        name: the registered stage, with what sets the row apart from another one of that stage.
+        keys: of its configuration, for a run of seconds on a tiny model.
+        impossible: keys with values that must be refused, the key to be named first.
+        attached: whether what the summary says of the model is what it must be.
+        subjects: of the results that it must give.
+        metrics: by name, that it must give.
+        too_little: keys that leave it no data to work with, and what the error must say.
+        start: the model that its recipe begins with.
+        before: stages that its recipe begins with.
+        after: stages that its recipe ends with.
+        attachment: None where nothing is attached to a model, or only by another row's method.
+        page: of the documentation, with its benchmark and its oracles. Default: the stage's name.
+        baseline: a method of others, kept for comparison: it has no oracles, benchmark or recipe of its own.
+    """
 
     name: str
-    """The registered stage."""
-    keys: dict[str, Any]
-    """Keys of its configuration for a run of seconds on a tiny model; ``data`` is added."""
-    models: tuple[str, ...]
-    """Tiny models that it must work on; the first is the one that whole runs start from."""
-    attach: Callable[[Any, Any], Any]
-    """``(model, config) -> adapted model``."""
-    detach: Callable[[Any], Any]
-    """``(adapted model) -> model`` without residue."""
-    report: Callable[[Any], dict[str, Any]]
-    """What it touched, with ``matrices``, ``trainable parameters`` and ``bytes``."""
-    impossible: tuple[dict[str, Any], ...]
-    """Keys with values that must be refused."""
+    keys: Keys
+    impossible: tuple[Keys, ...]
+    attached: Callable[[dict[str, Any]], bool]
+    subjects: frozenset[str] = frozenset()
+    metrics: frozenset[str] = frozenset()
+    too_little: tuple[Keys, str] | None = None
+    start: str = "tiny:llama"
+    before: tuple[Keys, ...] = ()
+    after: tuple[Keys, ...] = ()
+    attachment: Attachment | None = None
+    page: str = ""
     baseline: bool = False
-    """A method of others, kept for comparison: it has no oracles, benchmark or page of its own."""
+
+    @property
+    def use(self) -> str:
+        """The registered stage."""
+        return self.name.split()[0]
+
+    @property
+    def method(self) -> str:
+        """The page that it is described on."""
+        return self.page or self.use
+
+    @cached_property
+    def config(self) -> StageConfig:
+        """Of the row's keys."""
+        return stage(self.use).parse(dict(self.keys), "contract")
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training, with steps and checkpoints."""
+        return isinstance(self.config, TrainingFields)
+
+    @property
+    def makes(self) -> Mapping[str, ArtefactKind]:
+        """Its artefacts by name, and what each is."""
+        return self.config.artefacts()
+
+    @property
+    def model(self) -> str | None:
+        """The artefact that later stages start from; None where the model stays as it was."""
+        return next((name for name, kind in self.makes.items() if kind in ("model", "adapter")), None)
+
+    def recipe(self, **changes: Any) -> dict[str, Any]:
+        """A recipe of this method, with other keys."""
+        own = {"use": self.use, **self.keys, **changes}
+        return {"model": self.start, "stages": [*map(dict, self.before), own, *map(dict, self.after)]}
 
 
-def _full() -> Row:
-    from tenfold.adapt import full
-
-    def report(model):
-        parameters = list(model.parameters())
-        count = sum(p.numel() for p in parameters)
-        return {"matrices": len(parameters), "trainable parameters": count}
-
-    return Row(
-        name="full",
-        keys={"steps": 8, "max_length": 48, "learning_rate": 0.02, "save_every": 3, "log_every": 2},
-        models=("gpt2", "llama"),
-        attach=full.attach,
-        detach=lambda model: model,
-        report=report,
-        impossible=({"steps": 0}, {"learning_rate": 0}, {"distil": 2}),
-        baseline=True,
-    )
+def params(has: Callable[[Row], Any] = lambda row: True) -> list[Any]:
+    """The rows of which something holds, for ``pytest.mark.parametrize``."""
+    return [pytest.param(row, id=row.name) for row in ROWS if has(row)]
 
 
-def _lora() -> Row:
-    from tenfold.adapt import lora
+@torch.no_grad()
+def reading(opened: Opened, model: Any = None, cache: Any = None) -> Tensor:
+    """Logits of a prompt that is read into a cache, and of tokens that follow it.
 
-    return Row(
-        name="lora",
-        keys={"rank": 2, "steps": 8, "max_length": 48, "learning_rate": 0.02, "save_every": 3, "log_every": 2},
-        models=("llama", "qwen3", "gemma3", "gpt2"),
-        attach=lora.attach,
-        detach=lambda model: model.unload(),
-        report=lora.attached,
-        impossible=(
-            {"rank": 0},
-            {"dropout": 1.0},
-            {"alpha": -1},
-            {"rank": 2, "budget": "1%"},
-            {"budget": "a lot"},
-            {"budget": "3ms"},
-        ),
-        baseline=True,
-    )
+    Args:
+        opened: the model, and the tokenizer of `MARKED`.
+        model: what stands around it by now. Default: itself.
+        cache: an empty one. Default: transformers' own.
+    """
+    model = (opened.model if model is None else model).eval()
+    inputs = opened.tokenizer(pasta.from_tags(MARKED).text, return_tensors="pt")
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    read = model(**inputs, past_key_values=cache).logits
+    return torch.cat((read, model(input_ids=inputs["input_ids"][:, :3], past_key_values=cache).logits), dim=1)
 
 
-def _adalora() -> Row:
-    from tenfold.adapt import adalora
+# ---- adapters -------------------------------------------------------------------------------------------------------
 
-    handles = {}
-
-    def attach(model, config):
-        handle = adalora.attach(model, config, task=None)
-        handles[id(handle.model)] = handle
-        return handle.model
-
-    return Row(
-        name="adalora",
-        keys={"rank": 2, "steps": 12, "max_length": 48, "learning_rate": 0.02, "save_every": 3, "log_every": 2},
-        models=("llama", "qwen3", "gemma3", "gpt2"),
-        attach=attach,
-        detach=lambda model: handles[id(model)].detach(),
-        report=lambda model: handles[id(model)].attached(),
-        impossible=(
-            {"rank": 0},
-            {"initial_rank": 0},
-            {"rank": 4, "initial_rank": 2},
-            {"rank": 2, "budget": "1%"},
-            {"budget": "3ms"},
-            {"beta1": 1.0},
-            {"tfinal": 0},
-            {"tinit": 0.6, "tfinal": 0.6},
-            {"min_rank": 3, "rank": 2},
-            {"gamma": -1},
-        ),
-    )
+TRAINED = frozenset({"loss", "steps", "tokens", "speed", "peak memory growth"})
+NUMBERS = {"data": "numbers.jsonl", "holdout": 0.3, "max_length": 48, "learning_rate": 0.02, "save_every": 3}
+BUDGETS = (
+    {"rank": 0},
+    {"rank": 2, "budget": "1%"},
+    {"budget": "3ms", "rank": None},
+)
+ADAPTED = ("llama", "qwen3", "gemma3", "gpt2")
+PERPLEXITY = {"use": "evaluate", "tasks": ["perplexity"]}
 
 
-ROWS = {row.name: row for row in (_lora(), _adalora(), _full())}
+@contextmanager
+def _lora(opened: Opened, keys: Keys) -> Iterator[Attached]:
+    model = lora.attach(opened.model, LoraConfig(**{"rank": 2, **keys}))
+    try:
+        yield Attached(lambda: reading(opened, model), lambda: lora.attached(model))
+    finally:
+        model.unload()
 
 
-@dataclass(frozen=True)
-class Steering:
-    """What the contract needs to know of a stage that changes no weight: see `test_steering.py`."""
-
-    name: str
-    """The registered stage."""
-    keys: dict[str, Any]
-    """Keys of its configuration for a run of seconds on a tiny model."""
-    models: tuple[str, ...]
-    """Tiny models that it must work on."""
-    attach: Callable[[Any, Any], Any]
-    """``(opened model, heads) -> context manager`` within which the prompt `MARKED` is read otherwise."""
-    impossible: tuple[dict[str, Any], ...]
-    """Keys with values that must be refused."""
-    page: str
-    """The method whose page, benchmark and oracles cover it."""
+@contextmanager
+def _adalora(opened: Opened, keys: Keys) -> Iterator[Attached]:
+    handle = adalora.attach(opened.model, AdaLoraConfig(**{"rank": 2, **keys}), task=None)
+    try:
+        yield Attached(lambda: reading(opened, handle.model), handle.attached)
+    finally:
+        handle.detach()
 
 
-MARKED = "The old mill was <mark>painted red</mark> last year, and the door of the mill is"
+def _adapter(on: Callable[[Opened, Keys], AbstractContextManager[Attached]]) -> Attachment:
+    """A fresh adapter changes nothing."""
+    refused = (({"targets": ("attention", "nonsense")}, "nonsense"),)
+    return Attachment(on, ADAPTED, lambda report: report["matrices"] > 0, refused, change=None)
 
 
-def _steer(opened: Any, heads: Any) -> Any:
-    from tenfold.attend import pasta
+LORA = Row(
+    "lora",
+    {**NUMBERS, "rank": 2, "steps": 8, "log_every": 2},
+    (*BUDGETS, {"dropout": 1.0}, {"alpha": -1}, {"budget": "a lot", "rank": None}),
+    lambda found: found["trainable parameters"] > 0,
+    metrics=TRAINED,
+    after=(PERPLEXITY,),
+    attachment=_adapter(_lora),
+    baseline=True,
+)
+ADALORA = Row(
+    "adalora",
+    {**NUMBERS, "rank": 2, "steps": 12, "log_every": 2},
+    (
+        *BUDGETS,
+        {"initial_rank": 0},
+        {"rank": 4, "initial_rank": 2},
+        {"beta1": 1.0},
+        {"tfinal": 0},
+        {"tinit": 0.6, "tfinal": 0.6},
+        {"min_rank": 3, "rank": 2},
+        {"gamma": -1},
+    ),
+    lambda found: found["trainable parameters"] > 0,
+    metrics=TRAINED,
+    after=(PERPLEXITY,),
+    attachment=_adapter(_adalora),
+)
 
-    return pasta.steer(opened.model, pasta.encode(opened.tokenizer, [pasta.from_tags(MARKED)]), heads=heads)
+
+@contextmanager
+def _full(opened: Opened, keys: Keys) -> Iterator[Attached]:
+    model = full.attach(opened.model, FullConfig(**keys))
+    parameters = list(model.parameters())
+    count = {"matrices": len(parameters), "trainable parameters": sum(p.numel() for p in parameters)}
+    yield Attached(lambda: reading(opened, model), lambda: count)
 
 
-_STEERING = ({"alpha": -1}, {"batch_size": 0}, {"samples": 1})
-_ALL = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2")
+FULL = Row(
+    "full",
+    {**NUMBERS, "steps": 8, "log_every": 2},
+    ({"steps": 0}, {"learning_rate": 0}, {"distil": 2}),
+    lambda found: found["trainable parameters"] > 0,
+    metrics=TRAINED,
+    start="tiny:gpt2",
+    after=(PERPLEXITY,),
+    attachment=Attachment(_full, ("gpt2", "llama"), lambda report: report["matrices"] > 0, change=None),
+    page="lora",
+    baseline=True,
+)
 
-STEERING = {
-    row.name: row
-    for row in (
-        Steering(
-            "profile",
-            {"tasks": ["conflict"], "samples": 4, "validation": 4, "sizes": [1, 2], "min_fluency": 0.0},
-            _ALL,
-            _steer,
-            (*_STEERING, {"shortlist": 0}, {"sizes": []}, {"tasks": ["nonsense"]}, {"tasks": []}, {"tags": ["a", "a"]}),
-            "pasta",
-        ),
-        Steering(
-            "pasta",
-            {
-                "profile": "heads.json",
-                "tasks": ["conflict", "evidence"],
-                "samples": 4,
-                "prompts": [MARKED],
-                "max_new_tokens": 4,
-            },
-            _ALL,
-            _steer,
-            (*_STEERING, {"prompts": ["no tag"]}, {"target_mass": 1.0}, {"generated": "x"}, {"tags": ["", "b"]}),
-            "pasta",
-        ),
-        Steering(
-            "autopasta",
-            {"profile": "heads.json", "samples": 3, "max_answer_tokens": 3, "max_quote_tokens": 3, "batch_size": 2},
-            _ALL,
-            _steer,
-            (*_STEERING, {"modes": []}, {"modes": ["nonsense"]}, {"min_similarity": 2}, {"max_spans": 0}),
-            "autopasta",
-        ),
-    )
+# ---- steering -------------------------------------------------------------------------------------------------------
+
+STEERED = ({"alpha": -1}, {"batch_size": 0}, {"samples": 1})
+
+
+@contextmanager
+def _steered(opened: Opened, keys: Keys) -> Iterator[Attached]:
+    marks = pasta.encode(opened.tokenizer, [pasta.from_tags(MARKED)])
+    with pasta.steer(opened.model, marks, **{"heads": HEADS, **keys}) as steered:
+        yield Attached(lambda: reading(opened), steered.report)
+
+
+PASTA = Row(
+    "pasta",
+    {
+        "profile": "heads.json",
+        "tasks": ["conflict", "evidence"],
+        "samples": 4,
+        "prompts": [MARKED],
+        "max_new_tokens": 4,
+    },
+    (*STEERED, {"prompts": ["no tag"]}, {"target_mass": 1.0}, {"generated": "x"}, {"tags": ["", "b"]}),
+    lambda found: found["heads"] == 3,
+    subjects=COMPARED,
+    attachment=Attachment(
+        _steered,
+        DECODERS,
+        lambda report: report["heads"] == 3,
+        tuple(({"heads": {1: [0], **wrong}}, "heads") for wrong in ({7: [0]}, {0: [4]}, {0: [-1]})),
+    ),
+)
+PROFILE = Row(
+    "profile",
+    {"tasks": ["conflict"], "samples": 4, "validation": 4, "sizes": [1, 2], "min_fluency": 0.0},
+    (*STEERED, {"shortlist": 0}, {"sizes": []}, {"tasks": ["nonsense"]}, {"tasks": []}, {"tags": ["a", "a"]}),
+    lambda found: found["heads"] > 0,
+    subjects=COMPARED,
+    page="pasta",
+)
+AUTOPASTA = Row(
+    "autopasta",
+    {"profile": "heads.json", "samples": 3, "max_answer_tokens": 3, "max_quote_tokens": 3, "batch_size": 2},
+    (*STEERED, {"modes": []}, {"modes": ["nonsense"]}, {"min_similarity": 2}, {"max_spans": 0}),
+    lambda found: found["heads"] == 3,
+    subjects=COMPARED,
+)
+
+# ---- caches ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _gear(opened: Opened, keys: Keys) -> Iterator[Attached]:
+    with gear.attach(opened.model, **{"bits": 4, "buffer": 16, "kernel": "torch", **keys}) as cache:
+        yield Attached(lambda: reading(opened, cache=cache), cache.report)
+
+
+CACHES = ["gear:2,kernel=torch,buffer=16", "gear-full:4,kernel=torch,buffer=32"]
+GEAR = Row(
+    "gear",
+    {
+        "data": "numbers.jsonl",
+        "caches": CACHES,
+        "context": 64,
+        "scored": 16,
+        "texts": 3,
+        "timed_contexts": [80],
+        "steps": 2,
+        "repeats": 2,
+    },
+    (
+        {"caches": []},
+        {"caches": ["gear:5"]},
+        {"caches": ["quanto:4"]},
+        {"caches": ["gear:4", "gear:4"]},
+        {"caches": ["gear-l:2,s=0.1"]},
+        {"context": 0},
+        {"scored": 0},
+        {"texts": 0},
+        {"timed_contexts": [0]},
+    ),
+    lambda found: found["layers"] == found["of"] == 2,
+    subjects=frozenset({"exact", *CACHES}),
+    too_little=({"texts": 10**4}, "fewer or shorter pieces"),
+    attachment=Attachment(
+        _gear,
+        DECODERS,
+        lambda report: report["packed tokens"] >= 32 and report["bytes"] > report["packed bytes"] > 0,
+        (({"bits": 5}, "bits"),),
+        change=(0, 0.1),
+    ),
+)
+
+# ---- spans ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _masformer(opened: Opened, keys: Keys) -> Iterator[Attached]:
+    handle = masformer.convert(opened.model, **{"full_layers": [1], "span": AttentionWindow("sliding", 4), **keys})
+    try:
+        yield Attached(lambda: reading(opened), handle.report)
+    finally:
+        handle.revert()
+
+
+MASFORMER = Row(
+    "masformer",
+    {"data": "numbers.jsonl", "budget": "50%", "window": 16, "passage": 24, "passages": 2},
+    (
+        {"budget": "3ms"},
+        {"window": 0},
+        {"previous": -1},
+        {"sinks": -1},
+        {"placement": "nowhere"},
+        {"pattern": "diagonal"},
+        {"passages": 0},
+        {"passage": 1},
+        {"budget": "50%", "full_layers": [1]},
+        {"by": "heads", "placement": "bottom"},
+    ),
+    lambda found: len(found["full layers"]) == 1,
+    subjects=COMPARED,
+    too_little=({"passages": 10**4}, "smaller passages"),
+    attachment=Attachment(
+        _masformer,
+        tuple(kind for kind in DECODERS if kind != "gemma3"),  # it has spans of its own
+        lambda report: report["full layers"] == [1] and report["local layers"] == 1,
+        (({"full_layers": [1, 7]}, "7"),),
+    ),
+)
+
+# ---- preferences ----------------------------------------------------------------------------------------------------
+
+PAIRS = {
+    "data": "step-audit:30",
+    "holdout": 0.2,
+    "noise": "uniform:20%",
+    "rank": 2,
+    "steps": 6,
+    "batch_size": 2,
+    "learning_rate": 0.01,
+    "save_every": 2,
+    "log_every": 2,
 }
+JUDGED = frozenset({"accuracy", "nll", "loss", "auc", "excess", "wrong labels, estimated"})
+SHORT = ({"max_length": 8}, r"max_length: no (pair|prompt) is within 8 tokens")
+REWARD = Row(
+    "r3m reward",
+    {**PAIRS, "target": "reward"},
+    ({"beta": 0.2},),
+    lambda found: found["trainable parameters"] > 0,
+    metrics=JUDGED,
+    too_little=SHORT,
+    page="r3m",
+)
+DPO = Row(
+    "r3m dpo",
+    {**PAIRS, "target": "dpo", "beta": 0.5},
+    (
+        {"noise": "loud"},
+        {"noise": "uniform:0"},
+        {"noise": "uniform:150%"},
+        {"noise": "irrational:5"},
+        {"noise": "irrational:1/0"},
+        {"noise": "myopic:2"},
+        {"folds": 1},
+        {"lam": 0},
+        {"lam": 0.5, "budget": "10%"},
+        {"budget": "60%"},
+        {"rank": 0},
+        {"loss": "new"},
+        {"loss": "bt", "lam": 0.5},
+        {"smoothing": 0.2},
+        {"lams": [0.5]},
+        {"lams": [0.5, 0.5]},
+        {"lams": [1, 0]},
+        {"lams": [1, 0.5], "lam": 0.5},
+        {"lams": [1, 0.5], "budget": "10%"},
+        {"lams": [1, 0.5], "loss": "bt"},
+        {"trusted": "right.jsonl"},
+    ),
+    lambda found: found["trainable parameters"] > 0,
+    metrics=JUDGED,
+    too_little=SHORT,
+    page="r3m",
+)
+AUDIT = Row(
+    "audit",
+    {},
+    ({"lam": 1}, {"beta": 0}, {"batch_size": 0}, {"max_length": 7}, {"worst": 0}, {"action": "burn"}),
+    lambda found: True,
+    before=({"use": "r3m", **PAIRS, "target": "reward"},),
+    page="r3m",
+)
 
-
-@dataclass(frozen=True)
-class Caching:
-    """What the contract needs to know of a method that stores the cache: see `test_caching.py`."""
-
-    name: str
-    """The registered stage."""
-    keys: dict[str, Any]
-    """Keys of its configuration for a run of seconds on a tiny model; ``data`` is added."""
-    models: tuple[str, ...]
-    """Tiny models that it must work on."""
-    attach: Callable[[Any], Any]
-    """``(model) -> context manager`` that yields a cache within which some of the first 40 tokens are packed."""
-    impossible: tuple[dict[str, Any], ...]
-    """Keys with values that must be refused."""
-
-
-def _gear(model: Any) -> Any:
-    from tenfold.cache import gear
-
-    return gear.attach(model, bits=4, buffer=16, kernel="torch")
-
-
-CACHING = {
-    row.name: row
-    for row in (
-        Caching(
-            "gear",
-            {
-                "caches": ["gear:2,kernel=torch,buffer=16", "gear-full:4,kernel=torch,buffer=32"],
-                "context": 64,
-                "scored": 16,
-                "texts": 3,
-                "timed_contexts": [80],
-                "steps": 2,
-                "repeats": 2,
-            },
-            _ALL,
-            _gear,
-            (
-                {"caches": []},
-                {"caches": ["gear:5"]},
-                {"caches": ["quanto:4"]},
-                {"caches": ["gear:4", "gear:4"]},
-                {"caches": ["gear-l:2,s=0.1"]},
-                {"context": 0},
-                {"scored": 0},
-                {"texts": 0},
-                {"timed_contexts": [0]},
-            ),
-        ),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Spans:
-    """What the contract needs to know of a method that gives layers a span: see `test_spans.py`."""
-
-    name: str
-    """The registered stage."""
-    keys: dict[str, Any]
-    """Keys of its configuration for a run of seconds on a tiny model; ``data`` is added."""
-    models: tuple[str, ...]
-    """Tiny models that it must work on."""
-    attach: Callable[[Any], Any]
-    """``(model) -> handle`` with ``report()`` and ``revert()``; layer 1 stays full."""
-    impossible: tuple[dict[str, Any], ...]
-    """Keys with values that must be refused."""
-
-
-def _masformer(model: Any) -> Any:
-    from tenfold.attend import masformer
-    from tenfold.kernels.local import AttentionWindow
-
-    return masformer.convert(model, full_layers=[1], span=AttentionWindow("sliding", 4))
-
-
-SPANS = {
-    row.name: row
-    for row in (
-        Spans(
-            "masformer",
-            {"budget": "50%", "window": 16, "passage": 24, "passages": 2},
-            tuple(kind for kind in _ALL if kind != "gemma3"),  # it has spans of its own
-            _masformer,
-            (
-                {"budget": "3ms"},
-                {"window": 0},
-                {"previous": -1},
-                {"sinks": -1},
-                {"placement": "nowhere"},
-                {"pattern": "diagonal"},
-                {"passages": 0},
-                {"passage": 1},
-                {"budget": "50%", "full_layers": [1]},
-                {"by": "heads", "placement": "bottom"},
-            ),
-        ),
-    )
-}
+ROWS = (ADALORA, LORA, FULL, PASTA, PROFILE, AUTOPASTA, GEAR, MASFORMER, REWARD, DPO, AUDIT)

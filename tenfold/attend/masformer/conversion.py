@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tenfold.attend.attention import self_attentions
+from tenfold.attend.attention import self_attentions, still_in_front
 from tenfold.attend.layers import odd_layer
 from tenfold.attend.reach import reach
 from tenfold.attend.spans import FIELD, NAME, SAVED, by_span, note, spans_in
@@ -76,7 +76,7 @@ class Converted:
         tags = getattr(self.model, "model_tags", None) or []
         if NAME in tags:
             tags.remove(NAME)
-        config._attn_implementation = self.before
+        config._attn_implementation = still_in_front(config, self.before)
 
     def report(self, tokens: int = 8192) -> dict[str, Any]:
         """What was converted, and the share of visible pairs that is left at a length (specification, item 6)."""
