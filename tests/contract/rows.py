@@ -436,7 +436,7 @@ AUDIT = Row(
     {},
     ({"lam": 1}, {"beta": 0}, {"batch_size": 0}, {"max_length": 7}, {"worst": 0}, {"action": "burn"}),
     lambda found: True,
-    before=({"use": "r3m", **PAIRS, "target": "reward"},),
+    before=({"use": "r3m", **PAIRS, "steps": 2, "target": "reward"},),
     page="r3m",
 )
 
