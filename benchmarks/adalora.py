@@ -36,7 +36,7 @@ from tenfold.compat import quiet_upstream
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.config.training import TrainingFields
-from tenfold.data.encode import encode_rows
+from tenfold.data.encode import encode
 from tenfold.data.read import read_rows
 from tenfold.evaluate.compare import t_quantile
 from tenfold.evaluate.perplexity import document_sums, perplexity, ratio
@@ -133,7 +133,7 @@ def measure(method: str, size: str, rate: float, seed: int, validation: bool) ->
     rows, held, test, digest = texts()
     set_seed(seed)
     opened = open_model("demo", device="cpu")
-    encoded = encode_rows(rows, opened.tokenizer, max_length=LENGTH, packing=True)
+    encoded = encode(rows, opened.tokenizer, max_length=LENGTH, packing=True)
     began = time.perf_counter()
     if method == "none":
         model, parameters = opened.model, 0

@@ -31,7 +31,7 @@ from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
-from tenfold.data.encode import Encoded, collate, encode_rows
+from tenfold.data.encode import Encoded, collate, encode
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Completion, Row, Text
@@ -108,7 +108,7 @@ def encoded(name: str, tokenizer: Any) -> dict[str, Encoded]:
     rows = {share: sorted(found, key=lambda row: hash_share(row.id)) for share, found in shares(name).items()}
     result = {}
     for share, some in rows.items():
-        every = encode_rows(
+        every = encode(
             some[: 3000 if share == "train" else 400], tokenizer, max_length=SETS[name], packing=True, chat=False
         )
         if name == "e2e":  # leave out what would be cut

@@ -184,7 +184,7 @@ def _step(kind: str, name: str, pairs: int, words: int) -> Callable[[], None]:
     from datasets import Dataset, disable_progress_bars
     from trl import RewardTrainer
 
-    from tenfold.align.r3m.trainers import R3MRewardTrainer
+    from tenfold.align.trainers import R3MRewardTrainer
 
     disable_progress_bars()
     torch.manual_seed(0)
@@ -653,7 +653,7 @@ def _cleaning(
 def _policy(start: Any, pairs: list[Preference], robust: RobustFields, seed: int) -> tuple[Any, Any]:
     from datasets import Dataset, disable_progress_bars
 
-    from tenfold.align.r3m.trainers import R3MDPOTrainer
+    from tenfold.align.trainers import R3MDPOTrainer
 
     disable_progress_bars()
     policy = copy.deepcopy(start.model)
@@ -682,7 +682,7 @@ def adapter(pairs: int = 500, held: int = 300) -> None:
     """
     from datasets import Dataset, disable_progress_bars
 
-    from tenfold.align.r3m.trainers import R3MRewardTrainer
+    from tenfold.align.trainers import R3MRewardTrainer
 
     disable_progress_bars()
     for name, robust in TUNED[:3]:

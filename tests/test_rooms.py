@@ -46,7 +46,8 @@ def test_shared_code_knows_no_method(path):
 
 
 SAME_MEANING = {
-    "attach",  # each method's own, as are the next two
+    "attach",  # each method's own
+    "encode",  # texts with marks, rows: to tokens, as are the next two
     "detach",
     "attached",
     "combine",  # one kernel in torch, numba and Triton

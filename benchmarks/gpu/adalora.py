@@ -44,7 +44,9 @@ def _attached(model: Any, way: str) -> tuple[Any, Callable[[], None], Any]:
         return adapted, lambda: adapted.base_model.update_and_allocate(next(count)), None
     phases = {"tinit": MANY - 2 if "no allocation" in way else 0, "tfinal": 1, "interval": 1, "steps": MANY}
     importance = "light" if "light" in way else "full"
-    handle = adalora.attach(model, AdaLoraConfig(rank=8, initial_rank=RANK, importance=importance, **phases))
+    # With P at zero lambda has no gradient in the first step, so the light scores that are checked would all be zero.
+    config = AdaLoraConfig(rank=8, initial_rank=RANK, importance=importance, init="normal", **phases)
+    handle = adalora.attach(model, config)
     return handle.model, lambda: None, handle
 
 

@@ -12,7 +12,7 @@ from transformers import set_seed
 from tenfold.adapt.distil import keeps_apart
 from tenfold.adapt.training import Trained, total_steps, train
 from tenfold.config.training import TextTrainingFields
-from tenfold.data.encode import Encoded, encode_rows
+from tenfold.data.encode import Encoded, encode
 from tenfold.errors import ConfigError
 from tenfold.models.inference import max_positions
 from tenfold.models.memory import measure_growth
@@ -44,7 +44,7 @@ def prepare(config: TextTrainingFields, context: Context) -> tuple[Opened, Encod
             f"boundaries: {type(opened.model).__name__} does not keep packed rows apart by their position_ids",
             remedy="leave boundaries out, or give packing: false",
         )
-    encoded = encode_rows(
+    encoded = encode(
         rows, opened.tokenizer, max_length=config.max_length, packing=config.packing, boundaries=config.boundaries
     )
     return opened, dataclasses.replace(encoded, notes=(*opened.notes, *encoded.notes))

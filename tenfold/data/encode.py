@@ -51,7 +51,7 @@ class Encoded:
         return len(self.examples)
 
 
-def encode_rows(
+def encode(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
@@ -87,7 +87,7 @@ def encode_rows(
         ModelError: when the tokenizer lacks an end-of-text token, or conversations need a chat template it lacks.
 
     Example:
-        >>> encode_rows(rows, tokenizer, max_length=512, packing=True).trained_tokens  # doctest: +SKIP
+        >>> encode(rows, tokenizer, max_length=512, packing=True).trained_tokens  # doctest: +SKIP
         81234
     """
     if max_length < 3:

@@ -20,8 +20,8 @@ from tenfold.models.tiny import tiny_model
 
 trl = pytest.importorskip("trl")
 
-from tenfold.align.r3m import trainers  # noqa: E402
-from tenfold.align.r3m.trainers import R3MDPOTrainer, R3MRewardTrainer  # noqa: E402
+from tenfold.align import trainers  # noqa: E402
+from tenfold.align.trainers import R3MDPOTrainer, R3MRewardTrainer  # noqa: E402
 
 pytestmark = [
     # TRL's configurations set a field that transformers renamed.

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.data.encode import IGNORED, collate, encode_rows, pad_id
+from tenfold.data.encode import IGNORED, collate, encode, pad_id
 from tenfold.data.rows import Chat, Classification, Completion, Text
 from tenfold.errors import DataError, ModelError
 from tenfold.models.tiny import tiny_model, tiny_tokenizer
@@ -29,7 +29,7 @@ def learned(example) -> str:
 
 @given(WORDS, st.integers(3, 50))
 def test_packing_conserves_every_token_in_order(values, max_length):
-    encoded = encode_rows(texts(*values), TOKENIZER, max_length=max_length, packing=True)
+    encoded = encode(texts(*values), TOKENIZER, max_length=max_length, packing=True)
     stream = [token for example in encoded.examples for token in example["input_ids"]]
     expected = [token for value in values for token in [*TOKENIZER(value)["input_ids"], TOKENIZER.eos_token_id]]
     assert stream == expected
@@ -44,7 +44,7 @@ def test_packing_conserves_every_token_in_order(values, max_length):
 
 @given(WORDS, st.integers(3, 50))
 def test_without_packing_what_is_cut_is_counted(values, max_length):
-    encoded = encode_rows(texts(*values), TOKENIZER, max_length=max_length, packing=False)
+    encoded = encode(texts(*values), TOKENIZER, max_length=max_length, packing=False)
     lengths = [len(value.encode()) + 1 for value in values]
     assert encoded.sequences == encoded.rows == len(values)
     assert encoded.truncated_rows == sum(length > max_length for length in lengths)
@@ -53,13 +53,13 @@ def test_without_packing_what_is_cut_is_counted(values, max_length):
 
 
 def test_the_first_token_is_never_learned():
-    (example,) = encode_rows(texts("abc"), TOKENIZER, max_length=8, packing=False).examples
+    (example,) = encode(texts("abc"), TOKENIZER, max_length=8, packing=False).examples
     assert example["labels"] == [IGNORED, *example["input_ids"][1:]]
 
 
 def test_trained_tokens_are_those_the_loss_of_the_model_averages_over():
     model = tiny_model().model
-    encoded = encode_rows(texts("some text", "more"), TOKENIZER, max_length=6, packing=True)
+    encoded = encode(texts("some text", "more"), TOKENIZER, max_length=6, packing=True)
     batch = collate(encoded.examples, pad_id(TOKENIZER))
     with torch.no_grad():
         output = model(**batch)
@@ -70,14 +70,14 @@ def test_trained_tokens_are_those_the_loss_of_the_model_averages_over():
 
 def test_completions_learn_the_completion_and_its_end():
     rows = [Completion("1", "1+1=", "2")]
-    (example,) = encode_rows(rows, TOKENIZER, max_length=16, packing=True, chat=False).examples
+    (example,) = encode(rows, TOKENIZER, max_length=16, packing=True, chat=False).examples
     assert TOKENIZER.decode(example["input_ids"]) == "1+1=2<eos>"
     assert learned(example) == "2<eos>"
 
 
 def test_completions_use_the_chat_template_where_there_is_one():
     rows = [Completion("1", "1+1=", "2")]
-    (example,) = encode_rows(rows, TOKENIZER, max_length=99, packing=True).examples
+    (example,) = encode(rows, TOKENIZER, max_length=99, packing=True).examples
     whole = "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
     assert TOKENIZER.decode(example["input_ids"]) == whole
     assert learned(example) == "2<|im_end|>\n"
@@ -93,7 +93,7 @@ CONVERSATION = (
 
 
 def test_chat_learns_every_turn_of_the_assistant_and_nothing_else():
-    (example,) = encode_rows([Chat("1", CONVERSATION)], TOKENIZER, max_length=500, packing=False).examples
+    (example,) = encode([Chat("1", CONVERSATION)], TOKENIZER, max_length=500, packing=False).examples
     assert example["input_ids"] == TOKENIZER.apply_chat_template(list(CONVERSATION))["input_ids"]
     assert learned(example) == "b<|im_end|>\nd<|im_end|>\n"
 
@@ -104,7 +104,7 @@ def test_generation_keyword_of_the_template_decides_where_there_is_one():
         "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
         "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %};{% endfor %}"
     )
-    (example,) = encode_rows([Chat("1", CONVERSATION)], tokenizer, max_length=500, packing=False).examples
+    (example,) = encode([Chat("1", CONVERSATION)], tokenizer, max_length=500, packing=False).examples
     assert learned(example) == "bd"
 
 
@@ -113,37 +113,37 @@ def test_of_a_template_that_rewrites_history_the_last_turn_is_learned():
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}{% if loop.last %}!{% endif %}{{ m['content'] }}{% endfor %}"
     )
-    encoded = encode_rows([Chat("1", CONVERSATION)], tokenizer, max_length=500, packing=False)
+    encoded = encode([Chat("1", CONVERSATION)], tokenizer, max_length=500, packing=False)
     assert learned(encoded.examples[0]) == "d"
     assert "1 earlier turns of the assistant, in 1 of 1 rows, are context only" in encoded.notes[0]
 
 
 def test_rows_with_nothing_left_to_learn_are_left_out_and_counted():
     rows = [Completion("1", "p" * 20, "c"), Completion("2", "p", "c")]
-    encoded = encode_rows(rows, TOKENIZER, max_length=10, packing=False, chat=False)
+    encoded = encode(rows, TOKENIZER, max_length=10, packing=False, chat=False)
     assert (encoded.sequences, encoded.left_out, encoded.truncated_rows, encoded.tokens_cut) == (1, 1, 1, 12)
     with pytest.raises(DataError, match="none of the 1 rows"):
-        encode_rows(rows[:1], TOKENIZER, max_length=10, packing=False, chat=False)
+        encode(rows[:1], TOKENIZER, max_length=10, packing=False, chat=False)
 
 
 def test_what_cannot_be_encoded_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
-        encode_rows([Chat("1", CONVERSATION)], tokenizer, max_length=10, packing=False)
+        encode([Chat("1", CONVERSATION)], tokenizer, max_length=10, packing=False)
     with pytest.raises(DataError, match="classification row"):
-        encode_rows([Classification("1", "a", 1)], TOKENIZER, max_length=10, packing=False)
+        encode([Classification("1", "a", 1)], TOKENIZER, max_length=10, packing=False)
     with pytest.raises(DataError, match="no rows"):
-        encode_rows([], TOKENIZER, max_length=10, packing=False)
+        encode([], TOKENIZER, max_length=10, packing=False)
 
 
 def test_a_tokenizer_that_adds_its_own_ends_gets_no_second_ones():
-    (example,) = encode_rows(texts("ab"), tiny_tokenizer("deberta-v2"), max_length=9, packing=False).examples
+    (example,) = encode(texts("ab"), tiny_tokenizer("deberta-v2"), max_length=9, packing=False).examples
     assert TOKENIZER.decode(example["input_ids"]) == "<bos>ab<eos>"
 
 
 def test_collate_pads_on_the_right_and_masks_padding():
-    examples = encode_rows(texts("abcd", "a"), TOKENIZER, max_length=9, packing=False).examples
+    examples = encode(texts("abcd", "a"), TOKENIZER, max_length=9, packing=False).examples
     batch = functools.partial(collate, pad_id=pad_id(TOKENIZER))(examples)
     assert batch["input_ids"].shape == (2, 5)
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
@@ -160,10 +160,10 @@ def test_padding_falls_back_to_the_end_of_text():
 def test_rows_kept_apart_give_the_loss_of_each_alone(kind):
     opened = tiny_model(kind)
     rows = texts("first of the rows", "and a second one, which is cut where the sequence ends", "x")
-    encoded = encode_rows(rows, opened.tokenizer, max_length=32, packing=True, boundaries=True)
+    encoded = encode(rows, opened.tokenizer, max_length=32, packing=True, boundaries=True)
     assert [token for example in encoded.examples for token in example["input_ids"]] == [
         token
-        for example in encode_rows(rows, opened.tokenizer, max_length=32, packing=True).examples
+        for example in encode(rows, opened.tokenizer, max_length=32, packing=True).examples
         for token in example["input_ids"]
     ]
     batch = collate(encoded.examples, pad_id(opened.tokenizer))

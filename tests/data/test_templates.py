@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenfold.data.encode import IGNORED, encode_rows
+from tenfold.data.encode import IGNORED, encode
 from tenfold.data.rows import Chat, Completion
 from tenfold.data.templates import converse, render_chat
 from tenfold.errors import DataError
@@ -73,7 +73,7 @@ def runs(tokenizer, example):
 
 
 def encoded(tokenizer, messages):
-    return encode_rows([Chat("1", tuple(messages))], tokenizer, max_length=9999, packing=False)
+    return encode([Chat("1", tuple(messages))], tokenizer, max_length=9999, packing=False)
 
 
 def whole(tokenizer, messages):
@@ -139,7 +139,7 @@ def test_a_prompt_that_opens_a_thought_which_the_answer_goes_on_with():
 def test_earlier_thoughts_are_context_and_a_note_says_so():
     tokenizer = having(tiny_tokenizer(), template_of_trl("qwen3"))
     thoughtful = (*TALK[:1], assistant("<think>\nhm\n</think>\n\nyes"), *TALK[2:])
-    found = encode_rows([Chat("1", thoughtful), Chat("2", TALK[:2])], tokenizer, max_length=999, packing=False)
+    found = encode([Chat("1", thoughtful), Chat("2", TALK[:2])], tokenizer, max_length=999, packing=False)
     learned = [[tokenizer.decode(run) for run in runs(tokenizer, example)] for example in found.examples]
     assert learned == [["<think>\n\n</think>\n\nno yes<|im_end|>\n"], ["<think>\n\n</think>\n\nyes<|im_end|>\n"]]
     assert found.notes == (
@@ -226,7 +226,7 @@ def test_marks_of_generation_hold_for_characters_of_several_tokens_and_slow_toke
 def test_completions_are_one_text(kind, prompt, completion):
     tokenizer = TOKENIZERS[kind]()
     rows = [Completion("1", prompt, completion)]
-    (example,) = encode_rows(rows, tokenizer, max_length=99, packing=False, chat=False).examples
+    (example,) = encode(rows, tokenizer, max_length=99, packing=False, chat=False).examples
     assert example["input_ids"] == [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
     labels = [label for label in example["labels"] if label != IGNORED]
     assert labels == example["input_ids"][-len(labels) :]
@@ -240,7 +240,7 @@ def test_completions_are_one_text(kind, prompt, completion):
 def test_a_merge_across_the_border_is_learned():
     tokenizer = byte_level()
     rows = [Completion("1", "no: a+b=", "c")]
-    (example,) = encode_rows(rows, tokenizer, max_length=99, packing=False, chat=False).examples
+    (example,) = encode(rows, tokenizer, max_length=99, packing=False, chat=False).examples
     learned = [label for label in example["labels"] if label != IGNORED]
     assert tokenizer.convert_ids_to_tokens(learned) == ["a+b=c", "<|eot_id|>"]
 
@@ -249,7 +249,7 @@ def test_a_template_that_refuses_names_the_row_and_says_why():
     tokenizer = having(tiny_tokenizer(), template_of_trl("gemma"))
     talk = ({"role": "system", "content": "be"}, *TALK)
     with pytest.raises(DataError, match="row '7': the chat template refuses these messages: System role not supported"):
-        encode_rows([Chat("6", TALK), Chat("7", talk)], tokenizer, max_length=99, packing=False)
+        encode([Chat("6", TALK), Chat("7", talk)], tokenizer, max_length=99, packing=False)
     with pytest.raises(DataError, match=r"prompt 0: .*must alternate"):
         render_chat(tokenizer, [user("a"), user("b")], "prompt 0")
     tokenizer.chat_template = "{{ messages[0]['content'] + none }}"

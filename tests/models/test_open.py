@@ -117,9 +117,10 @@ def test_folder_without_model(tmp_path):
 
 
 def test_a_file_that_is_no_model(tmp_path):
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ModelError, match="not GGUF"):
-        open_model(tmp_path / "notes.txt")
+    for name, message in (("notes.bin", "not GGUF"), ("notes.txt", "a file of data, not a model")):
+        (tmp_path / name).write_text("hello")
+        with pytest.raises(ModelError, match=message):
+            open_model(tmp_path / name)
 
 
 def test_malformed_config(folder):

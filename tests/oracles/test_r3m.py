@@ -155,7 +155,7 @@ def test_08_dpo():
 @pytest.mark.parametrize("margin_column", [False, True])
 def test_09_off_the_reward_trainer_is_trls(tmp_path, keys, margin_column):
     trl = pytest.importorskip("trl")
-    from tenfold.align.r3m.trainers import R3MRewardTrainer
+    from tenfold.align.trainers import R3MRewardTrainer
 
     rows = [row | ({"margin": 0.1 * i} if margin_column else {}) for i, row in enumerate(PAIRS)]
     extra = {"center_rewards_coefficient": 0.01} if margin_column else {}
@@ -172,7 +172,7 @@ def test_09_off_the_reward_trainer_is_trls(tmp_path, keys, margin_column):
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_09_off_the_dpo_trainer_is_trls(tmp_path, keys, precomputed):
     trl = pytest.importorskip("trl")
-    from tenfold.align.r3m.trainers import R3MDPOTrainer
+    from tenfold.align.trainers import R3MDPOTrainer
 
     def run(make, **more):
         args = trl.DPOConfig(**settings(tmp_path), beta=0.5, precompute_ref_log_probs=precomputed)

@@ -1,6 +1,6 @@
 """R3M: a reward learnt from preferences of which some are wrong (Bukharin et al. 2024, arXiv 2406.15568).
 
-* `losses`: the mathematics; `trainers`: TRL's trainers with these losses;
+* `losses`: the mathematics (`tenfold.align.trainers` has TRL's trainers with them);
 * `choose`: which cap explains unseen pairs best.
 """
 

@@ -159,7 +159,7 @@ def _learnt(pairs: Sequence[Preference], config: R3MConfig, context: Context, fo
     """Train on pairs; checkpoints lie in the folder."""
     from datasets import Dataset, disable_progress_bars
 
-    from tenfold.align.r3m.trainers import R3MDPOTrainer, R3MRewardTrainer
+    from tenfold.align.trainers import R3MDPOTrainer, R3MRewardTrainer
 
     disable_progress_bars()
     set_seed(context.seed)  # before the model is opened: the head of a reward model is random
