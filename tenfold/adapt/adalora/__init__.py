@@ -6,7 +6,7 @@ measures how much the loss depends on each, and takes them away from the matrice
 * `mathematics`: the penalty and its gradient, folding, decomposition (functions on tensors);
 * `plan`: what a budget means for the matrices of a model;
 * `layer`, `attaching`: the adapter inside PEFT's model;
-* `controller`, `shrinking`, `trainer`: what happens around each optimizer step;
+* `controller`, `shrinking`, `trainer`: what happens around each optimizer step (`tenfold.adapt.step_hooks`);
 * `exporting`, `opening`: plain LoRA folders out, PEFT's adapters in;
 * `handle`: what a user holds.
 """

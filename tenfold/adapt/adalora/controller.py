@@ -11,15 +11,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tenfold.adapt.adalora.attaching import Matrix, set_patterns, trainable
 from tenfold.adapt.adalora.layer import ADAPTER
 from tenfold.adapt.adalora.mathematics import penalty
-from tenfold.adapt.adalora.optimizers import family, replace_closure, skips
 from tenfold.adapt.adalora.plan import RankPlan, make_schedule, settings, too_short
 from tenfold.adapt.adalora.shrinking import can_cut, cut
 from tenfold.adapt.adalora.trainer import LogCallback, running_trainer
+from tenfold.adapt.step_hooks import Replaced, StepHooks, family, replace_closure, skips
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.core.importance import Importance, ScoredPart, allocate
 from tenfold.core.schedule import CubicSchedule
@@ -81,15 +80,17 @@ class Controller:
         self._penalty: Tensor | None = None
         self._total_steps = total_steps
         self._model = weakref.ref(model)
-        self._optimizer: weakref.ref[Optimizer] | None = None
-        self._stepping: weakref.ref[Optimizer] | None = None
-        self._saved_by: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        # For all optimizers: which one holds the adapter is only known when it steps.
-        self._hooks = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-            model.register_state_dict_pre_hook(lambda *_: self.check_stepped()),
-        ]
+        self._steps = StepHooks(
+            STATE,
+            tensors=lambda: trainable(self.matrices),
+            before=self._before_step,
+            after=self._after_step,
+            bind=self._bind,
+            save=self.state_dict,
+            load=self.load_state_dict,
+        )
+        self._hooks = self._steps.handles
+        self._hooks.append(model.register_state_dict_pre_hook(lambda *_: self.check_stepped()))
         self._finalizer = weakref.finalize(model, _remove, self._hooks)
 
     def close(self) -> None:
@@ -98,18 +99,7 @@ class Controller:
 
     # ------------------------------------------------------------------ around a step
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        stepping = self._stepping() if self._stepping is not None else None
-        if stepping is not None and any(inner is optimizer for inner in family(stepping)[1:]):
-            return None  # a step within a step: the outer optimizer's (Lookahead, SAM) counts
-        if not self._holds_adapter(optimizer):
-            return None
-        self._stepping = weakref.ref(optimizer)
-        if self._optimizer is None or self._optimizer() is not optimizer:
-            self._bind(optimizer)
-        for member in family(optimizer):
-            if STATE in member.state:  # left there by load_state_dict
-                self.load_state_dict(member.state.pop(STATE))  # type: ignore[call-overload]
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Replaced:
         # A scaler hands fused optimizers gradients that it has not unscaled yet.
         scale = getattr(optimizer, "grad_scale", None)
         found = replace_closure(args, kwargs, lambda closure: self._evaluating(closure, optimizer, scale))
@@ -164,12 +154,7 @@ class Controller:
             Q.append(q)
         return P, Q
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._stepping is None or self._stepping() is not optimizer:
-            return
-        self._stepping = None
-        if skips(optimizer):
-            return
+    def _after_step(self) -> None:
         if self.config.sensitivity_at == "after":  # fused optimizers have unscaled the gradients by now
             self._observe(None)
         self._allocate()
@@ -252,7 +237,7 @@ class Controller:
             self._still[name] = (index, matrix.P.detach()[:, index].clone(), matrix.Q.detach()[index].clone())
 
     def _shrink(self) -> None:
-        optimizer = self._optimizer() if self._optimizer is not None else None
+        optimizer = self._steps.optimizer
         if not self.config.shrink or optimizer is None:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -284,18 +269,6 @@ class Controller:
 
     # ------------------------------------------------------------------ binding to an optimizer
 
-    def _holds_adapter(self, optimizer: Optimizer) -> bool:
-        if self._optimizer is not None and self._optimizer() is optimizer:
-            return True
-        ours = {id(tensor) for tensor in trainable(self.matrices)}
-        held = sum(id(p) in ours for group in optimizer.param_groups for p in group["params"])
-        if 0 < held < len(ours):
-            raise RunError(
-                f"{type(optimizer).__name__} holds {held} of the adapter's {len(ours)} tensors",
-                remedy="give all trainable parameters of the model to one optimizer",
-            )
-        return held > 0
-
     def _bind(self, optimizer: Optimizer) -> None:
         trainer = running_trainer(self._model())
         if self.schedule is None:
@@ -308,14 +281,6 @@ class Controller:
             trainer.add_callback(LogCallback(self.numbers))
         self._singular = {name: matrix.singular for name, matrix in self.matrices.items()}
         self._note_decay(optimizer)
-        self._optimizer = weakref.ref(optimizer)
-        for member in family(optimizer):  # whichever's state is saved
-            if member not in self._saved_by:
-                self._saved_by.add(member)
-                self._hooks += [
-                    member.register_state_dict_pre_hook(self._put_state),
-                    member.register_state_dict_post_hook(self._drop_state),
-                ]
 
     def _note_decay(self, optimizer: Optimizer) -> None:
         ours = {id(tensor) for tensor in trainable(self.matrices)}
@@ -349,12 +314,6 @@ class Controller:
         return Importance(parts, self.config.beta1, self.config.beta2)
 
     # ------------------------------------------------------------------ state
-
-    def _put_state(self, optimizer: Optimizer) -> None:
-        optimizer.state[STATE] = self.state_dict()  # type: ignore[index]
-
-    def _drop_state(self, optimizer: Optimizer, saved: Any) -> None:
-        optimizer.state.pop(STATE, None)  # type: ignore[call-overload]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beyond the weights that a resumed run needs: tensors and plain values."""
