@@ -14,7 +14,7 @@ from tenfold.models.source import hub_commit, resolve_source
 from tenfold.models.tiny import tiny_model
 
 
-def skeleton(ref: ModelRef) -> Any:
+def meta_model(ref: ModelRef) -> Any:
     """The model of a reference on the ``meta`` device: modules and shapes, no storage, in milliseconds to seconds.
 
     Adapters are left out: they are folded in when a stage opens the model.
@@ -22,7 +22,7 @@ def skeleton(ref: ModelRef) -> Any:
     Raises:
         ModelError: as `tenfold.models.open.open_model`; only the configuration is read.
 
-    >>> skeleton(ModelRef("tiny:llama")).device
+    >>> meta_model(ModelRef("tiny:llama")).device
     device(type='meta')
     """
     from transformers import AutoConfig

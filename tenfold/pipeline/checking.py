@@ -111,9 +111,9 @@ def _check_matrices(step: Step, ref: ModelRef) -> None:
     import torch
 
     from tenfold.models.layer_map import layer_map
-    from tenfold.models.meta_model import skeleton
+    from tenfold.models.meta_model import meta_model
 
-    model = skeleton(ref)
+    model = meta_model(ref)
     if step.config.attach is None:
         layer_map(model).select(step.config.model_dump()["targets"])
         return

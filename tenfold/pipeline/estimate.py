@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 from tenfold.compat import enable_checkpointing
 from tenfold.config.stage import StageConfig
 from tenfold.config.training import TrainingFields
-from tenfold.models.meta_model import skeleton
+from tenfold.models.meta_model import meta_model
 from tenfold.models.open import resolve_device
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.checking import check_model, model_of
@@ -62,7 +62,7 @@ def estimate(plan: ResolvedRecipe) -> list[Estimate]:
     found: list[Estimate] = []
     if plan.recipe.model is not None:
         ref = model_of(plan)
-        model = skeleton(ref)
+        model = meta_model(ref)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         amounts = {"parameters": sum(p.numel() for p in model.parameters()), "weights": weights}
         found.append(Estimate(f"model: {ref.source}", amounts))
@@ -85,7 +85,7 @@ def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: Mode
     ``peak growth`` is what the process will grow by over the loaded model: the highest sum of live storages (gradients,
     optimizer moments, activations and the temporaries of the largest operation), on a CPU times `CPU_HEAP`.
     """
-    base = skeleton(ref)
+    base = meta_model(ref)
     before = sum(p.numel() * p.element_size() for p in base.parameters())
     with torch.device("meta"):
         model = attach(base, config, task=ref.task)
@@ -122,7 +122,7 @@ def on_gpu(ref: ModelRef) -> bool:
 def inference_needs(config: StageConfig, ref: ModelRef) -> dict[str, float]:
     """Bytes of the cache for one token, and the peak growth while ``prompt_tokens`` are read."""
     tokens: int = config.model_dump()["prompt_tokens"]
-    model = skeleton(ref).eval()
+    model = meta_model(ref).eval()
     with FakeTensorMode(), torch.no_grad(), _Live() as live:
         _materialise(model)
         base_live = live.now
