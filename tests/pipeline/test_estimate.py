@@ -109,7 +109,7 @@ def test_the_quickstart_needs_what_was_predicted(tmp_path):
     name = whole.steps[0].name
     predicted = estimate(whole)[1].amounts
     short = read_recipe(recipe, [f"{name}.tokens=null", f"{name}.steps=3"])
-    plan = type(short)(short.recipe, short.steps[:1])
+    plan = type(short)(short.recipe, short.steps[:1], short.made)
     summary = runner.run(plan, tmp_path, Console(quiet=True))[0]
     measured = summary.results[0].metric("peak memory growth").value
     assert predicted["trainable parameters"] >= summary.attached["trainable parameters"]  # triplets were dropped
