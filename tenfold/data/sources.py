@@ -14,6 +14,7 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from os.path import expanduser  # Path.expanduser raises where there is no such user
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def open_source(source: str) -> Source:
         return Source(RawRow(f"{source}, row {number}", preference_values(item)) for number, item in items)
     if source.startswith("hub:"):
         return _hub(source)
-    path = Path(source)
+    path = Path(expanduser(source))
     if path.is_dir():
         return Source(_folder(path))
     if not path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,8 @@ def _with_data(
 
 def _same(data: object) -> str:
     """One name for one source, however its path is written."""
-    return str(Path(data).expanduser().resolve()) if isinstance(data, str) and Path(data).exists() else str(data)
+    path = Path(expanduser(str(data)))
+    return str(path.resolve()) if path.exists() else str(data)
 
 
 def _held_out(keys: dict[str, Any], trained: dict[str, Any], place: str) -> dict[str, Any]:

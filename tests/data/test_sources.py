@@ -214,3 +214,12 @@ class TestHub:
     def test_no_network_is_one_clear_error(self, hub):
         with pytest.raises(DataError, match="ConnectionError: Couldn't reach 'user/gone' on the Hub\n  -> check"):
             read_rows("hub:user/gone")
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    """Recipes quote paths, so no shell expands them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text('{"text": "some text"}\n')
+    assert len(read_rows("~/rows.jsonl")) == 1
+    with pytest.raises(DataError, match=r"no such file|not there|No such"):
+        read_rows("~nobody-by-that-name/rows.jsonl")

@@ -18,10 +18,12 @@ def test_naming_the_training_data_again_does_not_leak_it_into_the_evaluation():
     assert resolve(values, "test").steps[1].config.split == "held-out"
 
 
-def test_the_same_file_under_another_name_is_the_same_data(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["rows.jsonl", "~/rows.jsonl"])
+def test_the_same_file_under_another_name_is_the_same_data(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "rows.jsonl").write_text("")
-    stages = [{"use": "lora", "data": "rows.jsonl"}, {"use": "evaluate", "data": str(tmp_path / "rows.jsonl")}]
+    stages = [{"use": "lora", "data": name}, {"use": "evaluate", "data": str(tmp_path / "rows.jsonl")}]
     assert resolve({"model": "demo", "stages": stages}, "test").steps[1].config.split == "held-out"
 
 
