@@ -33,6 +33,10 @@ class ExportConfig(StageConfig):
         """A model or, alone, its last adapter."""
         return {"adapter": "adapter"} if self.form == "adapter" else {"model": "model"}
 
+    def leaves_model(self) -> bool:
+        """An adapter that is only copied changes nothing for the stages that follow."""
+        return self.form != "adapter"
+
     def applied_to(self, shape: Shape) -> Shape:
         """A form must be there to be written."""
         if self.form == "adapter" and not shape.adapted:

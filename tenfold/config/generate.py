@@ -10,10 +10,9 @@ from pydantic import Field, model_validator
 from tenfold.config.gear import check_packing, checked_kv
 from tenfold.config.pasta import SteeringFields, UseTemplate
 from tenfold.config.shape import Shape
-from tenfold.errors import DataError
 
 if TYPE_CHECKING:
-    from tenfold.data.read import Rows
+    pass
 
 
 class GenerateConfig(SteeringFields):
@@ -60,12 +59,6 @@ class GenerateConfig(SteeringFields):
         """The profile, where something is emphasised, and the text to answer from."""
         found = super().files()
         return found if self.context is None else {**found, "context": self.context}
-
-    def check(self, rows: Rows | None) -> None:
-        """A profile, and a text to answer from."""
-        super().check(rows)
-        if self.context is not None and not self.context.is_file():
-            raise DataError(f"context: no file {self.context}", remedy="give a text file to answer from")
 
     @property
     def steers(self) -> bool:

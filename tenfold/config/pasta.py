@@ -113,10 +113,6 @@ class SteeringFields(StageConfig):
         path = self.profile_file() if self.steers else None
         return {} if path is None else {"profile": path}
 
-    def check(self, rows: Rows | None) -> None:
-        """A profile by that name."""
-        self.profile_file()
-
     @property
     def steers(self) -> bool:
         """Whether the stage emphasises anything at all."""

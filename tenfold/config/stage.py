@@ -124,12 +124,12 @@ class StageConfig(Config):
         """What this configuration makes; by default what its class says."""
         return self.makes
 
-    def files(self) -> dict[str, Path]:
-        """What else the result depends on, by key: hashed before anything runs.
+    def leaves_model(self) -> bool:
+        """Whether later stages start from what this one makes."""
+        return bool({"model", "adapter"} & {*self.artefacts().values()})
 
-        Raises:
-            ConfigError: a file that is not there.
-        """
+    def files(self) -> dict[str, Path]:
+        """What else the result depends on, by key: each must be there, and is hashed before anything runs."""
         return {}
 
     def models(self) -> dict[str, str]:

@@ -29,10 +29,12 @@ def check_stage(step: Step, rows: Rows | None) -> None:
     Raises:
         TenfoldError: as `StageConfig.check`, with the stage named.
     """
-    if isinstance(step.config, DataFields) and is_reference(step.config.data):
-        return
     with naming(step):
-        step.config.check(rows)
+        for key, path in step.config.files().items():
+            if not path.is_file():
+                raise ConfigError(f"{key}: no file {path}", remedy="give a file that is there")
+        if not (isinstance(step.config, DataFields) and is_reference(step.config.data)):
+            step.config.check(rows)
 
 
 @contextmanager
@@ -71,9 +73,10 @@ def check_model(plan: ResolvedRecipe) -> list[str]:
         if start is None:
             continue
         with naming(step):
-            # What the stages before have left is under None.
-            shapes[None] = _applied(step, start, plan)
-        shapes |= {made.reference: shapes[None] for made in plan.made.values() if made.step == step.index - 1}
+            after = _applied(step, start, plan)
+        if step.model is None or step.config.leaves_model():
+            shapes[None] = after  # what the stages before have left
+        shapes |= {made.reference: after for made in plan.made.values() if made.step == step.index - 1}
     return list(notes)
 
 
@@ -100,8 +103,7 @@ def _applied(step: Step, shape: Shape, plan: ResolvedRecipe) -> Shape:
     after = config.applied_to(shape)
     unknown = "targets" in type(config).model_fields and shape.model_type not in FAMILIES
     # An artefact is no folder yet: its matrices are looked at when the stage runs.
-    there = not (is_reference(step.model) and plan.made[str(step.model)].step is not None)
-    if there and (unknown or config.needs_matrices(shape)):
+    if not is_reference(step.model) and (unknown or config.needs_matrices(shape)):
         _check_matrices(step, dataclasses.replace(model_of(plan, step), task=after.task))
     return after
 
@@ -126,8 +128,6 @@ def model_of(plan: ResolvedRecipe, step: Step | None = None) -> ModelRef:
     from tenfold.models.reference import ModelRef
 
     source = plan.recipe.model if step is None or step.model is None else step.model
-    if is_reference(source) and plan.made[str(source)].step is None:
-        source = plan.recipe.models[plan.made[str(source)].name]
     fields = plan.recipe.model_dump(include={"task", "dtype", "device", "revision", "trust_remote_code"})
     if source != plan.recipe.model:
         fields["revision"] = None  # of another repository

@@ -72,7 +72,7 @@ def estimate(plan: ResolvedRecipe) -> list[Estimate]:
 def _needs(plan: ResolvedRecipe, step: Step) -> dict[str, float]:
     """Of one stage; nothing where it is not known."""
     config = step.config
-    if not config.needs.model or (is_reference(step.model) and plan.made[str(step.model)].step is not None):
+    if not config.needs.model or is_reference(step.model):
         return {}
     if config.attach is not None and isinstance(config, TrainingFields):
         return training_needs(load(config.attach), config, model_of(plan, step))

@@ -143,7 +143,7 @@ def why_again(old: StageSummary, job: Job) -> str:
 def _model(plan: ResolvedRecipe, step: Step) -> dict[str, Any]:
     if not step.config.needs.model:
         return {}
-    if is_reference(step.model) and plan.made[str(step.model)].step is not None:
+    if is_reference(step.model):
         return {"model": step.model}
     return {"model": model_of(plan, step).identity()}
 

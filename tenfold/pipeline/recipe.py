@@ -166,21 +166,38 @@ def resolve(values: Mapping[str, Any], where: str) -> ResolvedRecipe:
         step = replace(step, id=_id(entry.get("id"), step.folder, steps, place))
         ids = {str(other.get("id")): number < index for number, other in enumerate(recipe.stages, start=1)}
         _check_model(step, recipe, task, made, place, ids)
-        for key, takes in config.takes().items():
-            if is_reference(getattr(config, key)):
-                look_up(getattr(config, key), made, takes, place, key, ids)
+        step = _with_models(step, recipe, made, place, ids)
+        config = step.config
         steps.append(step)
         for artefact, kind in config.artefacts().items():
             known = Made(reference(step.id, artefact), kind, len(steps) - 1, artefact)
             made[known.reference] = known
-        task = config.task_after(task)
+        if step.model is None or config.leaves_model():
+            task = config.task_after(task)
         if isinstance(config, DataFields):
             read = {key: keys[key] for key in DataFields.model_fields if key in keys}
             if config.data_pool is not None:
                 pools[config.data_pool] = read
             if config.learns and config.data is not None:
                 learnt[_same(config.data)] = {key: getattr(config, key) for key in DataFields.model_fields}
-    return ResolvedRecipe(recipe, tuple(steps), made)
+    return ResolvedRecipe(recipe, tuple(steps), {key: one for key, one in made.items() if one.step is not None})
+
+
+def _with_models(step: Step, recipe: Recipe, made: Mapping[str, Made], place: str, ids: Mapping[str, bool]) -> Step:
+    """The step with its references looked up.
+
+    What stands for a model of the recipe becomes that model, so that it is looked at and hashed like any; what a stage
+    makes stays a reference until the run.
+    """
+    sources = {reference(MODELS, name): source for name, source in recipe.models.items()}
+    changes: dict[str, Any] = {}
+    for key, takes in step.config.takes().items():
+        value = getattr(step.config, key)
+        if is_reference(value):
+            look_up(value, made, takes, place, key, ids)
+            changes |= {key: sources[value]} if value in sources else {}
+    config = step.config.model_copy(update=changes) if changes else step.config
+    return replace(step, config=config, model=sources.get(step.model or "", step.model))
 
 
 def _id(given: Any, folder: str, steps: Sequence[Step], place: str) -> str:
@@ -188,7 +205,9 @@ def _id(given: Any, folder: str, steps: Sequence[Step], place: str) -> str:
     if given is None:
         return folder
     if not isinstance(given, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", given) or given == MODELS:
-        raise ConfigError(f"{place}: id: {given!r} is no name", remedy="use letters, digits, - and _; models is taken")
+        raise ConfigError(
+            f"{place}: id: {given!r} is not a name", remedy="use letters, digits, - and _; models is taken"
+        )
     if given in [step.id for step in steps]:
         raise ConfigError(f"{place}: id: {given!r} names an earlier stage", remedy="give each stage an id of its own")
     return given
@@ -200,7 +219,7 @@ def _check_model(
     """Refuse a stage that lacks a model, or whose model has another head."""
     needs = step.config.needs
     if step.model is not None and (not isinstance(step.model, str) or not needs.model):
-        problem = "works on no model" if not needs.model else f"{step.model!r} is no model"
+        problem = "does not work on a model" if not needs.model else f"{step.model!r} is not a model"
         raise ConfigError(f"{place}: model: {problem}", remedy="give a source as under model, or leave the key out")
     if is_reference(step.model):
         assert step.model is not None

@@ -33,7 +33,7 @@ from tenfold.pipeline.checking import check_model, check_stage, model_of, naming
 from tenfold.pipeline.folder import finish, locked, refuse_foreign, removed_if_refused, sweep, writable
 from tenfold.pipeline.inputs import Job, jobs, other_rows_of, rows_of, why_again
 from tenfold.pipeline.ownership import Owned, check_out, owned
-from tenfold.pipeline.recipe import ResolvedRecipe
+from tenfold.pipeline.recipe import ResolvedRecipe, Step
 from tenfold.pipeline.references import is_reference
 from tenfold.pipeline.stages import load
 from tenfold.report.card import write_card
@@ -133,9 +133,11 @@ def check(plan: ResolvedRecipe) -> list[str]:
             continue
         ref = model_of(plan, step)
         with naming(step) if step.model is not None else nullcontext():
-            if ref not in looked_at and locate(ref.source).kind != "hub":
-                ref.identity()
-        looked_at.add(ref)
+            others = [ModelRef(source) for source in step.config.models().values() if not is_reference(source)]
+            for one in (ref, *others):
+                if one not in looked_at and locate(one.source).kind != "hub":
+                    one.identity()
+                looked_at.add(one)
     lines = []
     for step in plan.steps:
         rows = rows_of(step.config)
@@ -154,7 +156,7 @@ def _stage(at_work: Run, job: Job) -> None:
     folder = out / step.folder
     start, model = at_work.start, at_work.model
     if step.model is not None:
-        start = model = _model(at_work, step.model)
+        start = model = _own_model(at_work, step)
     summary = _finished(out, job, ours)
     if summary is None:
         old = _read(folder)
@@ -172,31 +174,31 @@ def _stage(at_work: Run, job: Job) -> None:
     for made in at_work.plan.made.values():
         if made.step == step.index - 1:
             at_work.paths[made.reference] = str(folder / summary.artefacts[made.name])
-    if model is not None:
+    # A look at another model is no turn to it: later stages go on with the one before, unless this stage made one.
+    if step.model is not None and summary.continues_with is not None:
+        at_work.start = start
+    if model is not None and (step.model is None or summary.continues_with is not None):
         at_work.model = continued(model, folder, summary)
 
 
-def _model(at_work: Run, source: str) -> ModelRef:
-    """The model that a step names: a source, one of the recipe's models, or what an earlier stage made."""
-    plan = at_work.plan
-    made = plan.made.get(source)
-    if made is None or made.step is None:
-        step = next(step for step in plan.steps if step.model == source)
-        return model_of(plan, step)
-    fields = plan.recipe.model_dump(include={"task", "dtype", "device", "trust_remote_code"})
-    ref = ModelRef(source=at_work.paths[source], **fields)
+def _own_model(at_work: Run, step: Step) -> ModelRef:
+    """The model that a step names: a source, or what an earlier stage made."""
+    ref = model_of(at_work.plan, step)
+    if not is_reference(step.model):
+        return ref
     from tenfold.models.open import saved_task
 
-    return replace(ref, task=saved_task(Path(ref.source), ref.task))
+    source = at_work.paths[ref.source]
+    return replace(ref, source=source, task=saved_task(Path(source), ref.task))
 
 
-def resolved(config: StageConfig, paths: dict[str, str], models: dict[str, str]) -> StageConfig:
-    """The configuration with paths and sources where references stood."""
+def resolved(config: StageConfig, paths: dict[str, str]) -> StageConfig:
+    """The configuration with paths where references stood."""
     changes: dict[str, Any] = {}
     for key in config.takes():
         value = getattr(config, key)
         if is_reference(value):
-            changes[key] = paths[value] if value in paths else models[value[len("${models.") : -1]]
+            changes[key] = paths[value]
     return config.model_copy(update=changes) if changes else config
 
 
@@ -310,7 +312,7 @@ def _execute(at_work: Run, job: Job, start: ModelRef | None, model: ModelRef | N
 def _given(at_work: Run, job: Job) -> tuple[StageConfig, Rows | None, dict[str, Rows]]:
     """The configuration and the rows of a stage, with those that earlier stages have made since."""
     step = job.step
-    config = resolved(step.config, at_work.paths, at_work.plan.recipe.models)
+    config = resolved(step.config, at_work.paths)
     if config is step.config:
         return config, job.rows, dict(job.other_rows)
     with naming(step):

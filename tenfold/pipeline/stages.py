@@ -46,7 +46,7 @@ def stages() -> Mapping[str, type[StageConfig]]:
     """All stages by name: the built-in ones, then those of installed packages.
 
     Raises:
-        ConfigError: a package registers a name that is taken, or something that is no stage.
+        ConfigError: a package registers a name that is taken, or something that is not a stage.
     """
     found: dict[str, type[StageConfig]] = {name: load(reference) for name, reference in BUILT_IN.items()}
     for point in entry_points(group=GROUP):

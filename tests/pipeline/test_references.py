@@ -6,8 +6,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from tenfold.errors import ConfigError
+from tenfold.errors import ConfigError, ModelError
 from tenfold.pipeline import run as runner
+from tenfold.pipeline.inputs import jobs
 from tenfold.pipeline.recipe import read_recipe, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -28,7 +29,7 @@ def execute(stages, out, **keys):
         ([REWARD, {"use": "audit", "data": "${judge.adaptor}"}], r"did you mean \${judge.adapter}\?"),
         ([REWARD, {"use": "audit", "data": "${judge.adapter}"}], "is of kind adapter, and rows is asked for"),
         ([REWARD, {**REWARD, "id": "judge"}], "names an earlier stage"),
-        ([{**REWARD, "id": "a b"}], "is no name"),
+        ([{**REWARD, "id": "a b"}], "is not a name"),
         ([{**REWARD, "id": "models"}], "models is taken"),
         ([{"use": "generate", "model": "${models.other}"}], "nothing before"),
         ([{"use": "generate", "model": "${judge.training}"}, REWARD], "the stage judge does not come before it"),
@@ -97,3 +98,33 @@ def test_a_profile_is_inherited_and_spelled_out():
     plan = resolve({"model": "tiny:llama", "stages": stages}, "test")
     assert plan.steps[1].config.profile == "${heads.profile}"
     assert resolve(yaml.safe_load(plan.to_yaml()), "test").steps == plan.steps
+
+
+def test_a_look_at_another_model_is_no_turn_to_it(tmp_path):
+    """Later stages, and what they compare with, go on with the model before; one that trains it turns to it."""
+    write = {"use": "generate", "prompts": ["a"], "max_new_tokens": 2}
+    tune = {"use": "lora", "data": "python-reference", "limit": 4, "steps": 1, "max_length": 32, "holdout": 0.5}
+    stages = [{**write, "model": "tiny:qwen2"}, write, {**tune, "model": "tiny:qwen2"}, write]
+    looked, own, _, turned = execute(stages, tmp_path / "run")
+    (alone,) = execute([write], tmp_path / "alone")
+    assert own.samples == alone.samples
+    assert own.samples[0].outputs["model"] != looked.samples[0].outputs["model"]
+    # before: what the adapter was trained on
+    assert turned.samples[0].outputs["before"] == looked.samples[0].outputs["model"]
+
+
+def test_a_model_of_the_recipe_is_hashed_wherever_it_stands():
+    audit = {"use": "audit", "data": PREFERENCES, "reference": "${models.start}", "max_length": 512}
+    first, second = (
+        resolve({"model": "tiny:llama", "models": {"start": source}, "stages": [audit]}, "test")
+        for source in ("tiny:llama", "tiny:qwen2")
+    )
+    assert first.steps[0].config.reference == "tiny:llama"
+    assert jobs(first)[0].fingerprint != jobs(second)[0].fingerprint
+    assert jobs(first)[0].basis["inputs"]["reference"] != jobs(second)[0].basis["inputs"]["reference"]
+
+
+def test_another_model_that_is_not_there_is_found_by_validate():
+    audit = {"use": "audit", "data": PREFERENCES, "reference": "./nowhere"}
+    with pytest.raises(ModelError, match="nowhere"):
+        runner.check(resolve({"model": "tiny:llama", "stages": [audit]}, "test"))

@@ -160,6 +160,11 @@ def test_a_stage_of_another_package_has_all_that_ours_have(outside, tmp_path):
     again = outside("count", "--data", "notes.txt", "--out", "run")
     assert "again, its code changed" in again.stdout
 
+    (tmp_path / "words.txt").unlink()
+    gone = outside("count", "--data", "notes.txt", "--out", "run")
+    assert gone.returncode == 2
+    assert "01-count: words: no file words.txt" in gone.stderr
+
     wrong = outside("count", "--data", "notes.txt", "--wrds", "x")
     assert wrong.returncode == 2
     assert "--words" in wrong.stderr

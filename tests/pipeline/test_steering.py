@@ -9,9 +9,9 @@ from rich.console import Console
 
 from tenfold import cli, gear, pasta
 from tenfold.attend.autopasta.stage import Asked
+from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.heads import batches_of, margins
 from tenfold.attend.pasta.stage import starred
-from tenfold.attend.pasta.steering import steer
 from tenfold.attend.pasta.tasks import items_of
 from tenfold.data.read import read_rows
 from tenfold.engines.requests import Reply
