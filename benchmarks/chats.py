@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import rows_in, section
 from benchmarks.pasta import interval, keep_steered, shipped
-from tenfold.attend.pasta.steering import steer
+from tenfold.attend.pasta import steer
 from tenfold.attend.text_marks import Marks, MessageSpan, encode, in_chat
 from tenfold.compat import quiet_upstream
 from tenfold.data.text_checks import json_valid, repeats

@@ -15,7 +15,8 @@ from transformers.utils import is_flash_attn_2_available
 from benchmarks.gpu.bench import Bench, Measured
 from benchmarks.gpu.models import in_float64, random_ids, random_llama
 from tenfold.attend.attention import self_attentions
-from tenfold.attend.pasta.steering import log_strength, steer
+from tenfold.attend.pasta import steer
+from tenfold.attend.pasta.steering import log_strength
 from tenfold.attend.text_marks import Marks
 
 ALPHA = 0.01

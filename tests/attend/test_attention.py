@@ -20,8 +20,8 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tenfold.attend.attention import attention, base_implementation, installed, self_attentions
+from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.attention_share import attention_mass
-from tenfold.attend.pasta.steering import steer
 from tenfold.attend.text_marks import encode, from_tags
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.biased import KeyBias

@@ -9,11 +9,11 @@ import torch
 
 from tenfold.attend.autopasta.answering import MODES, Answer, AutoPasta
 from tenfold.attend.autopasta.prompts import QuestionPrompt
+from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.heads import rank
 from tenfold.attend.pasta.likelihood import continuation, likelihood
 from tenfold.attend.pasta.profiles import Profile, all_heads, by_layer, load_profile
 from tenfold.attend.pasta.search import coarse_to_fine
-from tenfold.attend.pasta.steering import steer
 from tenfold.attend.text_marks import Marked, encode
 from tenfold.errors import ConfigError, ModelError, TenfoldError
 from tenfold.models.tiny import tiny_model

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.attention_share import attention_mass
-from tenfold.attend.pasta.steering import steer
 from tenfold.attend.text_marks import encode, from_tags
 from tenfold.errors import ConfigError
 from tenfold.models.tiny import tiny_model

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GPTJConfig, GPTJForCausalLM, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from tenfold.attend.attention import installed, self_attentions
+from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.profiles import (
     Profile,
     all_heads,
@@ -23,7 +24,7 @@ from tenfold.attend.pasta.profiles import (
     parse_heads,
     save_profile,
 )
-from tenfold.attend.pasta.steering import log_strength, steer
+from tenfold.attend.pasta.steering import log_strength
 from tenfold.attend.text_marks import Marks
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.tiny import tiny_model

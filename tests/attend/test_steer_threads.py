@@ -8,8 +8,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from tenfold.attend import masformer
 from tenfold.attend.attention import installed
+from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.attention_share import attention_mass
-from tenfold.attend.pasta.steering import steer
 from tenfold.attend.text_marks import Marks
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.local import AttentionWindow

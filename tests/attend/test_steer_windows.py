@@ -10,8 +10,8 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from tenfold.attend import masformer
 from tenfold.attend.attention import self_attentions
+from tenfold.attend.pasta import lifts, steer
 from tenfold.attend.pasta.profiles import Profile, describe_model
-from tenfold.attend.pasta.steering import lifts, steer
 from tenfold.attend.text_marks import Marks
 from tenfold.cache.spans import SpanCache
 from tenfold.errors import ConfigError, TenfoldError

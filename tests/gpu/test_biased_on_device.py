@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tenfold.attend.pasta.steering import steer
+from tenfold.attend.pasta import steer
 from tenfold.attend.text_marks import encode, from_tags
 from tenfold.kernels.biased import KeyBias, biased_mask, merge_parts, split_heads, with_key_channel
 from tenfold.models.tiny import tiny_model

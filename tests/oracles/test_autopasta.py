@@ -10,9 +10,10 @@ import torch
 from tenfold.attend.autopasta.answering import AutoPasta
 from tenfold.attend.autopasta.quote_matching import bag_of_words, locate_quote
 from tenfold.attend.autopasta.sentences import sentences
+from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.likelihood import likelihood
 from tenfold.attend.pasta.search import coarse_to_fine
-from tenfold.attend.pasta.steering import log_strength, steer
+from tenfold.attend.pasta.steering import log_strength
 from tenfold.attend.text_marks import encode
 from tenfold.evaluate.compare import paired_metric
 from tenfold.evaluate.qa import exact_match, token_f1

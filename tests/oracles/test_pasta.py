@@ -10,9 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.heads import intersect
 from tenfold.attend.pasta.profiles import load_profile
-from tenfold.attend.pasta.steering import log_strength, steer
+from tenfold.attend.pasta.steering import log_strength
 from tenfold.attend.text_marks import Marks, encode, from_spans, tokens_of
 from tenfold.data.text_checks import json_contains, json_valid, pronouns_changed
 from tenfold.kernels.biased import KeyBias, biased_mask, merge_parts, split_heads, with_key_channel

@@ -25,40 +25,12 @@ from transformers import PreTrainedModel
 
 from tenfold.attend.attention import base_implementation, installed, self_attentions
 from tenfold.attend.pasta.blocks import Block, LayerHook, PromptBias, reading
-from tenfold.attend.pasta.profiles import Profile, load_profile, save_profile
+from tenfold.attend.pasta.profiles import Profile, load_profile
 from tenfold.attend.reach import Heads, heads_by_layer, sights, split
 from tenfold.attend.text_marks import (
-    Marked,
     Marks,
-    MessageSpan,
-    TextSpan,
-    encode,
-    from_messages,
-    from_spans,
-    from_substrings,
-    from_tags,
-    in_chat,
 )
 from tenfold.errors import ConfigError, ModelError
-
-__all__ = [
-    "Marked",
-    "Marks",
-    "MessageSpan",
-    "Profile",
-    "Steered",
-    "TextSpan",
-    "encode",
-    "from_messages",
-    "from_spans",
-    "from_substrings",
-    "from_tags",
-    "in_chat",
-    "load_profile",
-    "log_strength",
-    "save_profile",
-    "steer",
-]
 
 LIMIT = 30.0
 """Log-strengths are cut here: alpha = 0 is allowed, and a row that sees no marked key still has a softmax."""
