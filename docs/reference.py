@@ -19,7 +19,7 @@ from tenfold.pipeline.stages import stages, verbs
 DOCS = Path(__file__).parent
 
 WITH = {"gear": (CacheConfig,)}
-"""Stage -> configurations that are no stage, explained on its page."""
+"""Stage -> further configurations that are explained on its page."""
 
 
 def described() -> dict[str, type[StageConfig]]:

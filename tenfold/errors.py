@@ -57,6 +57,6 @@ class RunError(TenfoldError, RuntimeError):
 
 
 class FolderError(RunError):
-    """A folder that is no run, or that is not ours to write into."""
+    """A folder that is not a run, or that is not ours to write into."""
 
     exit_code = 2

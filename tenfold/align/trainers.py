@@ -329,7 +329,7 @@ def _check_ids(ids: Sequence[Any]) -> None:
     seen = set()
     for index, id in enumerate(ids):
         if id is None or isinstance(id, list | dict) or id in seen:
-            said = "comes twice" if isinstance(id, str | int) else "is no name"
+            said = "comes twice" if isinstance(id, str | int) else "is not a name"
             raise DataError(
                 f"train_dataset, row {index}: the id {id!r} {said}",
                 remedy="give each pair an id of its own, text or a number, or remove the column",

@@ -237,7 +237,7 @@ def from_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templ
         **template: as in `in_chat`.
 
     Raises:
-        DataError: content that is no text, an emphasis that is no number above 0; as `in_chat`.
+        DataError: content that is not text, an emphasis that is not a number above 0; as `in_chat`.
 
     >>> from tenfold.models.tiny import tiny_tokenizer
     >>> messages = [{"role": "user", "content": [{"type": "text", "text": "Why? "},

@@ -45,8 +45,8 @@ class AutoPastaConfig(SteeringFields, DataFields):
     max_spans: Annotated[int, Field(ge=1)] = 1
     """Most sentences that are emphasised; the paper marks one. More for answers that two sentences hold together."""
     embedder: Literal["words", "model"] = "words"
-    """What finds a quote that is no copy: words, rare ones above all, or the model's own last hidden states, for
-    quotes in other words."""
+    """What finds the sentence when the quote is not verbatim: shared words, rare ones above all, or the model's own
+    last hidden states, for quotes in other words."""
     max_quote_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest quote, in tokens; more for long sentences."""
     max_answer_tokens: Annotated[int, Field(ge=1)] = 16

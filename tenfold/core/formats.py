@@ -96,7 +96,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes of a token, packed along its channels.
 
     Channels are laid out in planes: a byte of width w holds channels j, j + c, j + 2c, ... with c = channels * w / 8,
-    so that a kernel unpacks whole vectors by shifts. A number of channels that is no multiple of 8 is filled up.
+    so that a kernel unpacks whole vectors by shifts. A number of channels that is not a multiple of 8 is padded.
 
     Args:
         codes: ``[..., channels]``, uint8, below ``2**bits``.

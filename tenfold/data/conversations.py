@@ -38,7 +38,7 @@ def in_messages(record: RawRow, values: Mapping[str, Any]) -> dict[str, Any]:
         values: its columns under our names.
 
     Raises:
-        DataError: an unknown ``from``, a part that is no text, or a completion to a conversation of several turns.
+        DataError: an unknown ``from``, a part that is not text, or a completion to a conversation of several turns.
 
     >>> row = {"conversations": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]}
     >>> in_messages(RawRow("row 1", row), row)["messages"][1]

@@ -42,7 +42,7 @@ def post(url: str, payload: Mapping[str, Any], *, timeout: float, key: str | Non
         key: sent as a bearer token.
 
     Raises:
-        TransportError: no connection, silence, an error status, or an answer that is no JSON.
+        TransportError: no connection, silence, an error status, or an answer that is not JSON.
     """
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(url, json.dumps(payload).encode(), headers)

@@ -20,7 +20,7 @@ _GIVE = "give demo, tiny:<kind>, a folder, a .gguf file or a hub id (owner/name)
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a name that is no file or folder here can be meant for the hub.
+    """Whether a name that is neither a file nor a folder here can be meant for the hub.
 
     Names of the form ``owner/name`` are, unless they look like a path with a slip: the folder ``owner`` is here, and
     one in it has nearly that name, with the same digits (so ``Qwen/Qwen3-4B`` is not mistaken for a local

@@ -127,7 +127,7 @@ def test_margins_are_those_of_their_ids(tmp_path, make):
 
 @BOTH
 @pytest.mark.parametrize(("ids", "said"), [(["a", "b", "a"], "row 2: the id 'a' comes twice"), ([None] * 3, "row 0"),
-                                           ([[1], [2], [3]], "is no name")])  # fmt: skip
+                                           ([[1], [2], [3]], "is not a name")])  # fmt: skip
 def test_ids_that_tell_no_pairs_apart_are_refused(tmp_path, make, ids, said):
     with pytest.raises(DataError, match=said):
         trainer(make, tmp_path, [{**row, "id": id} for row, id in zip(pairs(3), ids, strict=True)])

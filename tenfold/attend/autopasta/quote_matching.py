@@ -325,7 +325,7 @@ def _check(min_similarity: float, max_spans: int) -> None:
     if max_spans < 1:
         raise ConfigError(f"max_spans: {max_spans} is below 1", remedy="give 1 or more; the paper marks 1")
     if not -1 <= min_similarity <= 1:
-        raise ConfigError(f"min_similarity: {min_similarity} is no cosine", remedy="give a number from -1 to 1")
+        raise ConfigError(f"min_similarity: must be in [-1, 1], got {min_similarity}", remedy="give a cosine")
 
 
 def _checked_spans(spans: Sequence[tuple[int, int]], context: str) -> list[tuple[int, int]]:
