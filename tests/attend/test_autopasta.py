@@ -217,7 +217,7 @@ def test_braces_in_texts(opened):
         ({"heads": {0: [9]}}, "head 9"),
         ({"heads": None, "profile": "no-such-one"}, "no-such-one"),
         ({"max_spans": 0}, "max_spans: 0"),
-        ({"min_similarity": 2}, "min_similarity: 2"),
+        ({"min_similarity": 2}, r"min_similarity: must be in \[-1, 1\], got 2"),
         ({"max_answer_tokens": 0}, "max_answer_tokens"),
     ],
 )

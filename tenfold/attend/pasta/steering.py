@@ -112,6 +112,7 @@ def steer(
 
     Source: section 2 of the paper; departures in docs/papers.md.
 
+    >>> from tenfold.attend.text_marks import encode, from_tags
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")
     >>> marks = encode(opened.tokenizer, [from_tags("It was <mark>red</mark>, she said.")])
@@ -173,6 +174,7 @@ def log_strength(marks: Marks, alpha: float, *, keep_sink: bool = False) -> Tens
     Returns:
         ``[batch, tokens]``, float32, within [-30, 30]; all 0 in rows without marks.
 
+    >>> from tenfold.attend.text_marks import encode, from_spans
     >>> from tenfold.models.tiny import tiny_model
     >>> marks = encode(tiny_model("llama").tokenizer, [from_spans("abcd", [(1, 2), (2, 3, 0.5)]), "abcd"])
     >>> log_strength(marks, 0.01)
