@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import itertools
@@ -199,13 +200,15 @@ def read_rows(
     _check_columns(columns)
     opened = open_source(source)
     reading = _Reading(kind=rows)
-    renamed = ((record, _rename(record, columns)) for record in itertools.islice(opened.records, limit))
-    for record, named in with_labels(renamed, classification=rows == "classification"):
-        values = as_texts(record, in_messages(record, named), reading.told)
-        if not opened.editable and _is_blank_text(values):
-            reading.blank += 1
-            continue
-        reading.add(record, values)
+    # Closed here: a file left to the garbage collector stays open for as long as an error's traceback is kept.
+    with contextlib.closing(opened.records) as records:
+        renamed = ((record, _rename(record, columns)) for record in itertools.islice(records, limit))
+        for record, named in with_labels(renamed, classification=rows == "classification"):
+            values = as_texts(record, in_messages(record, named), reading.told)
+            if not opened.editable and _is_blank_text(values):
+                reading.blank += 1
+                continue
+            reading.add(record, values)
     if reading.kind is None or not reading.items:
         raise DataError(f"{source}: has no rows", remedy="give a file with at least one row")
     return Rows(

@@ -12,7 +12,7 @@ import gzip
 import itertools
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os.path import expanduser  # Path.expanduser raises where there is no such user
 from pathlib import Path
@@ -45,10 +45,11 @@ class RawRow:
 class Source:
     """Raw records and what a reader must be told about how they were obtained.
 
-    ``editable`` is False where the user cannot mend a row (hub data sets).
+    Who stops before the end of ``records`` closes them, and with them the file. ``editable`` is False where the user
+    cannot mend a row (hub data sets).
     """
 
-    records: Iterable[RawRow]
+    records: Generator[RawRow]
     notes: tuple[str, ...] = ()
     editable: bool = True
 
@@ -61,7 +62,8 @@ def open_source(source: str) -> Source:
     """
     if source == "python-reference":
         topics, notes = python_reference()
-        return Source([RawRow(f"topic {name!r}", {"id": name, "text": text}) for name, text in topics.items()], notes)
+        rows = (RawRow(f"topic {name!r}", {"id": name, "text": text}) for name, text in topics.items())
+        return Source(rows, notes)
     if source.partition(":")[0] == "step-audit":
         items = enumerate(from_source(source), start=1)
         return Source(RawRow(f"{source}, row {number}", preference_values(item)) for number, item in items)
@@ -163,7 +165,7 @@ def _conversion(path: Path, encoding: str) -> str:
     return f"{source}iconv -f {encoding} -t UTF-8{file} > {shlex.quote(str(target))}"
 
 
-def _jsonl(path: Path) -> Iterator[RawRow]:
+def _jsonl(path: Path) -> Generator[RawRow]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -178,7 +180,7 @@ def _jsonl(path: Path) -> Iterator[RawRow]:
         yield RawRow(place, _object(values, place))
 
 
-def _json(path: Path) -> Iterator[RawRow]:
+def _json(path: Path) -> Generator[RawRow]:
     text = "".join(_lines(path))
     if not text.strip():
         return
@@ -215,7 +217,7 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _csv(path: Path, delimiter: str) -> Iterator[RawRow]:
+def _csv(path: Path, delimiter: str) -> Generator[RawRow]:
     # The module's limit of 128 KiB per field is a process-wide setting: lift it for this read only.
     limit = csv.field_size_limit(2**31 - 1)
     start = 1
@@ -255,7 +257,7 @@ def _header(fields: list[str], place: str) -> list[str]:
     return names
 
 
-def _parquet(path: Path) -> Iterator[RawRow]:
+def _parquet(path: Path) -> Generator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -273,7 +275,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         ) from None
 
 
-def _folder(path: Path) -> Iterator[RawRow]:
+def _folder(path: Path) -> Generator[RawRow]:
     files = sorted(
         file
         for file in path.rglob("*")
@@ -288,7 +290,7 @@ def _folder(path: Path) -> Iterator[RawRow]:
     yield from _text_files(files, path)
 
 
-def _text_files(files: Iterable[Path], root: Path) -> Iterator[RawRow]:
+def _text_files(files: Iterable[Path], root: Path) -> Generator[RawRow]:
     for file in files:
         yield RawRow(str(file), {"id": file.relative_to(root).as_posix(), "text": "".join(_lines(file))})
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import gzip
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -128,6 +130,21 @@ def test_repeated_rows_without_an_id_are_left_out_and_counted(tmp_path):
     assert [row.text for row in rows] == ["a", "b"]
     assert "1 rows without an id repeat" in rows.notes[0]
     assert "line 3" in rows.notes[0]
+
+
+def open_files(path):
+    return [o for o in gc.get_objects() if type(o) is io.FileIO and o.name == str(path) and not o.closed]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "jsonl.gz"])
+def test_a_file_is_closed_while_the_error_about_its_row_is_still_held(tmp_path, kind):
+    path = tmp_path / f"d.{kind}"
+    rows = "prompt,completion\n1,\n2,b\n" if kind == "csv" else '{"prompt": "1"}\n{"prompt": "2"}\n'
+    path.write_bytes(gzip.compress(rows.encode()) if kind.endswith("gz") else rows.encode())
+    with pytest.raises(DataError, match=r"line \d") as caught:
+        read_rows(str(path))
+    assert caught.tb is not None
+    assert not open_files(path)
 
 
 def test_limit_reads_no_further(tmp_path):
