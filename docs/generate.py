@@ -34,7 +34,10 @@ def text(path: str) -> str:
     written = pages()[path]()
     if path.endswith(".svg"):
         return written
-    source = f"and docs/results/notes/{Path(path).name}" if path.startswith("results/") else "and docstrings"
+    notes = DOCS / "results/notes" / Path(path).name
+    source = (
+        f"and docs/{notes.relative_to(DOCS)}" if path.startswith("results/") and notes.exists() else "and docstrings"
+    )
     return f"<!-- Written by `python -m docs.generate` from the code {source}: edit those. -->\n\n{written}"
 
 

@@ -1,7 +1,8 @@
 """Pages of results: the tables of the benchmarks' rows, each under its command, with what was written about it by hand.
 
-`docs/results/notes/NAME.md` holds the hand-written part: what stands before its first heading opens the page, a section
-whose heading is that of a table follows this table, and the other sections (what no row backs) stand at the end.
+A method with a page and rows in `benchmarks/results/NAME.jsonl` has one. `docs/results/notes/NAME.md` holds the
+hand-written part, if there is one: what stands before its first heading opens the page, a section whose heading is that
+of a table follows this table, and the other sections (what no row backs) stand at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ FURTHER = {
 """Method -> tables of it that stand in other benchmarks."""
 TABLES = {
     path.stem: (f"{path.stem}:table", *FURTHER.get(path.stem, ()))
-    for path in sorted((DOCS / "results/notes").glob("*.md"))
+    for path in sorted((DOCS.parent / "benchmarks/results").glob("*.jsonl"))
+    if (DOCS / f"methods/{path.stem}.md").exists()
 }
 """Method -> functions of `benchmarks` that print Markdown, each table under a heading (`benchmarks.section`)."""
 
@@ -50,7 +52,8 @@ def _printed(reference: str) -> str:
 
 def _noted(name: str) -> str:
     """The hand-written part; its links are those of a page one folder higher."""
-    text = (DOCS / f"results/notes/{name}.md").read_text(encoding="utf-8")
+    notes = DOCS / f"results/notes/{name}.md"
+    text = notes.read_text(encoding="utf-8") if notes.exists() else ""
     return text.replace("](../", "](")
 
 

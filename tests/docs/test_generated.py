@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from docs import generate, measured
+from docs.nav import filled
 from docs.reference import described, kind
 
 DOCS = Path(generate.__file__).parent
@@ -74,7 +75,7 @@ def test_anchors_lead_to_a_heading(page):
 
 
 def test_the_site_lists_every_page():
-    nav = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())["nav"]
+    nav = filled(yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())["nav"])
     listed = re.findall(r"[\w/-]+\.md", str(nav))
     pages = [str(path.relative_to(DOCS)) for path in WRITTEN]
     assert sorted(listed) == pages, f"put under nav in mkdocs.yml: {sorted({*pages} - {*listed})}"
