@@ -33,7 +33,7 @@ from benchmarks.adalora_defaults import defaults, defaults_table, wide
 from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
 from tenfold.compat import quiet_upstream
-from tenfold.config.adalora import AdaLoraConfig
+from tenfold.config.adalora import AdaLoraConfig, AdaLoraPaper
 from tenfold.config.lora import LoraConfig
 from tenfold.config.training import TrainingFields
 from tenfold.data.encode import encode
@@ -107,7 +107,9 @@ def attach_ours(model, size: str, rate: float, importance: str = "full"):
     """Ours, at the number of parameters that LoRA of this rank has."""
     per_rank = sum(slot.in_features + slot.out_features for slot in layer_map(model).select(["all-linear"]))
     budget = SMALL if size == "small" else int(size) * per_rank
-    config = AdaLoraConfig(budget=str(budget), init="normal", gamma=GAMMA, importance=importance, **fields(rate))
+    config = AdaLoraConfig(
+        budget=str(budget), paper=AdaLoraPaper(init="normal"), gamma=GAMMA, importance=importance, **fields(rate)
+    )
     handle = adalora.attach(model, config)
     handle.model.tenfold_handle = handle  # keeps it alive as long as its model
     return handle.model, config, [], lambda: handle.attached()["exported parameters"]

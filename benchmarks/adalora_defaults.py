@@ -48,10 +48,10 @@ SETS = {"python": 32, "e2e": 48, "wiki": 32}
 """Data sets and tokens per sequence."""
 SCORED = {"validation": 16, "test": 24}
 """Sequences scored."""
-_PAPER = {"init": "normal"}
+_PAPER = {"paper": {"init": "normal"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "start as lora, 1e-3": {"learning_rate": 1e-3, "init": "lora"},
+    "start as lora, 1e-3": {"learning_rate": 1e-3},
     "3e-3": {"learning_rate": 3e-3, **_PAPER},
     "5e-3": {"learning_rate": 5e-3, **_PAPER},
     "1e-2": {"learning_rate": 1e-2, **_PAPER},

@@ -33,7 +33,7 @@ from tenfold.attend.attention import self_attentions
 from tenfold.attend.masformer.conversion import Placement, choose_heads, convert, place, profile_heads
 from tenfold.cache.spans import own_cache
 from tenfold.compat import quiet_upstream
-from tenfold.config.adalora import AdaLoraConfig
+from tenfold.config.adalora import AdaLoraConfig, AdaLoraPaper
 from tenfold.config.lora import LoraConfig
 from tenfold.data.encode import Encoded
 from tenfold.evaluate.long_context import copying, needle, repeated
@@ -212,7 +212,7 @@ RECOVERIES: dict[str, tuple[AdaLoraConfig | LoraConfig, int]] = {
     "hidden states, lora": (LoraConfig(distil=1.0, learning_rate=5e-3, budget="0.4%"), 4),
     "hidden states, lora, no sinks": (LoraConfig(distil=1.0, learning_rate=5e-3, budget="0.4%"), 0),
     "hidden states, adalora": (
-        AdaLoraConfig(distil=1.0, init="normal", learning_rate=1e-2, gamma=1e-3, budget="0.4%"),
+        AdaLoraConfig(distil=1.0, paper=AdaLoraPaper(init="normal"), learning_rate=1e-2, gamma=1e-3, budget="0.4%"),
         4,
     ),
     "text alone, lora": (LoraConfig(learning_rate=5e-4, budget="0.4%"), 4),

@@ -44,7 +44,7 @@ from tenfold.align.preferences import StepRewards, corrupt, irrational, stochast
 from tenfold.align.r3m.losses import PairLoss, pair_loss, perturbation, r3m_loss
 from tenfold.compat import quiet_upstream
 from tenfold.config.lora import LoraConfig
-from tenfold.config.r3m import AUDIT_LAM, RobustFields
+from tenfold.config.r3m import AUDIT_LAM, R3MPaper, RobustFields
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Preference
@@ -560,9 +560,9 @@ def _found(margins: Tensor, mask: list[bool], method: str, knob: float) -> dict[
 
 TUNED = (("bt", RobustFields(loss="bt")), ("r3m .75", RobustFields(lam=0.75)), ("r3m .5", RobustFields(lam=0.5)),
          ("r3m .25", RobustFields(lam=0.25)),
-         ("trimmed .9", RobustFields(loss="trimmed", lam=0.9, lam_warmup=0.5)),
-         ("cdpo .2", RobustFields(loss="cdpo", smoothing=0.2)),
-         ("rdpo .2", RobustFields(loss="rdpo", smoothing=0.2)))  # fmt: skip
+         ("trimmed .9", RobustFields(loss="trimmed", lam=0.9, paper=R3MPaper(lam_warmup=0.5))),
+         ("cdpo .2", RobustFields(loss="cdpo", paper=R3MPaper(smoothing=0.2))),
+         ("rdpo .2", RobustFields(loss="rdpo", paper=R3MPaper(smoothing=0.2))))  # fmt: skip
 STEPS, SHARE, BETA = 3, 0.2, 0.5
 """Operations of a problem, share of flipped labels, DPO's beta; at 0.1 nothing would ever be flagged."""
 

@@ -41,6 +41,8 @@ def options(name: str) -> str:
     ]
     for title, keys in _groups(stage):
         parts += [f"## {title}", _table(stage, keys)]
+    for group, config in stage.groups().items():
+        parts += [f"## `{group}`", _prose(config.__doc__ or ""), _table(config, list(config.model_fields), f"{group}.")]
     for config in WITH.get(name, ()):
         parts += [f"## {_title(config)}", _table(config, list(config.model_fields))]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -64,18 +66,18 @@ def _groups(config: type[Config]) -> Iterator[tuple[str, list[str]]]:
             yield ("Its own" if owner is config else _title(owner)), keys
 
 
-def _table(config: type[Config], keys: list[str]) -> str:
+def _table(config: type[Config], keys: list[str], group: str = "") -> str:
     schema = config.model_json_schema()["properties"]
     lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
     for key in keys:
-        field = schema[key]
-        cells = (f"`{key}`", kind(field), _default(field), _prose(config.model_fields[key].description or ""))
+        field = {"type": "group", "default": None} if key in config.groups() else schema[key]
+        cells = (f"`{group}{key}`", kind(field), _default(field), _prose(config.model_fields[key].description or ""))
         lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-KINDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
+KINDS = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text", "group": "group"}
 
 
 def kind(schema: dict[str, Any]) -> str:
@@ -118,7 +120,8 @@ def command_line() -> str:
         "A verb says what happens to the model, `--method` says how. The flags of a method are its "
         "[options](recipe.md#stages): `max_length` is `--max-length 512`, a list is written with spaces "
         "(`--tasks perplexity speed`), true and false as `--packing` and `--no-packing`, names and values in turns "
-        "(`--columns prompt question`). `tenfold VERB --help` prints them; `--debug` shows the traceback of an error.",
+        "(`--columns prompt question`), a key of a group with its group (`--paper.init normal`). `tenfold VERB --help` "
+        "prints them; `--debug` shows the traceback of an error.",
         "Exit codes: 0 done, 1 failed while working, 2 bad input, 130 interrupted.",
     ]
     for verb, command in cli.COMMANDS.items():

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction
 
 import tenfold
 from tenfold.compat import quiet_upstream
 from tenfold.config.base import Config
 from tenfold.config.stage import StageConfig
 from tenfold.errors import ConfigError, TenfoldError
-from tenfold.flags import in_our_words, readable_help
+from tenfold.flags import flags_of, in_our_words, readable_help
 
 EXAMPLES = {
     "run": (
@@ -149,21 +149,25 @@ class _RefusedError(Exception):
         self.error = error
 
 
-def _checked(config_class: Any, where: str) -> Any:
+def _checked(config_class: Any, where: str, group: str = "") -> Any:
     """The class with errors in our words."""
+    groups = {key: _checked(kind, where, f"{key}.") for key, kind in config_class.groups().items()}
 
     class Checked(config_class):
         __doc__ = _plain(config_class.__doc__ or "")
+        __annotations__ = groups
+        locals().update({key: kind() for key, kind in groups.items()})
 
         def __init__(self, **values: Any) -> None:
             try:
                 config_class.parse(values, where)
             except ConfigError as error:
-                raise _RefusedError(error) from None
+                problem = error.problem.replace(f"{where}: ", f"{where}: {group}")
+                raise _RefusedError(ConfigError(problem, error.remedy)) from None
             super().__init__(**values)
 
     for field in Checked.model_fields.values():
-        field.description = _plain(field.description or "")
+        field.description = " ".join(_plain(field.description or "").split())
     return Checked
 
 
@@ -325,8 +329,8 @@ def _stage_verb(verb: str, arguments: list[str]) -> int:
         return _execute(plan, out or Path("runs") / f"{use}-{settings}")
 
     command.__annotations__ = {
-        "model": Annotated[model_class, OmitArgPrefixes],
-        "method": Annotated[config_class, OmitArgPrefixes],
+        "model": Annotated[model_class, tyro.conf.arg(name="")],
+        "method": Annotated[config_class, tyro.conf.arg(name="")],
         "out": Annotated[Path | None, tyro.conf.arg(help="The run folder. Default: runs/METHOD-HASH.")],
         "return": int,
     }
@@ -370,14 +374,14 @@ def _elsewhere(here: Sequence[type[Config]]) -> dict[str, str]:
     """Flags of other methods, and where they belong."""
     from tenfold.pipeline.stages import stages, verbs
 
-    own = {key for cls in here for key in cls.model_fields}
+    own = flags_of(here)
     found: dict[str, str] = {}
     for name, other in stages().items():
         default = verbs()[other.verb][0] == name
         named = f"tenfold {other.verb}" if default else f"tenfold {other.verb} --method {name}"
-        for key in other.model_fields:
-            if key not in own:
-                found.setdefault(f"--{key.replace('_', '-')}", named)
+        for flag in flags_of([other]):
+            if flag not in own:
+                found.setdefault(flag, named)
     return found
 
 

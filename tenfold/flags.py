@@ -18,6 +18,23 @@ FREE_TEXT = {"generate": "--prompts", "steer": "--prompts", "run": "--set", "val
 """Verb -> the flag that a word without one was probably meant for; of all others it is the data."""
 
 
+def flags_of(classes: Iterable[type[Config]], group: str = "") -> dict[str, tuple[str, type[Config]]]:
+    """By flag its key and the class that has it.
+
+    >>> from tenfold.config.r3m import RobustFields
+    >>> list(flags_of([RobustFields]))
+    ['--loss', '--lam', '--budget', '--paper.smoothing', '--paper.lam-warmup']
+    """
+    found: dict[str, tuple[str, type[Config]]] = {}
+    for cls in classes:
+        for key in cls.model_fields:
+            if key in cls.groups():
+                found |= flags_of([cls.groups()[key]], f"{key}.")
+            elif key != "model":
+                found[f"--{group}{key.replace('_', '-')}"] = (key, cls)
+    return found
+
+
 @contextmanager
 def in_our_words(
     verb: str, arguments: Sequence[str], classes: Iterable[type[Config]], example: str, elsewhere: Mapping[str, str]
@@ -41,7 +58,7 @@ def in_our_words(
     except ImportError:
         yield
         return
-    fields = {f"--{key.replace('_', '-')}": (key, cls) for cls in classes for key in cls.model_fields if key != "model"}
+    fields = flags_of(classes)
 
     def refuse(event: Any) -> None:
         kind = type(event).__name__
@@ -94,7 +111,9 @@ def _unrecognised(verb: str, token: str, flags: Sequence[str], elsewhere: Mappin
     name = token.partition("=")[0].replace("_", "-")
     if name == "--model":
         raise ConfigError(f"tenfold {verb}: the model has no flag, it comes first", remedy=f"write it as in: {example}")
-    near = difflib.get_close_matches(name, flags, n=1)
+    short = {f"--{flag.rpartition('.')[2]}": flag for flag in flags if "." in flag}
+    near = difflib.get_close_matches(name, [*flags, *short], n=1)
+    near = [short.get(flag, flag) for flag in near]
     if name in elsewhere:
         raise ConfigError(f"tenfold {verb}: {name} belongs to {elsewhere[name]}", remedy=f"{elsewhere[name]} --help")
     _refuse(verb, f"unknown flag {token}{f'; did you mean {near[0]}?' if near else ''}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.gpu.bench import Bench, Measured, Shape
 from benchmarks.gpu.models import in_float64, random_ids, random_llama
 from tenfold.adapt import adalora
-from tenfold.config.adalora import AdaLoraConfig
+from tenfold.config.adalora import AdaLoraConfig, AdaLoraPaper
 
 MANY = 10**6
 RANK = 12
@@ -45,7 +45,9 @@ def _attached(model: Any, way: str) -> tuple[Any, Callable[[], None], Any]:
     phases = {"tinit": MANY - 2 if "no allocation" in way else 0, "tfinal": 1, "interval": 1, "steps": MANY}
     importance = "light" if "light" in way else "full"
     # With P at zero lambda has no gradient in the first step, so the light scores that are checked would all be zero.
-    config = AdaLoraConfig(rank=8, initial_rank=RANK, importance=importance, init="normal", **phases)
+    config = AdaLoraConfig(
+        rank=8, initial_rank=RANK, importance=importance, paper=AdaLoraPaper(init="normal"), **phases
+    )
     handle = adalora.attach(model, config)
     return handle.model, lambda: None, handle
 

@@ -128,7 +128,7 @@ class _Robust(Trainer):
 
     @property
     def _warming(self) -> bool:
-        return self.state.global_step < self.robust.lam_warmup * self.state.max_steps
+        return self.state.global_step < self.robust.paper.lam_warmup * self.state.max_steps
 
     @property
     def _now(self) -> tuple[PairLoss, float]:
@@ -173,7 +173,7 @@ class _Robust(Trainer):
                 "float32",
             )
         loss, lam = self._now
-        losses = pair_loss(margin, loss, lam=lam, smoothing=self.robust.smoothing)
+        losses = pair_loss(margin, loss, lam=lam, smoothing=self.robust.paper.smoothing)
         self._note(margin.detach().float(), ids, lam)
         return losses
 
@@ -250,7 +250,7 @@ class R3MDPOTrainer(_Robust, DPOTrainer):
 
     Sections 2.5 and 6.
 
-    >>> robust = RobustFields(lam=0.8, lam_warmup=0.05)
+    >>> robust = RobustFields(lam=0.8)
     >>> trainer = R3MDPOTrainer(model, args=args, train_dataset=pairs, robust=robust)  # doctest: +SKIP
     >>> trainer.train().training_loss, trainer.margins()["pair-1"]  # doctest: +SKIP
     (0.62, 0.35)
@@ -317,7 +317,7 @@ def _refuse_other_losses(args: Any) -> None:
         "f_divergence_type": ("reverse_kl", "leave it out"),
         "ld_alpha": (None, "leave it out"),
         "use_weighting": (False, "leave it out"),
-        "label_smoothing": (0.0, "TRL's sigmoid loss ignores it: set loss to cdpo and give smoothing"),
+        "label_smoothing": (0.0, "TRL's sigmoid loss ignores it: set loss to cdpo and give paper.smoothing"),
     }
     for name, (value, remedy) in wanted.items():
         if getattr(args, name) != value:

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from tenfold.config.base import Config
 from tenfold.config.budget import BudgetText, adapter_budget, parse_budget
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind
@@ -26,6 +27,23 @@ StepSpan = Annotated[int | float, BeforeValidator(_check_span)]
 """A number of optimizer steps: an integer counts them, a float below 1 is a share of all."""
 
 Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+class AdaLoraPaper(Config):
+    """What the paper and its published code do another way than the default; no measurement favours it."""
+
+    init: Literal["lora", "normal", "orthonormal"] = "lora"
+    """How P, lambda and Q start; the model is unchanged under each. ``lora``: 0, 1 and as LoRA's A, so that training
+    begins as LoRA's does and its learning rates serve (not in the paper). ``normal``: lambda is 0, and P and Q are
+    normal with standard deviation 0.02 (the published code); short runs then want ten times the rate. ``orthonormal``:
+    lambda is 0, and the penalty starts at zero at every width."""
+    orthogonality: Literal["mean_norm", "sum_squared"] = "mean_norm"
+    """``mean_norm``: the mean of un-squared norms, which the published code minimises and every published gamma was
+    tuned for. ``sum_squared``: the sum of squared norms, which the paper prints (section 3.1); turn it
+    to repeat that."""
+    sensitivity_at: Literal["after", "before"] = "after"
+    """Weights from after the optimizer step (the published code) or from before it (algorithm 1); turn it to repeat
+    that."""
 
 
 class AdaLoraConfig(TextTrainingFields):
@@ -80,21 +98,9 @@ class AdaLoraConfig(TextTrainingFields):
     gamma: Annotated[float, Field(ge=0)] = 0.1
     r""":math:`\gamma` of the orthogonality penalty (section 3.1; the paper's runs: 0.1, 0.3 or 0.5). Raise it where
     triplets of one matrix grow alike; 0 is off."""
-    orthogonality: Literal["mean_norm", "sum_squared"] = "mean_norm"
-    """``mean_norm``: the mean of un-squared norms, which the published code minimises and every published gamma was
-    tuned for. ``sum_squared``: the sum of squared norms, which the paper prints (section 3.1); turn it
-    to repeat that."""
-    init: Literal["lora", "normal", "orthonormal"] = "lora"
-    """How P, lambda and Q start; the model is unchanged under each. ``lora``: 0, 1 and as LoRA's A, so that training
-    begins as LoRA's does and its learning rates serve (not in the paper). ``normal``: lambda is 0, and P and Q are
-    normal with standard deviation 0.02 (the published code); short runs then want ten times the rate. ``orthonormal``:
-    lambda is 0, and the penalty starts at zero at every width."""
     importance: Literal["full", "light"] = "full"
     """``full``: score all entries of a triplet (section 3.2). ``light``: score lambda alone, at a fraction of the time
     and memory; it keeps nearly the same triplets."""
-    sensitivity_at: Literal["after", "before"] = "after"
-    """Weights from after the optimizer step (the published code) or from before it (algorithm 1); turn it to repeat
-    that."""
     shrink: bool = True
     """Really remove the dropped triplets, and what the optimizer remembers of them, once the mask is fixed.
     Turn it off to keep shapes fixed, as compiled or sharded training wants."""
@@ -105,6 +111,9 @@ class AdaLoraConfig(TextTrainingFields):
     targets: tuple[str, ...] = ("all-linear",)
     """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
     regular expressions that match whole names; each must match something. The paper: every linear layer."""
+
+    paper: AdaLoraPaper = AdaLoraPaper()
+    """How factors start, and which of two forms the penalty and the sensitivity have. Turn it to repeat the paper."""
 
     def applied_to(self, shape: Shape) -> Shape:
         """An adapter more."""

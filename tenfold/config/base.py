@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails
 
 from tenfold.errors import ConfigError
@@ -38,7 +39,8 @@ class Config(Record):
     """A frozen configuration: unknown keys and impossible values are refused.
 
     Numbers are numbers and truth values are truth values: neither ``True`` nor ``"8"`` counts as 8, and no number is
-    infinite or NaN. The docstring under a field is its help text on the command line and in the reference.
+    infinite or NaN. The docstring under a field is its help text on the command line and in the reference. A field that
+    is a configuration itself is a group, such as ``paper``.
 
     >>> class Example(Config):
     ...     rank: int = 8
@@ -59,6 +61,9 @@ class Config(Record):
     def parse(cls, values: Mapping[str, Any], where: str, beside: Sequence[str] = ()) -> Self:
         """Build the configuration from plain values.
 
+        A key of a group may also stand beside the group: so caches in one word write it, and recipes of versions that
+        had no groups.
+
         Args:
             values: keys and values as YAML gives them.
             where: what is being read, named in the error ("recipe.yaml, stage 2 (lora)").
@@ -68,31 +73,72 @@ class Config(Record):
             ConfigError: naming every wrong key and value.
         """
         try:
-            return cls.model_validate(dict(values))
+            return cls.model_validate(cls._grouped(values, where))
         except ValidationError as error:
             raise _explain(error, cls, where, beside) from None
 
+    @classmethod
+    def groups(cls) -> dict[str, type[Config]]:
+        """The fields that are configurations themselves."""
+        kinds = {key: field.annotation for key, field in cls.model_fields.items()}
+        return {key: kind for key, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Config)}
+
+    @classmethod
+    def _grouped(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The values with every key in the group that has it."""
+        found = dict(values)
+        for group, kind in cls.groups().items():
+            beside = {key: found.pop(key) for key in kind.model_fields if key in found and key not in cls.model_fields}
+            given = found.get(group, {})
+            if isinstance(given, Config):
+                given = given.model_dump(exclude_unset=True)
+            if not beside or not isinstance(given, Mapping):
+                continue
+            if twice := [key for key in beside if key in given]:
+                raise ConfigError(
+                    f"{where}: {twice[0]} and {group}.{twice[0]} are one key", remedy=f"give {group}.{twice[0]} alone"
+                )
+            found[group] = {**given, **beside}
+        return found
+
 
 def _explain(error: ValidationError, cls: type[Config], where: str, beside: Sequence[str]) -> ConfigError:
-    keys = [*beside, *cls.model_fields]
+    fields = _fields(cls)
+    keys = [*beside, *fields]
     # A value that may be one of several kinds is wrong as each of them: one of these is enough to say.
-    errors = {str(item["loc"][:1] or item["msg"]): item for item in reversed(error.errors())}
+    errors = {_field_of(item, cls) or item["msg"]: item for item in reversed(error.errors())}
     lines, named = [], []
     for item in reversed(errors.values()):
         key = ".".join(str(part) for part in item["loc"] if part != "[key]")
         message = _message(item, keys)
         # What is wrong between keys names them itself.
         lines.append(f"{where}: {key}: {message}" if key else f"{where}: {message}")
-        named += [str(item["loc"][0])] if key else [name for name in keys if re.search(rf"\b{name}\b", message)]
-    known = [name for name in dict.fromkeys(named) if name in cls.model_fields]
+        named += [_field_of(item, cls)] if key else [name for name in keys if _mentions(message, name)]
+    known = [name for name in dict.fromkeys(named) if name in fields]
     if not known or any(item["type"] == "extra_forbidden" for item in errors.values()):
         return ConfigError("\n".join(lines), remedy=f"valid keys: {', '.join(keys)}")
-    return ConfigError("\n".join(lines), remedy="\n     ".join(_described(cls, name) for name in known))
+    return ConfigError("\n".join(lines), remedy="\n     ".join(_described(name, fields[name]) for name in known))
 
 
-def _described(cls: type[Config], key: str) -> str:
+def _fields(cls: type[Config]) -> dict[str, FieldInfo]:
+    """Fields by name, those of groups as ``paper.init``."""
+    inner = {f"{group}.{key}": field for group, kind in cls.groups().items() for key, field in _fields(kind).items()}
+    return {**cls.model_fields, **inner}
+
+
+def _field_of(item: ErrorDetails, cls: type[Config]) -> str:
+    """The field that an error is about; nothing of an error between fields."""
+    place = [str(part) for part in item["loc"]]
+    return ".".join(place[: 2 if place[:1] and place[0] in cls.groups() else 1])
+
+
+def _mentions(message: str, name: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?!\.?\w)", message.partition("\n")[0]) is not None
+
+
+def _described(key: str, field: FieldInfo) -> str:
     """What a key means, from its help text."""
-    text = " ".join((cls.model_fields[key].description or "").split()).replace("``", "")
+    text = " ".join((field.description or "").split()).replace("``", "")
     return f"{key}: {re.sub(r',? ?:math:`[^`]*`', '', text).lstrip(', ')}"
 
 
@@ -110,6 +156,7 @@ _KINDS = {
     "string": "text is asked for",
     "tuple": "a list is asked for",
     "dict": "names and values are asked for, as in {name: value}",
+    "model": "names and values are asked for, as in {name: value}",
     "path": "a path is asked for",
 }
 
@@ -118,8 +165,9 @@ def _message(item: ErrorDetails, keys: list[str]) -> str:
     """A pydantic error in our words."""
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
-        return f"unknown key; did you mean {near[0]!r}?" if near else "unknown key"
+        names = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
+        return f"unknown key; did you mean {names[near[0]]!r}?" if near else "unknown key"
     if kind == "missing":
         return "missing"
     if kind in _BOUNDS:

@@ -25,6 +25,25 @@ Variant = Literal["best", "gear", "gear-l", "outlier-reduced", "plain"]
 Backbone = Literal["kivi", "kcvt", "per-token"]
 
 
+class GearPaper(Config):
+    """What the paper's caches take; no measurement favours any of it at equal bytes."""
+
+    backbone: Backbone = "kivi"
+    """Which numbers share a scale. ``kivi``: ``group_size`` tokens of a key channel, as many channels of a value;
+    ``kcvt``: all tokens of a key channel, all channels and heads of a value; ``per-token``: channels for both.
+    Turn it to repeat the paper."""
+    s: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    """Share of the numbers that are outliers; 0.02 where the variant has any. At equal bytes a further bit is worth
+    more, so raise ``bits`` first."""
+    prefill_rank: Annotated[int, Field(ge=0)] | None = None
+    """Rank of the low-rank part of the prompt (of every block under ``prefill: blocks``); 4 where there is any. As
+    with ``s``, a further bit is worth more."""
+    rank: Annotated[int, Field(ge=0)] | None = None
+    """Rank of the low-rank part of later blocks; 2 where there is any. As with ``prefill_rank``."""
+    loop: Annotated[int, Field(ge=1)] = 3
+    """Rounds of the power iteration that finds the low-rank part; fewer pack faster and fit worse."""
+
+
 class CacheConfig(Config):
     """How keys and values are stored (Kang et al. 2024, arXiv 2403.05527).
 
@@ -47,23 +66,9 @@ class CacheConfig(Config):
     badly."""
     budget: BudgetText | None = None
     """Instead of ``bits``: what a number (``3.5bits``) or a token of the whole model (``9KiB/token``) may cost."""
-    backbone: Backbone = "kivi"
-    """Which numbers share a scale. ``kivi``: ``group_size`` tokens of a key channel, as many channels of a value;
-    ``kcvt``: all tokens of a key channel, all channels and heads of a value; ``per-token``: channels for both.
-    Turn it to repeat the paper."""
     group_size: Annotated[int, Field(ge=8)] = 64
     """Numbers that share a scale, except under ``kcvt``: fewer are more exact and cost more in scales. Sensible: 32 to
     128."""
-    s: Annotated[float, Field(ge=0, le=0.5)] | None = None
-    """Share of the numbers that are outliers; 0.02 where the variant has any. At equal bytes a further bit is worth
-    more, so raise ``bits`` first."""
-    prefill_rank: Annotated[int, Field(ge=0)] | None = None
-    """Rank of the low-rank part of the prompt (of every block under ``prefill: blocks``); 4 where there is any. As
-    with ``s``, a further bit is worth more."""
-    rank: Annotated[int, Field(ge=0)] | None = None
-    """Rank of the low-rank part of later blocks; 2 where there is any. As with ``prefill_rank``."""
-    loop: Annotated[int, Field(ge=1)] = 3
-    """Rounds of the power iteration that finds the low-rank part; fewer pack faster and fit worse."""
     buffer: Annotated[int, Field(ge=1)] = 128
     """Tokens that wait uncompressed until they are a block. Sensible: 64 to 256; small blocks cost more in scales."""
     prefill: Literal["tail", "compress", "blocks"] = "tail"
@@ -79,6 +84,9 @@ class CacheConfig(Config):
     """``store`` packs; ``simulate`` keeps what the packed form would give as plain numbers, to study quality alone."""
     kernel: Literal["auto", "torch", "numba", "triton"] = "auto"
     """What reads the packed form; ``auto`` takes the fastest that runs. Turn it to compare them."""
+    paper: GearPaper = GearPaper()
+    """What shapes the paper's parts (``s``, ``rank``, ``backbone``); in one word: ``gear-full:2,s=0.01``. Turn it to
+    repeat the paper."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -89,10 +97,12 @@ class CacheConfig(Config):
             given = [name for name in ("bits", "key_bits", "value_bits", "layer_bits") if getattr(self, name)]
             if given or self.variant != "best":
                 raise ValueError(f"budget chooses the format: leave out {', '.join(given) or 'variant'}")
-        if self.variant in ("gear-l", "plain") and self.s:
-            raise ValueError(f"s: {self.s}, but variant {self.variant} has no outliers: give gear or outlier-reduced")
-        if self.variant in ("outlier-reduced", "plain") and (self.rank or self.prefill_rank):
-            raise ValueError(f"rank: variant {self.variant} has no low-rank part: give gear or gear-l")
+        if self.variant in ("gear-l", "plain") and self.paper.s:
+            raise ValueError(
+                f"paper.s: {self.paper.s}, but variant {self.variant} has no outliers: give gear or outlier-reduced"
+            )
+        if self.variant in ("outlier-reduced", "plain") and (self.paper.rank or self.paper.prefill_rank):
+            raise ValueError(f"paper.rank: variant {self.variant} has no low-rank part: give gear or gear-l")
         raw = [
             self.bits,
             self.key_bits,
@@ -115,6 +125,16 @@ VARIANTS: dict[str, Variant] = {
 }
 """How caches are called in one word: ``gear`` is our best, ``gear-full`` all three parts of the paper."""
 
+_LOW_RANK = ("prefill_rank", "rank", "loop")
+_PARTS: dict[Variant, tuple[str, ...]] = {
+    "best": (),
+    "gear": ("backbone", "s", *_LOW_RANK),
+    "gear-l": ("backbone", *_LOW_RANK),
+    "outlier-reduced": ("backbone", "s"),
+    "plain": ("backbone",),
+}
+"""What of `GearPaper` the variants of the paper have."""
+
 
 def parse_kv(text: str) -> CacheConfig:
     """A cache written in one word: ``VARIANT:AMOUNT[,KEY=VALUE...]``.
@@ -127,7 +147,7 @@ def parse_kv(text: str) -> CacheConfig:
     >>> parse_kv("gear:3").bits, parse_kv("gear-l:2").variant, parse_kv("gear:9KiB/token").budget
     (3, 'gear-l', '9KiB/token')
     >>> parse_kv("gear-full:K4V2,backbone=kcvt,s=0.01").model_dump(exclude_defaults=True)
-    {'variant': 'gear', 'key_bits': 4, 'value_bits': 2, 'backbone': 'kcvt', 's': 0.01}
+    {'variant': 'gear', 'key_bits': 4, 'value_bits': 2, 'paper': {'backbone': 'kcvt', 's': 0.01}}
     """
     head, *options = re.split(r",(?![^{\[]*[}\]])", text)  # not at the commas of {0: [8, 8]}
     name, _, amount = head.partition(":")
@@ -143,7 +163,7 @@ def parse_kv(text: str) -> CacheConfig:
     else:
         values = {"bits": int(amount)} if re.fullmatch("[0-9]+", amount) else {"budget": amount}
     for option in options:
-        key, _, value = option.partition("=")
+        key, _, value = option.removeprefix("paper.").partition("=")
         if key in ("variant", "bits", "key_bits", "value_bits", "budget"):
             raise ConfigError(f"{text!r}: {key} is said before the comma already", remedy="leave it out behind it")
         try:
@@ -224,6 +244,23 @@ class GearConfig(DataFields):
     """Timed tokens of each turn."""
     repeats: Annotated[int, Field(ge=1)] = 3
     """Turns of each cache; the caches alternate."""
+    paper: GearPaper = GearPaper()
+    """For the paper's caches among ``caches`` (``gear-full``, ``gear-l``, ``outlier-reduced``, ``plain``): each takes
+    the keys that it has parts for, unless it gives them itself. Turn it to repeat the paper."""
+
+    def named(self) -> tuple[str, ...]:
+        """The caches with the keys of ``paper`` behind those that have such parts.
+
+        >>> GearConfig(caches=("gear:2", "gear-l:2,rank=1"), paper=GearPaper(rank=3, loop=5)).named()
+        ('gear:2', 'gear-l:2,rank=1,loop=5')
+        """
+        keys = self.paper.model_dump(exclude_defaults=True)
+        found = []
+        for cache in self.caches:
+            known = parse_kv(cache)
+            own = [key for key in keys if key in _PARTS[known.variant] and key not in known.paper.model_fields_set]
+            found.append(",".join([cache, *(f"{key}={keys[key]}" for key in own)]))
+        return tuple(found)
 
     def check(self, rows: Rows | None) -> None:
         """Texts to compare on."""
@@ -239,6 +276,9 @@ class GearConfig(DataFields):
     def _caches_are_known(self) -> Self:
         for cache in self.caches:
             checked_kv("caches", cache)
-        if len(set(self.caches)) < len(self.caches):
+        if len(set(self.named())) < len(self.caches):
             raise ValueError(f"caches: {', '.join(self.caches)} names one twice")
+        for key in self.paper.model_dump(exclude_defaults=True):
+            if not any(key in _PARTS[parse_kv(cache).variant] for cache in self.caches):
+                raise ValueError(f"paper.{key}: none of the caches has such a part: add gear-full:2 to caches, for one")
         return self

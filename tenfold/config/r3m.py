@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
     from tenfold.data.read import Rows
 
 
+class R3MPaper(Config):
+    """What the losses that ``r3m`` is compared with take; no measurement favours any of it for ``r3m`` itself."""
+
+    smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Share of labels that are flipped, as ``cdpo`` and ``rdpo`` take it. Set it to what you think it is: ``rdpo`` with
+    too large a share makes rewards grow without end."""
+    lam_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, the first ones, in which every label is trusted, because margins mean nothing yet. For
+    ``trimmed``, which wants a good start, these are steps of ``r3m`` with ``lam`` 0.1: give 0.5 there."""
+
+
 class RobustFields(Config):
     """What a preference label that may be wrong can do (Bukharin et al. 2024, arXiv 2406.15568)."""
 
@@ -40,11 +52,8 @@ class RobustFields(Config):
     budget: BudgetText | None = None
     """Instead of ``lam``: share of labels that may be wrong, such as ``10%``. The cap then follows the margins, so that
     about this share of the pairs is flagged."""
-    smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Share of labels that are flipped, as ``cdpo`` and ``rdpo`` take it."""
-    lam_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the steps, the first ones, in which every label is trusted, because margins mean nothing yet. For
-    ``trimmed``, which wants a good start, these are steps of ``r3m`` with ``lam`` 0.1; give 0.5."""
+    paper: R3MPaper = R3MPaper()
+    """What the losses that are there for comparison take. Turn it to repeat their papers."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -55,10 +64,10 @@ class RobustFields(Config):
             if budget.unit != "share" or not 0 < budget.amount <= 0.5:
                 raise ValueError(f"budget: {self.budget} is not a share of wrong labels: write above 0% and up to 50%")
         # A resolved recipe spells defaults out, so what counts is whether a value is another one.
-        idle: tuple[str, ...] = () if self.loss in _CAPPED else ("lam", "budget", "lam_warmup")
-        idle += () if self.loss in _SMOOTHED else ("smoothing",)
+        idle: tuple[str, ...] = () if self.loss in _CAPPED else ("lam", "budget", "paper.lam_warmup")
+        idle += () if self.loss in _SMOOTHED else ("paper.smoothing",)
         for key in idle:
-            if getattr(self, key) != type(self).model_fields[key].default:
+            if attrgetter(key)(self) != attrgetter(key)(RobustFields.model_construct()):
                 raise ValueError(f"{key}: the loss {self.loss} has no use for it: leave {key} out")
         return self
 

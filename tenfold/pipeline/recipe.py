@@ -78,7 +78,8 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> ResolvedRecipe:
 
     Args:
         path: the YAML file.
-        changes: ``key=value`` for keys of the recipe, ``stage.key=value`` for keys of its stages; values are YAML.
+        changes: ``key=value`` for keys of the recipe, ``stage.key=value`` for keys of its stages (of a group
+            ``stage.group.key=value``); values are YAML.
 
     Raises:
         ConfigError: when the file is absent, no YAML, or has an unknown key or an impossible value.
@@ -108,7 +109,7 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _change(values: dict[str, Any], text: str) -> None:
-    """Set one key of a recipe from ``key=value`` or ``stage.key=value``."""
+    """Set one key of a recipe from ``key=value``, ``stage.key=value`` or ``stage.group.key=value``."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set {text}: no value", remedy="write --set KEY=VALUE, e.g. --set lora.rank=4")
@@ -121,8 +122,10 @@ def _change(values: dict[str, Any], text: str) -> None:
     if not found:
         uses = [str(entry.get("use")) for entry in values.get("stages") or () if isinstance(entry, dict)]
         raise ConfigError(f"--set {text}: the recipe has no stage {target!r}", remedy=f"stages: {', '.join(uses)}")
+    group, dot, inner = key.partition(".")
     for entry in found:
-        entry[key] = _yaml(value, f"--set {text}")
+        read = _yaml(value, f"--set {text}")
+        entry[group] = {**(entry.get(group) or {}), inner: read} if dot else read
 
 
 def _refuse_bare_key(name: str, values: Mapping[str, Any], text: str) -> None:

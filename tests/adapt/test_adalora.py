@@ -70,9 +70,9 @@ def tensors(adapter):
     [
         {},
         {"importance": "light"},
-        {"sensitivity_at": "before"},
-        {"orthogonality": "sum_squared", "gamma": 0.01},
-        {"init": "orthonormal", "gamma": 0.0},
+        {"paper": {"sensitivity_at": "before"}},
+        {"paper": {"orthogonality": "sum_squared"}, "gamma": 0.01},
+        {"paper": {"init": "orthonormal"}, "gamma": 0.0},
         {"beta2": None},
         {"shrink": False},
         {"dropout": 0.1},

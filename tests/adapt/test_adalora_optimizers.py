@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from tenfold.adapt.adalora import AdaLoraConfig, attach
+from tenfold.config.adalora import AdaLoraPaper
 from tenfold.models.tiny import tiny_model
 
 IDS = torch.arange(5, 53).view(4, 12)
@@ -22,7 +23,7 @@ def adapter_of(**settings):
     torch.manual_seed(0)
     return attach(
         tiny_model("llama").model,
-        AdaLoraConfig(**{"init": "normal", "rank": 1, "initial_rank": 3, **QUIET, **settings}),
+        AdaLoraConfig(**{"paper": AdaLoraPaper(init="normal"), "rank": 1, "initial_rank": 3, **QUIET, **settings}),
     )
 
 
@@ -160,7 +161,7 @@ def test_the_value_that_a_closure_gives_back_is_that_of_loss_and_penalty():
 
 def test_before_and_closure_score_the_weights_that_the_step_starts_from():
     """Lambda is 0 at the first step, and so is its sensitivity; P and Q have the penalty's gradient alone."""
-    adapter = adapter_of(sensitivity_at="before", importance="light")
+    adapter = adapter_of(paper=AdaLoraPaper(init="normal", sensitivity_at="before"), importance="light")
     run(adapter, BUILDS["lbfgs"](trainable(adapter)), 1)
     assert all(not bool(score.any()) for score in adapter.controller.latest_scores().values())
 

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch.nn.functional import logsigmoid
 
 from tenfold.align.r3m.losses import RunningKink, kink, lipschitz_envelope, pair_loss, perturbation, r3m_loss
-from tenfold.config.r3m import RobustFields
+from tenfold.config.r3m import R3MPaper, RobustFields
 from tenfold.errors import ConfigError, DataError, MissingDependencyError, RunError
 from tenfold.models.tiny import tiny_model
 
@@ -238,7 +238,11 @@ def test_a_margin_that_is_not_finite_stops_with_its_id(tmp_path, make):
 
 @BOTH
 def test_resumed_it_ends_as_if_it_never_stopped(tmp_path, make):
-    keys = {"robust": RobustFields(budget="40%", lam_warmup=0.2), "max_steps": 12, "save_strategy": "steps"}
+    keys = {
+        "robust": RobustFields(budget="40%", paper=R3MPaper(lam_warmup=0.2)),
+        "max_steps": 12,
+        "save_strategy": "steps",
+    }
     whole = trainer(make, tmp_path, pairs(40), save_steps=5, **keys)
     whole.train()
     again = trainer(make, tmp_path, pairs(40), save_steps=5, **keys)
@@ -321,7 +325,7 @@ def test_an_adapter(tmp_path, make):
 
 @BOTH
 def test_warm_up_trusts_every_label(tmp_path, make):
-    found = trainer(make, tmp_path, pairs(), RobustFields(lam=0.3, lam_warmup=0.5))
+    found = trainer(make, tmp_path, pairs(), RobustFields(lam=0.3, paper=R3MPaper(lam_warmup=0.5)))
     found.train()
     assert [line["r3m/lam"] for line in steps(found)] == [1, 1, 1, 0.3, 0.3, 0.3]
     assert all(line["r3m/flagged_frac"] == line["r3m/delta_max"] == 0 for line in steps(found)[:3])
@@ -330,7 +334,7 @@ def test_warm_up_trusts_every_label(tmp_path, make):
 
 @BOTH
 def test_trimmed_starts_with_a_small_cap(tmp_path, make):
-    found = trainer(make, tmp_path, pairs(), RobustFields(loss="trimmed", lam=0.8, lam_warmup=0.5))
+    found = trainer(make, tmp_path, pairs(), RobustFields(loss="trimmed", lam=0.8, paper=R3MPaper(lam_warmup=0.5)))
     seen, original = [], found._pair_losses
 
     def spy(margin, ids):
@@ -368,7 +372,7 @@ def test_every_loss_trains(tmp_path, make, loss):
 
 
 def test_trls_own_robust_loss_is_rdpo(tmp_path):
-    ours = trainer(R3MDPOTrainer, tmp_path, pairs(), RobustFields(loss="rdpo", smoothing=0.2))
+    ours = trainer(R3MDPOTrainer, tmp_path, pairs(), RobustFields(loss="rdpo", paper=R3MPaper(smoothing=0.2)))
     ours.train()
     opened = tiny_model("llama")
     args = arguments(R3MDPOTrainer, tmp_path, loss_type="robust", label_smoothing=0.2)
@@ -423,7 +427,7 @@ def test_without_trl_the_remedy_is_named(monkeypatch):
         ({"budget": "60%"}, "budget: 60% is not a share"),
         ({"loss": "bt", "lam": 0.5}, "lam: the loss bt has no use for it"),
         ({"loss": "cdpo", "budget": "5%"}, "budget: the loss cdpo"),
-        ({"loss": "r3m", "smoothing": 0.2}, "smoothing: the loss r3m"),
+        ({"loss": "r3m", "paper": {"smoothing": 0.2}}, "paper.smoothing: the loss r3m"),
     ],
 )
 def test_settings_that_cannot_be_meant(keys, message):

@@ -10,7 +10,7 @@ from tenfold.attend.span_handle import Part, SpanHandle
 from tenfold.cache.gear.handle import PackedHandle
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.cache.gear.settings import LADDER, layer_formats
-from tenfold.config.gear import CacheConfig, parse_kv
+from tenfold.config.gear import CacheConfig, GearConfig, GearPaper, parse_kv
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.local import FULL
 from tenfold.kernels.view import View, attend
@@ -24,8 +24,8 @@ KEYS = {**TORCH, "bits": 3, "variant": "gear", "group_size": 16, "sinks": 2, "ro
 SETTINGS = {
     "best": {"bits": 4, "buffer": 16},
     "gear": KEYS,
-    "kcvt": {**TORCH, "bits": 4, "variant": "gear-l", "backbone": "kcvt"},
-    "per token": {**TORCH, "bits": 4, "variant": "gear", "backbone": "per-token", "group_size": 8},
+    "kcvt": {**TORCH, "bits": 4, "variant": "gear-l", "paper": {"backbone": "kcvt"}},
+    "per token": {**TORCH, "bits": 4, "variant": "gear", "paper": {"backbone": "per-token"}, "group_size": 8},
     "16 bits": {**TORCH, "bits": 16},
     "blocks": {**TORCH, "bits": 2, "variant": "gear", "prefill": "blocks"},
     "compress": {**TORCH, "bits": 8, "variant": "outlier-reduced", "prefill": "compress"},
@@ -295,8 +295,8 @@ def test_models_without_full_attention_are_refused():
         ({"bits": 5}, "bits"),
         ({"budget": "4bits", "bits": 4}, "budget"),
         ({"budget": "20%"}, "budget"),
-        ({"variant": "gear-l", "s": 0.02}, "s"),
-        ({"variant": "plain", "rank": 2}, "rank"),
+        ({"variant": "gear-l", "s": 0.02}, "paper.s: 0.02"),
+        ({"variant": "plain", "paper": {"rank": 2}}, "paper.rank"),
         ({"variant": "gearsKIVI"}, "variant"),
         ({"bits": 16, "variant": "gear"}, "16"),
         ({"buffer": 0}, "buffer"),
@@ -346,6 +346,31 @@ def test_caches_as_written_on_the_command_line():
             parse_kv(wrong)
 
 
+def test_keys_of_the_paper_in_one_word():
+    expected = CacheConfig(bits=2, variant="gear", paper=GearPaper(s=0.01, rank=3))
+    for text in ("s=0.01,rank=3", "paper.s=0.01,rank=3", "paper={s: 0.01, rank: 3}"):
+        assert parse_kv(f"gear-full:2,{text}") == expected
+    with pytest.raises(ConfigError, match=r"did you mean 'paper\.backbone'"):
+        parse_kv("gear-full:2,backbon=kcvt")
+
+
+def test_the_group_of_the_stage_reaches_the_caches_that_have_such_parts():
+    caches = ("gear:4", "gear-full:2", "gear-l:2,rank=1", "outlier-reduced:4", "plain:4")
+    keys = {"caches": caches, "paper": {"s": 0.01, "rank": 3, "backbone": "kcvt"}}
+    assert GearConfig.parse(keys, "test").named() == (
+        "gear:4",
+        "gear-full:2,backbone=kcvt,s=0.01,rank=3",
+        "gear-l:2,rank=1,backbone=kcvt",
+        "outlier-reduced:4,backbone=kcvt,s=0.01",
+        "plain:4,backbone=kcvt",
+    )
+    assert GearConfig(caches=caches).named() == caches
+    with pytest.raises(ConfigError, match=r"paper\.s: none of the caches has such a part"):
+        GearConfig.parse({"caches": ["gear:4", "gear-l:4"], "paper": {"s": 0.01}}, "test")
+    with pytest.raises(ConfigError, match="names one twice"):
+        GearConfig.parse({"caches": ["gear-full:2", "gear-full:2,s=0.01"], "paper": {"s": 0.01}}, "test")
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -353,16 +378,16 @@ def test_caches_as_written_on_the_command_line():
             {"bits": 2, "variant": "gear"},
             {"bits": (2, 2), "rank": (4, 4, 2, 2), "share": (0.02, 0.02), "group": (64, 64)},
         ),
-        ({"variant": "gear", "prefill_rank": 7, "rank": 1}, {"rank": (7, 7, 1, 1)}),
-        ({"variant": "gear", "prefill": "blocks", "prefill_rank": 3}, {"rank": (3, 3, 3, 3)}),
+        ({"variant": "gear", "paper": {"prefill_rank": 7, "rank": 1}}, {"rank": (7, 7, 1, 1)}),
+        ({"variant": "gear", "prefill": "blocks", "paper": {"prefill_rank": 3}}, {"rank": (3, 3, 3, 3)}),
         ({"variant": "gear-l", "bits": 3}, {"share": (0, 0), "rank": (4, 4, 2, 2), "bits": (3, 3)}),
-        ({"variant": "outlier-reduced", "s": 0.1}, {"share": (0.1, 0.1), "rank": (0, 0, 0, 0)}),
+        ({"variant": "outlier-reduced", "paper": {"s": 0.1}}, {"share": (0.1, 0.1), "rank": (0, 0, 0, 0)}),
         ({"variant": "plain"}, {"share": (0, 0), "rank": (0, 0, 0, 0), "bits": (4, 4), "axis": (-2, -1)}),
         ({"key_bits": 8, "value_bits": 3}, {"bits": (8, 3)}),
         ({"bits": 4, "value_bits": 2}, {"bits": (4, 2)}),
-        ({"loop": 5, "group_size": 32, "variant": "gear"}, {"loop": (5, 5), "group": (32, 32)}),
-        ({"backbone": "kcvt"}, {"group": (None, None), "shared": (False, True), "axis": (-2, -1)}),
-        ({"backbone": "per-token"}, {"axis": (-1, -1), "shared": (False, False)}),
+        ({"paper": {"loop": 5}, "group_size": 32, "variant": "gear"}, {"loop": (5, 5), "group": (32, 32)}),
+        ({"paper": {"backbone": "kcvt"}}, {"group": (None, None), "shared": (False, True), "axis": (-2, -1)}),
+        ({"paper": {"backbone": "per-token"}}, {"axis": (-1, -1), "shared": (False, False)}),
     ],
     ids=str,
 )
@@ -378,7 +403,7 @@ def test_every_kind_of_scale_is_the_one_that_is_asked_for():
     x = torch.randn(2, 2, 64, 16, generator=torch.Generator().manual_seed(0))
     shapes = {}
     for backbone in ("kivi", "kcvt", "per-token"):
-        forms = layer_formats(CacheConfig(backbone=backbone, group_size=8, variant="plain"), 0).prompt
+        forms = layer_formats(CacheConfig(paper={"backbone": backbone}, group_size=8, variant="plain"), 0).prompt
         packed = [compress(x, form, lines=lines) for form, lines in zip(forms, (-2, -1), strict=True)]
         shapes[backbone] = [tuple(side.scale.shape[2:]) for side in packed]
     assert shapes == {"kivi": [(2, 8, 16), (2, 64, 2)], "kcvt": [(2, 1, 16), (1, 64, 1)], "per-token": [(2, 64, 2)] * 2}

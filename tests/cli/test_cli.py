@@ -174,6 +174,25 @@ def test_several_changes_all_count(recipe, tmp_path, capsys):
     assert (resolved["model"], resolved["stages"][0]["rank"], resolved["seed"]) == ("tiny:qwen2", 1, 3)
 
 
+def test_flags_of_a_group(monkeypatch, capsys):
+    """They reach the plan; a value, a name and a place that are wrong are refused in our words."""
+    plans = []
+    monkeypatch.setattr(cli, "_execute", lambda plan, out: plans.append(plan) or 0)
+    flags = ["adapt", "tiny:llama", "--data", "python-reference"]
+    assert cli.main([*flags, "--paper.init", "normal"]) == 0
+    assert cli.main(flags) == 0
+    assert [plan.steps[0].config.paper.init for plan in plans] == ["normal", "lora"]
+    for wrong, message in (
+        (["--paper.init", "nrmal"], "--paper.init: must be one of lora, normal, orthonormal, got 'nrmal'"),
+        (["--init", "normal"], "unknown flag --init; did you mean --paper.init?"),
+        (["--paper.smoothing", "0.1"], "--paper.smoothing belongs to tenfold align"),
+    ):
+        assert cli.main([*flags, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["align", "tiny:llama", "--data", "step-audit:20:1", "--paper.smoothing", "0.9"]) == 2
+    assert "tenfold align: paper.smoothing: must be below 0.5, got 0.9" in capsys.readouterr().err
+
+
 def test_verbs_work_on_what_verbs_made(number_rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--data", str(number_rows), "--steps", "4", "--max-length", "64", "--rank", "2", "--out", "adapted"]

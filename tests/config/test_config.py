@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from tenfold.config.adalora import AdaLoraPaper
 from tenfold.config.base import Config
 from tenfold.config.reading import read_yaml, write_yaml
 from tenfold.config.recipe import Recipe
@@ -14,12 +15,49 @@ from tenfold.errors import ConfigError
 from tenfold.pipeline.stages import stages
 
 CONFIGS = dict(stages()) | {"recipe": Recipe}
+GROUPS = {(name, group): kind for name, config in stages().items() for group, kind in config.groups().items()}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_field_is_documented(name):
     missing = [key for key, field in CONFIGS[name].model_fields.items() if not field.description]
     assert not missing
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_a_recipe_from_before_there_were_groups_is_read(name, group):
+    """All defaults are spelled out in the recipe of a run, keys of the group beside the others."""
+    values = CONFIGS[name]().model_dump(mode="json")
+    flat = values | values.pop(group)
+    assert CONFIGS[name].parse(flat, "test") == CONFIGS[name]()
+
+
+def test_a_key_of_a_group_counts_beside_it_and_within():
+    values = [{"init": "normal"}, {"paper": {"init": "normal"}}, {"paper": AdaLoraPaper(init="normal")}]
+    assert {CONFIGS["adalora"].parse(value, "test").paper.init for value in values} == {"normal"}
+    mixed = CONFIGS["adalora"].parse({"init": "normal", "paper": {"sensitivity_at": "before"}}, "test")
+    assert mixed.paper == AdaLoraPaper(init="normal", sensitivity_at="before")
+    for paper in ({"init": "lora"}, AdaLoraPaper(init="lora")):
+        with pytest.raises(ConfigError, match=r"init and paper\.init are one key"):
+            CONFIGS["adalora"].parse({"init": "normal", "paper": paper}, "test")
+
+
+def test_what_is_wrong_in_a_group_is_named_with_it():
+    with pytest.raises(ConfigError) as caught:
+        CONFIGS["r3m"].parse({"paper": {"smoothing": 0.9}, "lam_warmup": 2}, "test")
+    assert "test: paper.smoothing: must be below 0.5, got 0.9" in caught.value.problem
+    assert "test: paper.lam_warmup: must be below" in caught.value.problem
+    assert caught.value.remedy.startswith("paper.smoothing: Share of labels")
+    for wrong in ({"paper": {"smothing": 0.1}}, {"smothing": 0.1}):
+        with pytest.raises(ConfigError, match=r"smothing: unknown key; did you mean 'paper\.smoothing'"):
+            CONFIGS["r3m"].parse(wrong, "test")
+    with pytest.raises(ConfigError, match="paper: names and values are asked for"):
+        CONFIGS["r3m"].parse({"paper": "rdpo", "smoothing": 0.1}, "test")
+
+
+@pytest.mark.parametrize(("name", "group"), GROUPS)
+def test_every_field_of_a_group_is_documented(name, group):
+    assert all(field.description for field in GROUPS[name, group].model_fields.values())
 
 
 @pytest.mark.parametrize("name", sorted(stages()))

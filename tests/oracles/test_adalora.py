@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from tenfold.adapt.adalora import AdaLoraConfig, attach, open_adapter
 from tenfold.adapt.adalora.mathematics import penalty
 from tenfold.adapt.adalora.plan import make_plan, make_schedule
+from tenfold.config.adalora import AdaLoraPaper
 from tenfold.core.importance import Importance, ScoredPart, allocate
 from tenfold.core.schedule import CubicSchedule
 from tenfold.models.layer_map import Slot
@@ -77,7 +78,7 @@ def test_01_zero_at_init(kind):
     model = tiny_model(kind).model
     base = logits(model, kind)
     for init in ("lora", "normal", "orthonormal"):
-        with attach(model, AdaLoraConfig(rank=2, init=init), task=TASKS[kind]) as adapter:
+        with attach(model, AdaLoraConfig(rank=2, paper=AdaLoraPaper(init=init)), task=TASKS[kind]) as adapter:
             assert torch.equal(logits(adapter.model, kind), base)
         assert torch.equal(logits(model, kind), base)
 
@@ -196,7 +197,7 @@ def test_06_penalty_at_init():
     # What attach fills in has this distribution.
     adapter = attach(
         tiny_model("llama", hidden_size=896).model,
-        AdaLoraConfig(rank=8, initial_rank=12, targets=("q",), init="normal"),
+        AdaLoraConfig(rank=8, initial_rank=12, targets=("q",), paper=AdaLoraPaper(init="normal")),
     )
     for matrix in adapter.matrices.values():
         assert float(penalty([], [matrix.Q.detach()], "mean_norm")[0]) == pytest.approx(2.2278, abs=0.08)

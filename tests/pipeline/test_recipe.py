@@ -57,6 +57,8 @@ def test_set_changes_keys_of_recipe_and_stages(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     plan = read_recipe(path, ["model=other/model", "seed=3", "lora.rank=4", "evaluate.tasks=[speed]"])
+    columns = read_recipe(path, ["lora.columns={text: body}", "lora.columns.prompt=question"]).steps[0].config.columns
+    assert columns == {"text": "body", "prompt": "question"}  # a key within a key leaves the others
     assert (plan.recipe.model, plan.recipe.seed) == ("other/model", 3)
     assert plan.steps[0].config.rank == 4
     assert plan.steps[1].config.tasks == ("speed",)

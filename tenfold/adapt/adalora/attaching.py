@@ -112,7 +112,7 @@ def wrap(
         )
     matrices = {slot.name: Matrix(slot, found[slot.name]) for slot in slots}
     for matrix in matrices.values():
-        initialise(matrix.layer, ADAPTER, config.init)
+        initialise(matrix.layer, ADAPTER, config.paper.init)
     return adapted, matrices, untied
 
 

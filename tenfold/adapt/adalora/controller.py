@@ -127,13 +127,13 @@ class Controller:
     def _finish_gradients(self, optimizer: Optimizer, scale: Tensor | None, observe: bool = True) -> None:
         if self.config.gamma > 0:
             self._add_penalty(scale)
-        if observe and self.config.sensitivity_at == "before" and not skips(optimizer):
+        if observe and self.config.paper.sensitivity_at == "before" and not skips(optimizer):
             self._observe(scale)
 
     @torch.no_grad()
     def _add_penalty(self, scale: Tensor | None) -> None:
         P, Q = self._factors()
-        self._penalty, EP, EQ = penalty(P, Q, self.config.orthogonality)
+        self._penalty, EP, EQ = penalty(P, Q, self.config.paper.orthogonality)
         if scale is not None:
             EP, EQ = [[E * scale.to(E.device) for E in Es] for Es in (EP, EQ)]
         # Where a gradient is missing the loss did not reach the factor, and the optimizer will not move it.
@@ -155,7 +155,7 @@ class Controller:
         return P, Q
 
     def _after_step(self) -> None:
-        if self.config.sensitivity_at == "after":  # fused optimizers have unscaled the gradients by now
+        if self.config.paper.sensitivity_at == "after":  # fused optimizers have unscaled the gradients by now
             self._observe(None)
         self._allocate()
         self.step += 1

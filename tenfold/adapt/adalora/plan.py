@@ -182,8 +182,10 @@ def too_short(config: AdaLoraConfig, schedule: CubicSchedule) -> str | None:
 
 def settings(config: AdaLoraConfig, plan: RankPlan, schedule: CubicSchedule) -> dict[str, Any]:
     """What a resumed run must share with the saved one, as plain values."""
-    names = ("beta1", "beta2", "gamma", "orthogonality", "importance", "sensitivity_at", "shrink", "dropout")
+    names = ("beta1", "beta2", "gamma", "importance", "shrink", "dropout")
     return {name: getattr(config, name) for name in names} | {
+        "orthogonality": config.paper.orthogonality,
+        "sensitivity_at": config.paper.sensitivity_at,
         "scale": plan.scale,
         "allocate_by": plan.by,
         "start": plan.start,

@@ -37,26 +37,26 @@ class LayerFormats:
 def layer_formats(config: CacheConfig, layer: int) -> LayerFormats:
     """How a layer is packed.
 
-    >>> layer_formats(CacheConfig(bits=2, variant="gear", backbone="kcvt"), 0).prompt[1]
+    >>> layer_formats(CacheConfig(bits=2, variant="gear", paper={"backbone": "kcvt"}), 0).prompt[1]
     Format(bits=2, axis=-1, group=None, shared=True, rank=4, share=0.02, loop=3)
     """
-    bits = config.bits or 4
+    bits, paper = config.bits or 4, config.paper
     widths = config.layer_bits.get(layer) or (config.key_bits or bits, config.value_bits or bits)
     low = config.variant in ("gear", "gear-l")
-    share = config.s if config.s is not None else 0.02 if config.variant in ("gear", "outlier-reduced") else 0.0
-    prefill_rank = config.prefill_rank if config.prefill_rank is not None else 4 if low else 0
-    rank = config.rank if config.rank is not None else 2 if low else 0
-    group = None if config.backbone == "kcvt" else config.group_size
+    share = paper.s if paper.s is not None else 0.02 if config.variant in ("gear", "outlier-reduced") else 0.0
+    prefill_rank = paper.prefill_rank if paper.prefill_rank is not None else 4 if low else 0
+    rank = paper.rank if paper.rank is not None else 2 if low else 0
+    group = None if paper.backbone == "kcvt" else config.group_size
     prompt = (
         Format(
             widths[0],
-            -1 if config.backbone == "per-token" else -2,
+            -1 if paper.backbone == "per-token" else -2,
             group,
             rank=prefill_rank,
             share=share,
-            loop=config.loop,
+            loop=paper.loop,
         ),
-        Format(widths[1], -1, group, config.backbone == "kcvt", prefill_rank, share, config.loop),
+        Format(widths[1], -1, group, paper.backbone == "kcvt", prefill_rank, share, paper.loop),
     )
     later = prefill_rank if config.prefill == "blocks" else rank
     return LayerFormats(prompt, (replace(prompt[0], rank=later), replace(prompt[1], rank=later)))

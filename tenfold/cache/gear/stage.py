@@ -34,7 +34,9 @@ def run_gear(config: GearConfig, context: Context) -> StageOutput:
     """The stage ``gear``; it changes nothing of the model."""
     opened = context.model.open()
     model = opened.model
-    made: dict[str, Callable[[], Any]] = {name: partial(_packed_cache, model, parse_kv(name)) for name in config.caches}
+    made: dict[str, Callable[[], Any]] = {
+        name: partial(_packed_cache, model, parse_kv(name)) for name in config.named()
+    }
     first, *_ = [make() for make in made.values()]  # refuses what cannot be before anything is measured
     spans = isinstance(first, SpanCache)
     _check_lengths(model, config)
@@ -84,7 +86,7 @@ def _check_lengths(model: Any, config: GearConfig) -> None:
                 f"{key}: {tokens} tokens with what follows are more than the {limit} of the model",
                 remedy=f"give a smaller {key}",
             )
-    for name in config.caches:
+    for name in config.named():
         settings = parse_kv(name)
         needed = settings.buffer + sinks_of(settings)
         if config.context < needed and settings.prefill != "compress":
