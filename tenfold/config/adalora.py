@@ -67,50 +67,57 @@ class AdaLoraConfig(TextTrainingFields):
 
     budget: BudgetText | None = None
     """Trainable parameters left at the end: a share of all parameters of the model (``0.4%``), a count (``300k``), or
-    bytes of the exported adapter in fp32 (``2MiB``). A triplet costs ``in_features + out_features``. Never exceeded."""
+    bytes of the exported adapter in fp32 (``2MiB``). A triplet costs ``in_features + out_features``. Never exceeded.
+    Raise it where the loss stays high."""
     rank: Annotated[float, Field(gt=0)] | None = None
-    """Mean rank left at the end, :math:`b^{(T)}/n` (section 3.3); give this or ``budget``. Default: 8."""
+    """Mean rank left at the end, :math:`b^{(T)}/n` (section 3.3); give this or ``budget``. Default: 8. To compare with
+    LoRA of that rank."""
     initial_rank: Annotated[int, Field(ge=1)] | None = None
-    """Rank of every matrix at the start, :math:`b^{(0)}/n`. Default: 1.5 times the final mean rank, rounded up,
-    as in the paper's runs."""
+    """Rank of every matrix at the start, :math:`b^{(0)}/n`. Default: 1.5 times the final mean rank, rounded up, as in
+    the paper's runs. Raise it to let more triplets compete, at their cost in memory."""
     min_rank: Annotated[int, Field(ge=0)] = 0
-    """Rank that no matrix falls below, for adapters that must touch every layer. The paper has none."""
+    """Rank that no matrix falls below, for adapters that must touch every layer (not in the paper)."""
     max_rank: Annotated[int, Field(ge=1)] | None = None
     """Rank that no matrix exceeds once shrinking begins. Default: ``initial_rank``, as in the paper;
     lower it to spread the budget."""
     allocate_by: Literal["count", "parameters"] | None = None
     """What the budget counts: triplets, ranked by score (the paper), or parameters, ranked by score per parameter.
-    Default: ``parameters`` with ``budget`` (only so can it never be exceeded), ``count`` with ``rank``."""
+    Default: ``parameters`` with ``budget`` (only so can it never be exceeded), ``count`` with ``rank``. Turn it to
+    compare the two."""
     tinit: StepSpan = 0.1
-    """:math:`t_i`, steps at the initial budget. The paper's runs: 4 to 18 % of the steps. Lengthen
-    it where the scores of short runs have not settled."""
+    """Steps at the initial budget, :math:`t_i`. The paper's runs: 4 to 18 % of the steps. Lengthen it where the scores
+    of short runs have not settled."""
     tfinal: StepSpan = 0.5
-    """:math:`t_f`, steps at the final budget with the mask fixed; 1 or more. The paper's runs: 44 to 63 %
-    of the steps. Shorten it where the loss has settled long before the end."""
+    """Steps at the final budget with the mask fixed, :math:`t_f`; 1 or more. The paper's runs: 44 to 63 % of the steps.
+    Shorten it where the loss has settled long before the end."""
     interval: StepSpan = 0.005
-    r""":math:`\Delta_T`, steps between two allocations while shrinking; at least 1. The paper's
-    runs: 1 to 100 steps. Raise it where allocations take time that counts."""
+    r"""Steps between two allocations while shrinking, :math:`\Delta_T`; at least 1. The paper's runs: 1 to 100 steps.
+    Raise it where allocations take time that counts."""
     beta1: Beta = 0.85
-    r""":math:`\beta_1` of the sensitivity (section 3.2; the paper's runs: 0.85). Raise it for small, noisy batches."""
+    r"""Decay of the sensitivity, :math:`\beta_1` (section 3.2; the paper's runs: 0.85). Raise it for small, noisy
+    batches."""
     beta2: Beta | None = 0.85
-    r""":math:`\beta_2` of the uncertainty (section 3.2; the paper's runs: 0.85). ``null``: rank by sensitivity alone,
-    which very large batches need, because the uncertainty of a noiseless gradient tends to zero."""
+    r"""Decay of the uncertainty, :math:`\beta_2` (section 3.2; the paper's runs: 0.85). ``null``: rank by sensitivity
+    alone, which very large batches need, because the uncertainty of a noiseless gradient tends to zero."""
     gamma: Annotated[float, Field(ge=0)] = 0.1
-    r""":math:`\gamma` of the orthogonality penalty (section 3.1; the paper's runs: 0.1, 0.3 or 0.5). Raise it where
-    triplets of one matrix grow alike; 0 is off."""
+    r"""Weight of the orthogonality penalty, :math:`\gamma` (section 3.1; the paper's runs: 0.1, 0.3 or 0.5). Raise it
+    where triplets of one matrix grow alike; 0 is off."""
     importance: Literal["full", "light"] = "full"
     """``full``: score all entries of a triplet (section 3.2). ``light``: score lambda alone, at a fraction of the time
-    and memory; it keeps nearly the same triplets."""
+    and memory; it keeps nearly the same triplets. Turn it to ``light`` for large models and small batches, where
+    scoring is a part of the step that counts."""
     shrink: bool = True
     """Really remove the dropped triplets, and what the optimizer remembers of them, once the mask is fixed.
     Turn it off to keep shapes fixed, as compiled or sharded training wants."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """Scale of the update before division by ``initial_rank``. Default: twice ``initial_rank``."""
+    """Scale of the update before division by ``initial_rank``. Default: twice ``initial_rank``. Turn ``learning_rate``
+    first: both move the weights faster."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input; for few rows and many passes."""
+    """Share of the adapter's inputs that is dropped while it trains; for few rows and many passes."""
     targets: tuple[str, ...] = ("all-linear",)
     """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
-    regular expressions that match whole names; each must match something. The paper: every linear layer."""
+    regular expressions that match whole names; each must match something. The paper: every linear layer. Name fewer to
+    keep the budget to parts of the model."""
 
     paper: AdaLoraPaper = AdaLoraPaper()
     """How factors start, and which of two forms the penalty and the sensitivity have. Turn it to repeat the paper."""

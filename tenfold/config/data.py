@@ -20,10 +20,12 @@ class DataFields(StageConfig):
     ``python-reference``, the language reference that every CPython ships, or ``step-audit:COUNT:SEED``, made-up
     preferences whose truth is known."""
     rows: Kind | None = None
-    """What a row is; by default told from its columns."""
+    """What a row is. Default: told from its columns; give it where columns fit two kinds."""
     columns: dict[str, str] = {}
-    """Your column name for each of ours: ``{prompt: question}``, on the command line ``--columns prompt question``."""
+    """Your column name for each of ours: ``{prompt: question}``, on the command line ``--columns prompt question``.
+    Give it where a file names its columns otherwise."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Read at most this many rows."""
+    """Read at most this many rows; for a quick try."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the rows kept for evaluation, chosen by a hash of each row's id, so that it never changes."""
+    """Share of the rows kept for evaluation, chosen by a hash of each row's id, so that it never changes. Raise it
+    where an evaluation's intervals are too wide; what is held out is not trained on."""

@@ -53,30 +53,34 @@ class EvaluateConfig(DataFields):
     text), ``speed``, ``memory``, ``multiple_choice``, ``question_answering``, or ``lm_eval:NAME`` for a task of
     lm-evaluation-harness."""
     split: Literal["all", "held-out"] = "all"
-    """Which rows of ``data`` are measured; ``held-out`` by default where an earlier stage read the same data."""
+    """Which rows of ``data`` are measured; ``held-out`` by default where an earlier stage read the same data. Write
+    ``all`` to measure rows that were trained on as well."""
     baseline: bool = True
-    """Also measure the model that the recipe started from, and compare token by token."""
+    """Also measure the model that the recipe started from, and compare token by token. Turn it off to save its time."""
     max_length: Annotated[int, Field(ge=8)] | None = None
-    """Tokens in one window of the perplexity. Default: 1024, or what the model can read if that is less."""
+    """Tokens in one window of the perplexity. Default: 1024, or what the model can read if that is less. Raise it to
+    see what long contexts bring."""
     stride: Annotated[int, Field(ge=1)] | None = None
-    """Tokens by which the window moves. Default: half of ``max_length``."""
+    """Tokens by which the window moves, so that each but the first tokens has at least ``max_length - stride`` before
+    it. Default: half of ``max_length``. Lower it for a truer figure at more time."""
     batch_size: Annotated[int, Field(ge=1)] = 4
-    """Sequences per forward pass."""
+    """Sequences per forward pass; lower it where memory is short."""
     kv: str | None = None
     """A packed KV cache (GEAR) such as ``gear:4``: perplexity, copying, needle and question_answering are measured on
-    it as well, and its perplexity is compared with the exact one token by token."""
+    it as well, and its perplexity is compared with the exact one token by token. Give it to see what packing costs."""
     passages: Annotated[int, Field(ge=1)] = 4
-    """Texts of ``copying`` and ``needle``, spread evenly over the data."""
+    """Texts of ``copying`` and ``needle``, spread evenly over the data; raise it for narrower intervals."""
     passage: Annotated[int, Field(ge=8)] = 256
-    """Tokens of a passage that comes twice."""
+    """Tokens of a passage that comes twice; shorten it for models that read few tokens."""
     between: Annotated[int, Field(ge=1)] = 1024
-    """Tokens between its copies; the two together are the length of the text that a needle is hidden in."""
+    """Tokens between its copies; the two together are the length of the text that a needle is hidden in. Raise it to
+    look further back."""
     prompt_tokens: Annotated[int, Field(ge=1)] = 512
-    """Length of the prompt whose prefill is timed."""
+    """Length of the prompt whose prefill is timed; set it to that of your prompts."""
     new_tokens: Annotated[int, Field(ge=2)] = 32
-    """Tokens whose decoding is timed."""
+    """Tokens whose decoding is timed; raise it where timings scatter."""
     repeats: Annotated[int, Field(ge=1)] = 5
-    """Timed repeats, after one warm-up; the models alternate."""
+    """Timed repeats, after one warm-up; the models alternate. Raise it on a busy machine."""
 
     def check(self, rows: Rows | None) -> None:
         """Rows of the kind that each task measures, and some that are held out where these are asked for."""

@@ -22,12 +22,14 @@ class ExportConfig(StageConfig):
     run = "tenfold.models.stage:run_export"
 
     form: Literal["merged", "adapter", "native"] = "merged"
-    """``merged``: a complete model with the adapters folded in. ``adapter``: the last adapter alone.
-    ``native``: a model with spans (MASFormer) in an architecture of transformers that knows them."""
+    """``merged``: a complete model with the adapters folded in. ``adapter``: the last adapter alone, which is small and
+    needs its base. ``native``: a model with spans (MASFormer) in an architecture of transformers that knows them, for
+    those who do not have tenfold."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format of the merged weights. Default: that of the opened model."""
+    """Number format of the merged weights. Default: that of the opened model. ``bfloat16`` halves the folder of a
+    float32 model."""
     push_to_hub: str | None = None
-    """Also upload the folder to this hub id (``user/name``)."""
+    """Also upload the folder to this hub id (``user/name``), to share it; you must be logged in to the hub."""
 
     def artefacts(self) -> Mapping[str, ArtefactKind]:
         """A model or, alone, its last adapter."""

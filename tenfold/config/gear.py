@@ -53,10 +53,11 @@ class CacheConfig(Config):
 
     variant: Variant = "best"
     """``gear``: codes, low rank and outliers; ``gear-l``: codes and low rank; ``outlier-reduced``: codes and outliers;
-    ``plain``: codes alone; ``best``: what measures best for its bytes, codes of rotated heads beside exact sinks.
-    Turn it to repeat the paper."""
+    ``plain``: codes alone; ``best``: what measures best for its bytes, codes of rotated heads beside exact sinks. Turn
+    it to repeat the paper."""
     bits: Bits | None = None
-    """Width of the codes of keys and values; 4 unless a budget says otherwise. 16 stores bfloat16."""
+    """Width of the codes of keys and values; 4 unless a budget says otherwise. Lower it where bytes are short, raise it
+    where texts change. 16 stores bfloat16."""
     key_bits: Bits | None = None
     """Width of the codes of keys, where it is another one: keys deserve the bits, so raise this one first."""
     value_bits: Bits | None = None
@@ -65,7 +66,8 @@ class CacheConfig(Config):
     """Layers with widths of their own: ``{0: [8, 8]}``, keys and values; for a layer that packs
     badly."""
     budget: BudgetText | None = None
-    """Instead of ``bits``: what a number (``3.5bits``) or a token of the whole model (``9KiB/token``) may cost."""
+    """Instead of ``bits``: what a number (``3.5bits``) or a token of the whole model (``9KiB/token``) may cost; where
+    you know the memory that there is."""
     group_size: Annotated[int, Field(ge=8)] = 64
     """Numbers that share a scale, except under ``kcvt``: fewer are more exact and cost more in scales. Sensible: 32 to
     128."""
@@ -73,7 +75,8 @@ class CacheConfig(Config):
     """Tokens that wait uncompressed until they are a block. Sensible: 64 to 256; small blocks cost more in scales."""
     prefill: Literal["tail", "compress", "blocks"] = "tail"
     """``tail`` packs the prompt's largest multiple of ``buffer`` as one block; ``compress`` packs all of it, as in the
-    paper; ``blocks`` packs blocks of ``buffer`` tokens, so that the state does not depend on how a prompt was split."""
+    paper; ``blocks`` packs blocks of ``buffer`` tokens. Turn it to ``blocks`` where the state must not depend on how a
+    prompt was split."""
     sinks: Annotated[int, Field(ge=0)] | None = None
     """First tokens that stay exact; 4 for ``best``, else 0 (not in the paper). Give 4 to any variant: idle attention
     goes there."""
@@ -231,19 +234,21 @@ class GearConfig(DataFields):
         "gear-full:4",
     )
     """What to compare with the model's own cache: ``gear:4``, ``gear:K4V3``, ``gear:9KiB/token``, or with keys as in
-    ``gear-full:2,backbone=kcvt,group_size=32``."""
+    ``gear-full:2,backbone=kcvt,group_size=32``. Name those that you could afford."""
     context: Annotated[int, Field(ge=16)] = 512
-    """Tokens of each piece that are read before predictions are compared; they lie in the cache."""
+    """Tokens of each piece that are read before predictions are compared; they lie in the cache. Set it to the length
+    of your contexts."""
     scored: Annotated[int, Field(ge=1)] = 128
-    """Tokens of each piece whose predictions are compared."""
+    """Tokens of each piece whose predictions are compared; raise it for narrower intervals."""
     texts: Annotated[int, Field(ge=1)] = 6
-    """Pieces, spread evenly over the data."""
+    """Pieces, spread evenly over the data; raise it for narrower intervals."""
     timed_contexts: tuple[Annotated[int, Field(ge=1)], ...] = (1024, 4096)
-    """Lengths of context at which the time of a token is measured; ``[]`` measures none."""
+    """Lengths of context, in tokens, at which the time of a token is measured; ``[]`` measures none. Set them to the
+    lengths of your contexts."""
     steps: Annotated[int, Field(ge=1)] = 6
-    """Timed tokens of each turn."""
+    """Timed tokens of each turn; raise it where timings scatter."""
     repeats: Annotated[int, Field(ge=1)] = 3
-    """Turns of each cache; the caches alternate."""
+    """Turns of each cache; the caches alternate. Raise it on a busy machine."""
     paper: GearPaper = GearPaper()
     """For the paper's caches among ``caches`` (``gear-full``, ``gear-l``, ``outlier-reduced``, ``plain``): each takes
     the keys that it has parts for, unless it gives them itself. Turn it to repeat the paper."""

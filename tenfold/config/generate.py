@@ -31,26 +31,27 @@ class GenerateConfig(SteeringFields):
     run = "tenfold.engines.stage:run_generate"
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("Explain in two sentences what a language model is.",)
-    """One text is written for each."""
+    """One text is written for each; on the command line in quotes, one after the other."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
-    """Longest text, in tokens."""
+    """Longest text, in tokens; raise it where texts are cut."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 takes the most probable token each time."""
+    """0 takes the most probable token each time; raise it to 0.7 or 1 for texts that vary with ``seed``."""
     chat: UseTemplate = "auto"
-    """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
+    """Wrap each prompt in the model's chat template; ``auto`` does so where there is one. Turn it off (``no``) for
+    texts that are to be continued."""
     kv: str | None = None
     """A packed KV cache (GEAR): ``gear:4``, ``gear:3.5bits``, ``gear:9KiB/token``, ``gear-full:2``, ``gear-l:2``. Each
     prompt is continued on the exact cache and on this one, also where parts are emphasised; so is a question answered,
-    also with evidence."""
+    also with evidence. Give it to see what packing changes."""
     baseline: bool = True
-    """Also let the model write that the recipe started from."""
+    """Also let the model write that the recipe started from. Turn it off to save its time."""
     emphasise: tuple[str, ...] = ()
-    """Parts of the prompts that are emphasised (PASTA); each prompt is continued plain and emphasised. A part is marked
-    in every prompt that has it, wherever it occurs."""
+    """Parts of the prompts that are emphasised (PASTA), for instructions that the model ignores; each prompt is
+    continued plain and emphasised. A part is marked in every prompt that has it, wherever it occurs."""
     context: Path | None = None
     """A text file to answer ``question`` from, instead of continuing ``prompts``."""
     question: str | None = None
-    """What to answer from ``context``."""
+    """What to answer from ``context``; the two belong together."""
     find_evidence: bool = False
     """Let the model name the sentence of ``context`` that answers, and emphasise it (AutoPASTA); the answer without is
     shown beside."""

@@ -28,17 +28,19 @@ class LoraConfig(TextTrainingFields):
     attach = "tenfold.adapt.lora:attach"
 
     rank: Annotated[int, Field(ge=1)] | None = None
-    """Rank of every adapted matrix; give this or ``budget``. Default: 8."""
+    """Rank of every adapted matrix; give this or ``budget``. Default: 8. Raise it where the training loss stays
+    high."""
     budget: BudgetText | None = None
     """Trainable parameters: a share of all parameters of the model (``0.4%``), a count (``300k``), or bytes of the
-    adapter in fp32 (``2MiB``). The largest rank that fits is taken."""
+    adapter in fp32 (``2MiB``). The largest rank that fits is taken. Give it to compare methods at one size."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """Scale of the update before division by the rank. Default: twice the rank."""
+    """Scale of the update before division by the rank. Default: twice the rank. Turn ``learning_rate`` first: both move
+    the weights faster."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
+    """Share of the adapter's inputs that is dropped while it trains; for few rows and many passes."""
     targets: tuple[str, ...] = ("all-linear",)
     """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
-    regular expressions that match whole names; each must match something."""
+    regular expressions that match whole names; each must match something. Name fewer for a smaller adapter."""
 
     def applied_to(self, shape: Shape) -> Shape:
         """An adapter more."""

@@ -33,31 +33,38 @@ class MasformerConfig(DataFields):
     run = "tenfold.attend.masformer.stage:run_masformer"
 
     budget: BudgetText = "25%"
-    """Layers, or heads, that keep full attention: a share of all, or a count such as ``6``."""
+    """Layers, or heads, that keep full attention: a share of all, or a count such as ``6``. Raise it where ``copying``
+    or ``needle`` suffers, lower it for cheaper long contexts."""
     by: Literal["layers", "heads"] = "layers"
-    """Whether whole layers keep full attention or single KV heads, which ``profile`` alone can find (not in the
-    paper)."""
+    """Whether whole layers keep full attention or single KV heads, which ``profile`` alone can find (not in the paper).
+    ``heads`` spends a small budget in finer parts."""
     full_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """The layers themselves, instead of ``budget`` and ``placement``."""
+    """The layers themselves, counted from 0, instead of ``budget`` and ``placement``; for layers that are known
+    already."""
     placement: Literal["profile", "bottom", "top", "middle", "interleave"] = "profile"
-    """Which layers: ``profile`` finds those that lose most; the paper's is ``bottom``, with training afterwards."""
+    """Which layers: ``profile`` finds those that lose most; the paper's is ``bottom``, with training afterwards. Turn
+    it to repeat the paper, or to compare."""
     pattern: Literal["sliding", "block"] = "sliding"
     """``sliding``: the last ``window`` tokens; ``block``: the own block of ``window`` tokens and ``previous`` before it
-    (the paper's)."""
+    (the paper's). Turn it to repeat the paper."""
     window: Annotated[int, Field(ge=1)] = 1024
-    """Span in tokens, the token itself among them. Sensible: 64 to 4096."""
+    """Span in tokens, the token itself among them. Sensible: 64 to 4096. Raise it where perplexity suffers, lower it
+    for speed and smaller caches."""
     previous: Annotated[int, Field(ge=0)] = 1
-    """Blocks to the left that a token sees; ``block`` only. 0 sees the own block alone, which is the cheapest."""
+    """Blocks to the left that a token sees; ``block`` only. 0 sees the own block alone, which is the cheapest; raise it
+    where perplexity suffers."""
     sinks: Annotated[int, Field(ge=0)] = 4
     """First tokens that every token sees (not in the paper; decisive without training); 0 repeats the paper, and is
     what a folder that plain transformers opens must have."""
     passages: Annotated[int, Field(ge=1)] = 3
-    """Texts that layers are profiled on, and as many that the model is measured on; more where two
-    profiles of one model disagree."""
+    """Texts that layers are profiled on, and as many that the model is measured on; raise it where two profiles of one
+    model disagree."""
     passage: Annotated[int, Field(ge=8)] = 384
-    """Tokens of a passage that comes twice; the second copy is scored, which needs copying from afar."""
+    """Tokens of a passage that comes twice; the second copy is scored, which needs copying from afar. Shorten it for
+    models that read few tokens, or where profiling takes too long."""
     between: Annotated[int, Field(ge=1)] | None = None
-    """Tokens between the copies. Default: so many that no local layer reaches from the second to the first."""
+    """Tokens between the copies. Default: so many that no local layer reaches from the second to the first. Give fewer
+    where the two copies do not fit what the model can read."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

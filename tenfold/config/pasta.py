@@ -78,14 +78,16 @@ class SteeringFields(StageConfig):
     """How marked text is emphasised."""
 
     profile: Annotated[str | None, Takes(("profile",), inherits=True)] = None
-    """Which heads: the name of a profile in the package, or a JSON file (also the paper's released ones). Default:
-    what an earlier stage ``profile`` found, else ``default``, the embedded model's."""
+    """Which heads: the name of a profile in the package, or a JSON file (also the paper's released ones). Default: what
+    an earlier stage ``profile`` found, else ``default``, the embedded model's. Every other model needs its own."""
     alpha: Alpha = "auto"
-    """Factor of the attention to unmarked prompt tokens: below 1 emphasises the marks. ``paper`` is 0.01; ``auto`` is
-    that for completions, and gentler for chats, in which 0.01 makes small models repeat themselves: a target mass of
-    0.15, or 0.3 where the model's attention knows no target mass."""
+    """Factor of the attention to unmarked prompt tokens, 0 or more: below 1 emphasises the marks. ``paper`` is 0.01;
+    ``auto`` is that for completions, and gentler for chats, in which 0.01 makes small models repeat themselves: a
+    target mass of 0.15, or 0.3 where the model's attention knows no target mass. Lower it where marks are ignored,
+    raise it where texts fall apart."""
     target_mass: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper)."""
+    """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper).
+    Raise it where marks are ignored, lower it where texts fall apart."""
 
     def dose(self, chat: bool, *, lifts: bool = False) -> dict[str, Any]:
         """How strongly to steer, as `tenfold.attend.pasta.steer` takes it.
@@ -173,24 +175,28 @@ class PastaConfig(SteeringFields, DataFields):
     prompts: tuple[str, ...] = ()
     """Prompts with tags around what to emphasise; each is continued plain and steered."""
     tags: tuple[str, str] = ("<mark>", "</mark>")
-    """What begins and ends a marked span."""
+    """What begins and ends a marked span; change them where your texts hold these themselves."""
     tasks: tuple[SteeringTask, ...] = ()
-    """Built-in tasks to score plain, with marks in the text (``*like this*``), and steered."""
+    """Built-in tasks to score plain, with marks in the text (``*like this*``), and steered; to see whether a profile
+    serves the model."""
     samples: Annotated[int, Field(ge=2)] = 64
-    """Items of each built-in task; never those that heads were found on."""
+    """Items of each built-in task; never those that heads were found on. Raise it for narrower intervals."""
     split: Literal["all", "held-out"] = "all"
-    """Which rows of ``data`` are scored; ``held-out`` by default where an earlier stage read the same data."""
+    """Which rows of ``data`` are scored; ``held-out`` by default where an earlier stage read the same data. Write
+    ``all`` to score the rows that heads were found on as well."""
     generated: Literal["keep", "scale"] = "keep"
     """``keep`` gives the tokens that the model writes full weight, as the paper does; ``scale`` treats them as
-    unmarked, so that the emphasis does not fade in long texts."""
+    unmarked, so that the emphasis does not fade. Turn it to ``scale`` for long texts."""
     keep_sink: bool = False
-    """Keep the first token, where idle attention goes, at full weight (not in the paper)."""
+    """Keep the first token, where idle attention goes, at full weight (not in the paper). Try it where steered texts
+    fall apart."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 48
-    """Longest text written for a prompt, in tokens."""
+    """Longest text written for a prompt, in tokens; raise it where texts are cut."""
     chat: UseTemplate = "auto"
-    """Wrap each prompt in the model's chat template; ``auto`` does so where there is one."""
+    """Wrap each prompt in the model's chat template; ``auto`` does so where there is one. Turn it off (``no``) for
+    texts that are to be continued."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Prompts of one forward pass."""
+    """Prompts of one forward pass; lower it where memory is short."""
 
     def check(self, rows: Rows | None) -> None:
         """Something to steer, tagged in every row."""
@@ -233,24 +239,29 @@ class ProfileConfig(DataFields):
     run = "tenfold.attend.pasta.stage:run_profile"
 
     tasks: tuple[SteeringTask, ...] = ("conflict", "evidence", "instruction")
-    """Built-in tasks; their best heads are intersected, with those of ``data``."""
+    """Built-in tasks; their best heads are intersected, with those of ``data``. Leave out those that have nothing to do
+    with your use."""
     tags: tuple[str, str] = ("<mark>", "</mark>")
-    """What begins and ends a marked span in the rows of ``data``."""
+    """What begins and ends a marked span in the rows of ``data``; change them where your texts hold these
+    themselves."""
     samples: Annotated[int, Field(ge=2)] = 32
-    """Items of each built-in task on which heads are ranked."""
+    """Items of each built-in task on which heads are ranked; raise it where two seeds find different heads."""
     validation: Annotated[int, Field(ge=2)] = 48
-    """Other items of each built-in task on which the number of heads is chosen."""
+    """Other items of each built-in task on which the number of heads is chosen; raise it where the curve over numbers
+    is ragged."""
     alpha: Annotated[float, Field(ge=0)] = 0.01
-    """Factor of the attention to unmarked prompt tokens."""
+    """Factor of the attention to unmarked prompt tokens, 0 or more, while heads are compared. Set it to the ``alpha``
+    that you will steer with, where that is far from the paper's 0.01."""
     shortlist: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Least share of all heads that are measured exactly: the best of all tasks by gradient; 1 is the paper's
-    exhaustive search."""
+    """Least share of all heads that are measured exactly: the best of all tasks by gradient. Raise it to miss fewer
+    good heads, for as much more time; 1 is the paper's exhaustive search."""
     sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (4, 8, 16, 24, 32, 48, 64)
-    """Numbers of heads that are tried."""
+    """Numbers of heads that are tried; add larger ones where the largest is chosen."""
     min_fluency: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Least n-gram entropy of steered texts, as a share of that of plain ones."""
+    """Least n-gram entropy of steered texts, as a share of that of plain ones. Lower it where no number of heads
+    passes, raise it where steered texts repeat themselves."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Prompts of one forward pass."""
+    """Prompts of one forward pass; lower it where memory is short."""
 
     def check(self, rows: Rows | None) -> None:
         """Rows that are tagged, and some to hold out."""

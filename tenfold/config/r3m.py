@@ -44,14 +44,15 @@ class RobustFields(Config):
 
     loss: Literal["r3m", "bt", "cdpo", "rdpo", "trimmed"] = "r3m"
     """``r3m`` caps what one pair can pull; ``trimmed`` lets flagged pairs pull no more; ``bt`` trusts every label;
-    ``cdpo`` and ``rdpo`` reckon with a share of flipped labels."""
+    ``cdpo`` and ``rdpo`` reckon with a share of flipped labels. Turn it to compare: ``bt`` first, which is right for
+    clean labels."""
     lam: Annotated[float, Field(gt=0, le=1)] | None = None
     """Cap on the pull of one pair, which would be 1 at most: smaller is more robust, 1 is off. A pair is flagged where
     the model gives its label less than ``1 - lam``. Default: 0.75 (``trimmed``: 0.9), unless ``budget`` is given.
     Sensible: 0.5 to 0.95, less where many labels are wrong."""
     budget: BudgetText | None = None
-    """Instead of ``lam``: share of labels that may be wrong, such as ``10%``. The cap then follows the margins, so that
-    about this share of the pairs is flagged."""
+    """Instead of ``lam``: share of labels that may be wrong, such as ``10%``, where you can guess it. The cap then
+    follows the margins, so that about this share of the pairs is flagged."""
     paper: R3MPaper = R3MPaper()
     """What the losses that are there for comparison take. Turn it to repeat their papers."""
 
@@ -145,21 +146,25 @@ class R3MConfig(RobustFields, TrainingFields):
     run = "tenfold.align.r3m.stage:run_r3m"
 
     target: Literal["reward", "dpo"] = "reward"
-    """``reward``: a model with one score; ``dpo``: a policy, whose log-ratios are its rewards."""
+    """``reward``: a model with one score, to judge answers; ``dpo``: a policy that writes them, whose log-ratios are
+    its rewards."""
     rank: Annotated[int, Field(ge=0)] = 8
-    """Rank of the LoRA adapter that is trained; 0 trains all weights (``reward`` only)."""
+    """Rank of the LoRA adapter that is trained; 0 trains all weights (``reward`` only). Raise it where the training
+    loss stays high."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Adapted matrices, as in ``lora``."""
+    """Adapted matrices, as in ``lora``; name fewer for a smaller adapter."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Reward per nat of log-ratio; ``dpo`` only. A pair is flagged where its log-ratio gap lies below kink / beta."""
+    """Reward per nat of log-ratio; ``dpo`` only. Lower it to let the policy go further from where it started. A pair is
+    flagged where its log-ratio gap lies below kink / beta."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW. Lower it where wrong labels are memorised or the loss jumps, raise it where the loss
+    hardly falls."""
     noise: str | None = None
     """Flip training labels on purpose, to see whether they are found: ``uniform:20%``, ``stochastic:2``,
     ``myopic:0.5``, ``irrational:1/2``; all but the first need true rewards per step (``step-audit`` has them)."""
     folds: Annotated[int, Field(ge=0)] = 0
-    """Judge each training pair by a model that has not seen it: so many further trainings, 2 or more; 0 judges by the
-    trained model, which may have memorised wrong labels."""
+    """Judge each training pair by a model that has not seen it: so many further trainings, 2 or more. 0 judges by the
+    trained model, which may have memorised wrong labels; turn it on (5, for one) where it has."""
     lams: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     """Instead of ``lam``: train with each of these caps, and keep the one whose model explains best the pairs that it
     has not seen, such as ``[1, 0.75, 0.5, 0.25]``. Without ``trusted`` a fifth of the training pairs judges, and their
@@ -167,7 +172,7 @@ class R3MConfig(RobustFields, TrainingFields):
     trusted: Annotated[str | None, Takes(("rows",))] = None
     """Pairs whose labels are known to be right, in a file or as ``data`` names them: they choose among ``lams``."""
     worst: Annotated[int, Field(ge=1)] = 12
-    """Most doubtful pairs that the report shows."""
+    """Most doubtful pairs that the report shows; raise it to read more of them."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -252,28 +257,31 @@ class AuditConfig(DataFields):
     out_files: ClassVar[Mapping[str, str]] = {".csv": "csv"}
 
     lam: Annotated[float, Field(gt=0, lt=1)] = AUDIT_LAM
-    """A pair is flagged where the model gives its label less than ``1 - lam``."""
+    """A pair is flagged where the model gives its label less than ``1 - lam``; raise it to flag fewer and surer
+    ones."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """For policies: the beta that they were trained with. Default: what the adapter says that this library trained,
     else 0.1."""
     reference: Annotated[str | None, Takes(("model",))] = None
     """For policies without an adapter: the model that they started from, a folder, a hub id or ``demo``."""
     batch_size: Annotated[int, Field(ge=1)] = 8
-    """Pairs of a forward pass, which has twice as many sequences."""
+    """Pairs of a forward pass, which has twice as many sequences; lower it where memory is short."""
     max_length: Annotated[int, Field(ge=8)] | None = None
     """Tokens of prompt and answer; longer pairs are left out and counted. Default: that of the training where the model
-    says so, else 1024."""
+    says so, else 1024. Raise it where many were left out."""
     worst: Annotated[int, Field(ge=1)] = 12
-    """Most doubtful pairs that the report shows."""
+    """Most doubtful pairs that the report shows; raise it to read more of them."""
     by: str | None = None
-    """Column that says who gave the label, or where the row comes from: these are ranked, too."""
+    """Column that says who gave the label, or where the row comes from: these are ranked, too. Give it to find careless
+    annotators or sources."""
     csv: Annotated[Path | None, Incidental] = None
-    """Also write the ranked table to this file; on the command line ``--out NAME.csv`` says the same."""
+    """Also write the ranked table to this file, to go through it by hand; on the command line ``--out NAME.csv`` says
+    the same."""
     action: Literal["drop", "flip", "weights"] = "drop"
     """What the cleaned data does with suspects: leaves them out, flips those that are almost surely wrong, or
     keeps all with a column ``weight``, for trainers that weigh rows (those here do not)."""
     clean: Annotated[Path | None, Incidental] = None
-    """Also write the cleaned rows to this file (.jsonl)."""
+    """Also write the cleaned rows to this file (.jsonl), to train on them elsewhere."""
 
     def models(self) -> dict[str, str]:
         """What a policy is compared with."""

@@ -16,17 +16,18 @@ class ModelFields(Config):
     """``demo`` (the embedded SmolLM2-135M-Instruct), a hub id, a folder, a GGUF file, or ``tiny:llama``. Recipes whose
     stages need no model leave it out."""
     task: Literal["causal", "seq2seq", "classification", "reward"] = "causal"
-    """What the model's head is for."""
+    """What the model's head is for; ``causal`` writes text. Change it for models with another head."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Default: float32 on CPU, the checkpoint's own on a GPU."""
+    """Number format of the weights. Default: float32 on CPU, the checkpoint's own on a GPU. ``bfloat16`` halves
+    memory."""
     device: str | None = None
-    """``cpu``, ``cuda``, ``cuda:1``. Default: a GPU where there is one."""
+    """``cpu``, ``cuda``, ``cuda:1``. Default: a GPU where there is one. Give it to choose among several."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model."""
+    """Branch, tag or commit of a hub model; give it so that a run stays repeatable when the model changes."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models whose code you have read."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Every random choice follows from it."""
+    """Every random choice follows from it; change it to see how far figures depend on chance."""
 
 
 class Recipe(ModelFields):
