@@ -115,9 +115,9 @@ class AdaLoraConfig(TextTrainingFields):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that is dropped while it trains; for few rows and many passes."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
-    regular expressions that match whole names; each must match something. The paper: every linear layer. Name fewer to
-    keep the budget to parts of the model."""
+    """Roles (``q k v o qkv gate up down gate_up fc1 fc2``), groups (``attention mlp mixer all-linear``), suffixes of
+    module names, or regular expressions that match whole names; each must match something. The paper: every linear
+    layer. Name fewer to keep the budget to parts of the model."""
 
     paper: AdaLoraPaper = AdaLoraPaper()
     """How factors start, and which of two forms the penalty and the sensitivity have. Turn it to repeat the paper."""

@@ -39,8 +39,9 @@ class LoraConfig(TextTrainingFields):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that is dropped while it trains; for few rows and many passes."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Roles (``q k v o gate up down fc1 fc2``), groups (``attention mlp all-linear``), suffixes of module names, or
-    regular expressions that match whole names; each must match something. Name fewer for a smaller adapter."""
+    """Roles (``q k v o qkv gate up down gate_up fc1 fc2``), groups (``attention mlp mixer all-linear``), suffixes of
+    module names, or regular expressions that match whole names; each must match something. Name fewer for a smaller
+    adapter."""
 
     def applied_to(self, shape: Shape) -> Shape:
         """An adapter more."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tenfold.errors import ConfigError, ModelError
-from tenfold.models.families import FAMILIES, GROUPS
-from tenfold.models.head_sizes import head_dim, kv_heads
+from tenfold.models.roles import GROUPS, ROLES, Found, Part, reads_weight, roles_of
 
 Layout = Literal["linear", "conv1d", "embedding", "norm"]
+_MATRIX = ("linear", "conv1d")
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,17 @@ class Slot:
         name: of the module in the plain model, also when adapters wrap it: ``model.layers.0.self_attn.q_proj``.
         role: ``q k v o`` and ``qkv`` of self-attention, ``cross_q cross_k cross_v cross_o`` of T5's attention to the
             encoder, ``pos_q pos_k`` of DeBERTa's positions, ``gate up down`` and ``gate_up`` of a gated MLP,
-            ``fc1 fc2`` of a plain one, ``embed``, ``position``, ``head``, ``norm``.
+            ``fc1 fc2`` of a plain one, ``embed``, ``position``, ``head``, ``norm``; any other matrix (``in_proj`` of
+            Mamba, ``kv_b_proj`` of DeepSeek) has its own name for a role.
         layer: index of the block within its stack; None outside the blocks.
         in_features: size of the input; of an embedding, the number of rows.
         out_features: size of the output.
         layout: ``linear`` stores its weight as ``[out, in]``, ``conv1d`` (GPT-2) as ``[in, out]``.
         stack: ``decoder`` or ``encoder``. T5's shared embedding counts as the encoder's.
-        split: for a fused role, the parts of the output in order, as (role, size).
+        split: for a fused role, the parts of the output, as (role, size); some families interleave them by heads.
+        part: of the block: ``attention``, ``mlp``, ``mixer`` (of recurrent layers and convolutions), ``router`` (of
+            experts, or of the tokens that sparse attention reads); ``head`` and ``other`` stand outside.
+        fixed: why no adapter can stand here; empty where one can.
     """
 
     name: str
@@ -41,6 +46,8 @@ class Slot:
     layout: Layout
     stack: Literal["decoder", "encoder"]
     split: tuple[tuple[str, int], ...] = ()
+    part: Part = "other"
+    fixed: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,12 @@ class LayerMap:
         layers: blocks of the decoder; of the encoder where there is no decoder.
         encoder_layers: blocks of the encoder beside a decoder (T5); otherwise 0.
         hidden: width of the residual stream.
-        heads: query heads per layer.
+        heads: query heads per layer; 0 where the configuration knows none, as for the next two.
         kv_heads: key and value heads per layer.
         head_dim: size of one head.
         slots: every slot, in the order of the model's modules.
+        stacked: matrices that are slices of one parameter and no layers, as the experts of most models are: its name
+            and shape.
     """
 
     model_type: str
@@ -66,6 +75,7 @@ class LayerMap:
     kv_heads: int
     head_dim: int
     slots: tuple[Slot, ...]
+    stacked: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def select(self, targets: Sequence[str]) -> tuple[Slot, ...]:
         r"""The matrices that targets name; only ``linear`` and ``conv1d`` slots can be selected.
@@ -88,42 +98,100 @@ class LayerMap:
         """
         if isinstance(targets, str):
             raise ConfigError(f"targets: {targets!r} is text, not a list", remedy=f"write [{targets}]")
-        candidates = [slot for slot in self.slots if slot.layout in ("linear", "conv1d")]
-        chosen = {slot.name for target in targets for slot in self._matches(target, candidates)}
+        chosen = {slot.name for target in targets for slot in self._matches(target)}
         if not chosen:
             raise ConfigError("targets: empty", remedy="name a role, a group such as all-linear, or a module")
-        return tuple(slot for slot in candidates if slot.name in chosen)
+        return tuple(slot for slot in self.slots if slot.name in chosen)
 
-    def _matches(self, target: str, candidates: list[Slot]) -> list[Slot]:
-        roles = GROUPS.get(target, (target,))
-        found = [slot for slot in candidates if slot.role in roles]
-        found = found or [slot for slot in candidates if f".{slot.name}".endswith(f".{target}")]
+    def left_out(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """What groups among the targets do not reach in this model, one sentence for each kind.
+
+        Args:
+            targets: as `select` takes them; a role or a module that is named leaves nothing out.
+
+        >>> from tenfold.models.tiny import tiny_model
+        >>> layer_map(tiny_model("llama").model).left_out(["all-linear"])
+        ()
+        """
+        groups = [target for target in targets if target in GROUPS]
+        if not groups:
+            return ()
+        parts = {part for target in groups for part in GROUPS[target]}
+        said = []
+        if self.stacked and parts & {"mlp", "other"}:
+            numbers = sum(math.prod(shape) for shape in self.stacked.values())
+            kind = "experts" if all("expert" in name.lower() for name in self.stacked) else "matrices"
+            said.append(
+                f"stacked {kind} are not adapted: {_patterns(self.stacked)} are parameters, not linear layers, of "
+                f"{numbers:,} numbers"
+            )
+        if "all-linear" in groups and (routers := [slot.name for slot in self.slots if slot.part == "router"]):
+            said.append(f"routers are not adapted: {_patterns(routers)}")
+        reasons: dict[str, list[str]] = {}
+        for slot in self.slots:
+            if slot.fixed and slot.part in parts:
+                reasons.setdefault(slot.fixed, []).append(slot.name)
+        return (*said, *(f"not adapted: {_patterns(names)}: {reason}" for reason, names in reasons.items()))
+
+    def _matches(self, target: str) -> list[Slot]:
+        matrices = [slot for slot in self.slots if slot.layout in _MATRIX]
+        if target in GROUPS:
+            found = [slot for slot in matrices if slot.part in GROUPS[target] and not slot.fixed]
+        else:
+            found = [slot for slot in matrices if target in ROLES and slot.role == target]
+            found = found or [slot for slot in matrices if f".{slot.name}".endswith(f".{target}")]
+            found = found or [slot for slot in matrices if _fullmatch(target, slot.name)]
+            adaptable = [slot for slot in found if not slot.fixed]
+            if found and not adaptable:
+                raise ConfigError(
+                    f"targets: {target!r} in this {self.model_type} model: {found[0].fixed}",
+                    remedy="leave it out; all-linear names what can be adapted",
+                )
+            found = adaptable
         if not found:
-            try:
-                found = [slot for slot in candidates if re.fullmatch(target, slot.name)]
-            except re.error:
-                found = []
-        if not found:
-            raise self._no_match(target, candidates)
+            raise self._no_match(target, matrices)
         return found
 
-    def _no_match(self, target: str, candidates: list[Slot]) -> ConfigError:
-        roles = list(dict.fromkeys(slot.role for slot in candidates))
-        fused = next((slot for slot in candidates if target in dict(slot.split)), None)
+    def _no_match(self, target: str, matrices: list[Slot]) -> ConfigError:
+        roles = list(dict.fromkeys(slot.role for slot in matrices))
+        groups = [group for group in GROUPS if any(slot.part in GROUPS[group] for slot in matrices)]
+        fused = next((slot for slot in matrices if target in dict(slot.split)), None)
         if fused is not None:
             problem = f"targets: {target!r} is fused into {fused.role!r} in this {self.model_type} model"
             return ConfigError(problem, remedy=f"give {fused.role!r} ({fused.name.rsplit('.', 1)[-1]})")
-        known = [*roles, *GROUPS, *dict.fromkeys(slot.name.rsplit(".", 1)[-1] for slot in candidates)]
+        if stacked := [name for name in self.stacked if f".{name}".endswith(f".{target}") or _fullmatch(target, name)]:
+            return ConfigError(
+                f"targets: {target!r} is no linear layer in this {self.model_type} model: {stacked[0]} is a parameter "
+                f"of shape {self.stacked[stacked[0]]}",
+                remedy=f"roles here: {', '.join(roles)}",
+            )
+        known = [*roles, *groups, *dict.fromkeys(slot.name.rsplit(".", 1)[-1] for slot in matrices)]
         near = difflib.get_close_matches(target, known, n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         return ConfigError(
             f"targets: {target!r} matches nothing in this {self.model_type} model{hint}",
-            remedy=f"roles here: {', '.join(roles)}; groups: {', '.join(GROUPS)}; or part of a module name",
+            remedy=f"roles here: {', '.join(roles)}; groups: {', '.join(groups)}; or part of a module name",
         )
+
+
+def _fullmatch(expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error:
+        return False
+
+
+def _patterns(names: Iterable[str]) -> str:
+    """Names with a star for every number, each pattern once."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
 
 
 def layer_map(model: Any) -> LayerMap:
     """Find out which module of a model plays which part.
+
+    By structure: a block is what stands in a numbered list, and the part of a matrix follows from where it stands in
+    its block, from its shape and from the words that all families share (`tenfold.models.roles`). Of a model with
+    towers for pictures or sound, the part that reads text is looked at.
 
     Works on models on the meta device (only shapes are read) and on models with PEFT adapters attached, whose slots
     have the names of the plain model.
@@ -135,55 +203,150 @@ def layer_map(model: Any) -> LayerMap:
         The map.
 
     Raises:
-        ModelError: an unknown architecture, a mixture of experts, or a block with a matrix that the architecture's
-            table does not know; lists what was found.
+        ModelError: no block with a linear layer; lists what was found.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> found = layer_map(tiny_model("llama").model)
     >>> found.layers, found.heads, found.kv_heads, found.head_dim
     (2, 4, 2, 16)
-    >>> found.slots[2]
-    Slot(name='model.layers.0.self_attn.k_proj', role='k', layer=0, in_features=64, out_features=32, layout='linear', \
-stack='decoder', split=())
+    >>> found.slots[2].name, found.slots[2].role, found.slots[2].part, found.slots[2].out_features
+    ('model.layers.0.self_attn.k_proj', 'k', 'attention', 32)
     """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    config = model.config
-    family = FAMILIES.get(config.model_type)
-    if family is None or _experts(config):
+    config = model.config.get_text_config()
+    modules = _of_text(model)
+    roles = _roles(model, modules)
+    if not any(part not in ("head", "router") for part, _ in roles.values()):
         raise _unknown(model)
-    slots: list[Slot] = []
-    strangers: list[str] = []
-    patterns = family.compiled(bool(getattr(config, "is_gated_act", False)))
+    fixed = _fixed(model, dict(modules))
     sizes = _sizes(config)
-    for name, module in _modules(model, patterns):
-        match = next(((role, found) for pattern, role in patterns if (found := pattern.fullmatch(name))), None)
+    blocks = _blocks(config, roles)
+    slots = []
+    for name, module in modules:
         shape = _shape(module)
-        if match is None or shape is None:
-            if shape is not None and shape[2] in ("linear", "conv1d") and family.in_block(name):
-                strangers.append(name)
+        if shape is None:
             continue
-        role, found = match
-        groups = found.groupdict()
-        layer = groups.get("layer")
+        part, role = roles.get(name, ("other", "norm"))
+        if shape[2] == "embedding":
+            role = "position" if _POSITION.search(name.rpartition(".")[2]) else "embed"
+        place = _place(name)
         slots.append(
             Slot(
                 name=name,
                 role=role,
-                layer=None if layer is None else int(layer),
+                layer=place[0] if place else None,
                 in_features=shape[0],
                 out_features=shape[1],
                 layout=shape[2],
-                stack=family.stack_of(name),
+                stack=_stack(config, name, blocks),
                 split=_split(role, shape[1], sizes),
+                part=part,
+                fixed=fixed.get(name, ""),
             )
         )
-    if strangers or not any(slot.role in ("q", "qkv") for slot in slots):
-        raise _unknown(model, strangers)
-    return LayerMap(model_type=config.model_type, slots=tuple(slots), **sizes)
+    return LayerMap(model_type=config.model_type, slots=tuple(slots), stacked=_stacked(modules), **sizes)
 
 
-def _modules(model: Any, patterns: list[tuple[re.Pattern[str], str]]) -> Iterator[tuple[str, Any]]:
+_POSITION = re.compile(r"pos|relative|rel_|wpe|type")
+_HEAD = re.compile(r"pooler|classif|score|head")
+
+
+def _place(name: str) -> tuple[int, tuple[str, ...]] | None:
+    """The block that a module stands in, and its name there; None outside of the blocks.
+
+    >>> _place("model.layers.7.self_attn.q_proj"), _place("lm_head"), _place("model.projections.0")
+    ((7, ('self_attn', 'q_proj')), None, None)
+    """
+    parts = name.split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
+    return (int(parts[number]), tuple(parts[number + 1 :])) if number + 1 < len(parts) else None
+
+
+def _roles(model: Any, modules: Sequence[tuple[str, Any]]) -> dict[str, tuple[Part, str]]:
+    """Part and role of every matrix."""
+    shapes = {name: shape for name, module in modules if (shape := _shape(module)) and shape[2] in _MATRIX}
+    siblings = Counter(name.rpartition(".")[0] for name in shapes)
+    blocks: dict[str, list[Found]] = {}
+    output, body = model.get_output_embeddings(), f"{model.base_model_prefix}."
+    found: dict[str, tuple[Part, str]] = {}
+    for name, shape in shapes.items():
+        place = _place(name)
+        if place is None:
+            beyond = f".{name}".find(f".{body}") < 0 and hasattr(model, model.base_model_prefix)
+            is_head = beyond or dict(modules)[name] is output or _HEAD.search(name)
+            own = next(part for part in reversed(name.split(".")) if not part.isdigit())
+            found[name] = ("head", "head") if is_head else ("other", own)
+            continue
+        block = name.removesuffix(".".join(("", *place[1])))
+        alone = siblings[name.rpartition(".")[0]] == 1
+        blocks.setdefault(block, []).append(Found(name, place[1], shape[:2], alone))
+    for block in blocks.values():
+        found |= roles_of(block)
+    return found
+
+
+def _fixed(model: Any, modules: dict[str, Any]) -> dict[str, str]:
+    """Matrices that no adapter can stand at, and why."""
+    owners: dict[int, list[str]] = {}
+    found: dict[str, str] = {}
+    for name, module in modules.items():
+        shape, place = _shape(module), _place(name)
+        if shape is None or shape[2] not in _MATRIX or place is None:
+            continue
+        owners.setdefault(id(getattr(module, "weight", module)), []).append(name)
+        parent, _, child = name.rpartition(".")
+        if reads_weight(type(modules[parent]), child):
+            found[name] = "the model reads its weight without calling the layer, so an adapter would not be seen"
+    shared = [name for names in owners.values() if len(names) > 1 for name in names]
+    return found | dict.fromkeys(shared, "several layers share its weight, so an adapter could not be merged")
+
+
+def _stacked(modules: Sequence[tuple[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Matrices of blocks that are no layers but slices of a parameter, as stacked experts are: name and shape."""
+    import torch
+
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    return {
+        f"{name}.{own}": tuple(parameter.shape)
+        for name, module in modules
+        if _shape(module) is None and not isinstance(module, convolutions) and _place(f"{name}.") is not None
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 3 and min(parameter.shape[-2:]) > 1
+    }
+
+
+def _of_text(model: Any) -> list[tuple[str, Any]]:
+    """Modules by name; of a model with towers for pictures or sound, those that read text, and the head."""
+    modules = list(_modules(model))
+    if model.config.get_text_config() is model.config:
+        return modules
+    decoder = model.get_decoder()
+    prefix = next((f"{name}." for name, module in modules if module is decoder and name), "")
+    return [(name, module) for name, module in modules if name.startswith(prefix) or "." not in name]
+
+
+def _blocks(config: Any, names: Iterable[str]) -> Literal["decoder", "encoder"]:
+    """The stack of a model that has one alone, by what its blocks stand in."""
+    within = any("encoder" in name.split(".") for name in names if _place(name))
+    return "encoder" if within and not getattr(config, "is_decoder", False) else "decoder"
+
+
+def _stack(config: Any, name: str, blocks: Literal["decoder", "encoder"]) -> Literal["decoder", "encoder"]:
+    """The stack that a module belongs to; what encoder and decoder share counts as the encoder's.
+
+    Args:
+        config: of the model.
+        name: of the module.
+        blocks: the stack of a model that has one alone.
+    """
+    if not getattr(config, "is_encoder_decoder", False):
+        return blocks
+    in_decoder = re.search(r"(^|\.)decoder(\.|$)", name.split(".encoder.")[0]) or _HEAD.search(name)
+    return "decoder" if in_decoder else "encoder"
+
+
+def _modules(model: Any) -> Iterator[tuple[str, Any]]:
     """Modules in order under the plain model's names; what wraps a layer is looked through, not listed."""
     seen: set[int] = set()
 
@@ -194,7 +357,7 @@ def _modules(model: Any, patterns: list[tuple[re.Pattern[str], str]]) -> Iterato
             return
         seen.add(id(module))
         yield name, module
-        if any(pattern.fullmatch(name) for pattern, _ in patterns):
+        if (shape := _shape(module)) is not None and shape[2] in _MATRIX:
             return  # a matrix may be made of smaller ones (a compressed layer); they are not the model's own
         for child_name, child in module.named_children():
             yield from walk(f"{name}.{child_name}" if name else child_name, child)
@@ -227,46 +390,46 @@ def _shape(module: Any) -> tuple[int, int, Layout] | None:
 
 def _sizes(config: Any) -> dict[str, int]:
     """The numbers of a `LayerMap`; transformers maps GPT-2's and T5's own names onto the common ones."""
-    layers, encoder_layers = config.num_hidden_layers, 0
+    layers, encoder_layers = _number(config, "num_hidden_layers"), 0
     if getattr(config, "is_encoder_decoder", False):
-        encoder_layers, layers = layers, config.num_decoder_layers
+        encoder_layers, layers = layers, _number(config, "num_decoder_layers") or _number(config, "decoder_layers")
+    heads, width = _number(config, "num_attention_heads"), _number(config, "hidden_size")
+    stated = _number(config, "head_dim") or _number(config, "d_kv")
     return {
         "layers": layers,
         "encoder_layers": encoder_layers,
-        "hidden": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "kv_heads": kv_heads(config),
-        "head_dim": head_dim(config),
+        "hidden": width,
+        "heads": heads,
+        "kv_heads": _number(config, "num_key_value_heads") or heads,
+        "head_dim": stated or (width // heads if heads else 0),
     }
 
 
+def _number(config: Any, name: str) -> int:
+    """A whole number of the configuration; 0 where it has none, or one for each layer."""
+    try:
+        value = getattr(config, name, 0)
+    except RuntimeError:  # transformers' refusal where it differs by layers
+        return 0
+    return value if isinstance(value, int) else 0
+
+
 def _split(role: str, out_features: int, sizes: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    """The parts of a fused matrix; the heads of keys follow from its size, whatever the configuration calls them."""
     if role == "gate_up":
         return (("gate", out_features // 2), ("up", out_features // 2))
-    if role == "qkv":
-        keys = sizes["kv_heads"] * sizes["head_dim"]
-        return (("q", sizes["heads"] * sizes["head_dim"]), ("k", keys), ("v", keys))
+    queries = sizes["heads"] * sizes["head_dim"]
+    if role == "qkv" and queries and (rest := out_features - queries) > 0:
+        return (("q", queries), ("k", rest // 2), ("v", rest // 2))
     return ()
 
 
-def _experts(config: Any) -> bool:
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return any((getattr(config, name, None) or 0) > 1 for name in names)
-
-
-def _unknown(model: Any, strangers: Sequence[str] = ()) -> ModelError:
-    """The refusal, with the names and counts of the matrices that a table entry would have to cover."""
-    config = model.config
-    names = strangers or [
-        name for name, module in model.named_modules() if (shape := _shape(module)) and shape[2] in ("linear", "conv1d")
-    ]
+def _unknown(model: Any) -> ModelError:
+    """The refusal, with the names and counts of what is there."""
+    names = [name for name, module in model.named_modules() if (shape := _shape(module)) and shape[2] in _MATRIX]
     counts = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
     listed = ", ".join(f"{count} x {pattern}" for pattern, count in counts.items()) or "no linear layer"
-    if _experts(config):
-        problem = f"{config.model_type}: a mixture-of-experts model, which is not supported; found {listed}"
-        return ModelError(problem, remedy="use a dense model")
-    what = "matrices in its blocks that the layer map does not know" if strangers else "unknown to the layer map"
     return ModelError(
-        f"{config.model_type}: {what}; found {listed}",
-        remedy=f"add it to tenfold/models/families.py; supported: {', '.join(FAMILIES)}",
+        f"{model.config.model_type}: no linear layer in repeated blocks, so there is nothing to adapt; found {listed}",
+        remedy="train all weights (--method full), or take another model",
     )

@@ -92,8 +92,6 @@ def _shape(plan: ResolvedRecipe, step: Step, notes: dict[str, None]) -> Shape | 
 
 
 def _applied(step: Step, shape: Shape, plan: ResolvedRecipe) -> Shape:
-    from tenfold.models.families import FAMILIES
-
     config = step.config
     if config.needs.full_attention and shape.spans is not None:
         raise ConfigError(
@@ -101,9 +99,8 @@ def _applied(step: Step, shape: Shape, plan: ResolvedRecipe) -> Shape:
             remedy="put the stage before the one that made them local",
         )
     after = config.applied_to(shape)
-    unknown = "targets" in type(config).model_fields and shape.model_type not in FAMILIES
     # An artefact is no folder yet: its matrices are looked at when the stage runs.
-    if not is_reference(step.model) and (unknown or config.needs_matrices(shape)):
+    if not is_reference(step.model) and config.needs_matrices(shape):
         _check_matrices(step, dataclasses.replace(model_of(plan, step), task=after.task))
     return after
 

@@ -7,7 +7,7 @@ import re
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.errors import ConfigError, ModelError
@@ -212,20 +212,29 @@ def causal(model_type, **fields):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**small, **fields}))
 
 
-def test_unknown_architecture_lists_what_was_found():
-    model = causal("gpt_neox", intermediate_size=64, bos_token_id=1, eos_token_id=2)
-    with pytest.raises(ModelError, match=r"gpt_neox: unknown.*2 x gpt_neox\.layers\.\*\.attention\.query_key_value"):
-        layer_map(model)
+def test_a_model_without_blocks_lists_what_was_found():
+    class Flat(PreTrainedModel):
+        config_class = GPT2Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def get_output_embeddings(self):
+            return self.second
+
+    found = layer_map(Flat(GPT2Config()))
+    assert [slot.name for slot in found.select(["all-linear"])] == ["first"]
+    flat = Flat(GPT2Config())
+    del flat.first
+    with pytest.raises(ModelError, match=r"gpt2: no linear layer in repeated blocks.*found 1 x second"):
+        layer_map(flat)
 
 
-def test_mixture_of_experts_is_refused():
-    model = causal("mixtral", intermediate_size=64, num_local_experts=2, num_key_value_heads=2)
-    with pytest.raises(ModelError, match="mixture-of-experts"):
-        layer_map(model)
-
-
-def test_a_stranger_in_a_block_is_not_passed_over():
+def test_a_stranger_in_a_block_is_adapted_under_its_own_name():
     model = tiny_model("llama").model
     model.model.layers[1].extra = torch.nn.Linear(64, 64)
-    with pytest.raises(ModelError, match=r"1 x model\.layers\.\*\.extra"):
-        layer_map(model)
+    found = layer_map(model)
+    assert [slot.name for slot in found.select(["extra"])] == ["model.layers.1.extra"]
+    assert found.select(["extra"])[0] in found.select(["all-linear"])
+    assert not {slot.role for slot in found.select(["attention", "mlp"])} - {*LLAMA_BLOCK}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ class AdaLora:
 
         Returns:
             ``attached`` as `attached` gives it; ``ranks``: the rank map, role -> the kept rank in each layer (None
-            where the role is not adapted), roles of an encoder beside a decoder as ``encoder.q``; ``budget``: one
+            where the role is not adapted), roles of an encoder beside a decoder as ``encoder.q``, and names within the
+            block where it has a role several times, as with experts; ``budget``: one
             ``(step, budget, triplets kept)`` for each allocation, from the start; ``steps``: optimizer steps made;
             ``notes``: sentences that the reader must know.
         """
@@ -126,11 +128,17 @@ class AdaLora:
     def _rank_map(self) -> dict[str, list[int | None]]:
         kept = self.ranks()
         both = {matrix.slot.stack for matrix in self.matrices.values()} == {"encoder", "decoder"}
+        rows = {
+            name: f"{matrix.slot.stack}.{matrix.slot.role}" if both else matrix.slot.role
+            for name, matrix in self.matrices.items()
+        }
+        places = Counter((row, self.matrices[name].slot.layer) for name, row in rows.items())
+        several = {row for (row, _), count in places.items() if count > 1}  # experts, or two MLPs in a block
         found: dict[str, dict[int, int]] = {}
-        for name, matrix in self.matrices.items():
-            slot = matrix.slot
-            row = f"{slot.stack}.{slot.role}" if both else slot.role
-            found.setdefault(row, {})[slot.layer or 0] = kept[name]
+        for name, row in rows.items():
+            layer = self.matrices[name].slot.layer or 0
+            row = name.partition(f".{layer}.")[2] or name if row in several else row
+            found.setdefault(row, {})[layer] = kept[name]
         layers = 1 + max(layer for row in found.values() for layer in row)
         return {row: [values.get(layer) for layer in range(layers)] for row, values in found.items()}
 
@@ -214,7 +222,7 @@ def attach(
     optimizer no weight decay on the adapter: it would act against the orthogonality penalty.
 
     Args:
-        model: a transformers model that `tenfold.models.layer_map` knows; quantised bases are fine.
+        model: a transformers model; quantised bases are fine.
         config: budget or rank, phases, targets.
         total_steps: optimizer steps of the run. Default: the running Trainer's, else ``config.steps``.
         task: what the model's head is for (``causal``, ``seq2seq``, ``classification``, ``reward``, or None); the head

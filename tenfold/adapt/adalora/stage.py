@@ -8,6 +8,7 @@ from tenfold.adapt import adalora
 from tenfold.adapt.fitting import base_of, fit, prepare
 from tenfold.adapt.training import total_steps
 from tenfold.config.adalora import AdaLoraConfig
+from tenfold.models.layer_map import layer_map
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Figure, Series
 
@@ -15,6 +16,7 @@ from tenfold.stage.record import Figure, Series
 def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
     """The stage ``adalora``; the artefact is plain LoRA."""
     opened, encoded = prepare(config, context)
+    left_out = layer_map(opened.model).left_out(config.targets)
     adapter = adalora.attach(opened.model, config, task=context.model.task)
     if note := adapter.too_short(total_steps(config, encoded.sequences, encoded.tokens)):
         context.progress.say(f"  {note}")
@@ -32,7 +34,7 @@ def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
         results=results,
         attached=touched,
         figures=[rank_map(report["ranks"]), budget_curve(report["budget"], adapter.plan.by, warmup)],
-        notes=[*encoded.notes, *report["notes"]],
+        notes=[*encoded.notes, *left_out, *report["notes"]],
         timings={"training": trained.seconds},
         artefact=folder.name,
         continues_with="adapter",

@@ -24,7 +24,7 @@ def attach(model: nn.Module, config: LoraConfig, *, task: str = "causal") -> Pef
     A head that shares its weight with the input embedding gets one of its own, so that the adapter can be merged.
 
     Args:
-        model: a transformers model that `tenfold.models.layer_map` knows.
+        model: a transformers model.
         config: rank or budget, scale, dropout, targets.
         task: what the model's head is for.
 

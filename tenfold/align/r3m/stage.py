@@ -49,6 +49,7 @@ from tenfold.errors import ConfigError, DataError
 from tenfold.evaluate.choice import share
 from tenfold.files import write_text
 from tenfold.models.export import save_adapter, save_model
+from tenfold.models.layer_map import layer_map
 from tenfold.models.memory import measure_growth
 from tenfold.models.opened import Opened
 from tenfold.models.reference import ModelRef
@@ -82,6 +83,7 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
     if config.rank:
         save_adapter(trained.model, trained.opened.tokenizer, context.folder / kind, base=base_of(context.model))
         method = {**lora.attached(trained.model), **method}
+        notes = [*notes, *layer_map(trained.model).left_out(config.targets)]
     else:
         save_model(trained.model, trained.opened.tokenizer, context.folder / kind)
     known = {"target": config.target, "beta": config.beta, "max_length": config.max_length}
