@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tenfold.errors import ConfigError, ModelError
-from tenfold.models.roles import GROUPS, ROLES, Found, Part, reads_weight, roles_of
+from tenfold.models.roles import GROUPS, ROLES, BlockMatrix, Part, reads_weight, roles_of
 
 Layout = Literal["linear", "conv1d", "embedding", "norm"]
 _MATRIX = ("linear", "conv1d")
@@ -267,7 +267,7 @@ def _roles(model: Any, modules: Sequence[tuple[str, Any]]) -> dict[str, tuple[Pa
     """Part and role of every matrix."""
     shapes = {name: shape for name, module in modules if (shape := _shape(module)) and shape[2] in _MATRIX}
     siblings = Counter(name.rpartition(".")[0] for name in shapes)
-    blocks: dict[str, list[Found]] = {}
+    blocks: dict[str, list[BlockMatrix]] = {}
     output, body = model.get_output_embeddings(), f"{model.base_model_prefix}."
     found: dict[str, tuple[Part, str]] = {}
     for name, shape in shapes.items():
@@ -280,9 +280,9 @@ def _roles(model: Any, modules: Sequence[tuple[str, Any]]) -> dict[str, tuple[Pa
             continue
         block = name.removesuffix(".".join(("", *place[1])))
         alone = siblings[name.rpartition(".")[0]] == 1
-        blocks.setdefault(block, []).append(Found(name, place[1], shape[:2], alone))
-    for block in blocks.values():
-        found |= roles_of(block)
+        blocks.setdefault(block, []).append(BlockMatrix(name, place[1], shape[:2], alone))
+    for there in blocks.values():
+        found |= roles_of(there)
     return found
 
 
@@ -296,10 +296,26 @@ def _fixed(model: Any, modules: dict[str, Any]) -> dict[str, str]:
             continue
         owners.setdefault(id(getattr(module, "weight", module)), []).append(name)
         parent, _, child = name.rpartition(".")
-        if reads_weight(type(modules[parent]), child):
+        kind: type = type(modules[parent])
+        if reads_weight(kind, child):
             found[name] = "the model reads its weight without calling the layer, so an adapter would not be seen"
     shared = [name for names in owners.values() if len(names) > 1 for name in names]
-    return found | dict.fromkeys(shared, "several layers share its weight, so an adapter could not be merged")
+    found |= dict.fromkeys(shared, "several layers share its weight, so an adapter could not be merged")
+    taken = "PEFT takes its name for the stacked experts of this model, so no adapter folder can mean this layer"
+    return found | dict.fromkeys(_taken_by_peft(model, [name for names in owners.values() for name in names]), taken)
+
+
+def _taken_by_peft(model: Any, names: Sequence[str]) -> list[str]:
+    """Names that PEFT reads as those of experts from before these were stacked, though layers have them, too.
+
+    So it does with ``mlp.shared_experts.gate_proj`` of DeepSeek, in what it attaches and in the folders that it opens.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=list(names))
+    convert_peft_config_for_transformers(config, model, None)
+    return [name for name in names if name not in config.target_modules]
 
 
 def _stacked(modules: Sequence[tuple[str, Any]]) -> dict[str, tuple[int, ...]]:

@@ -41,7 +41,7 @@ _INNER = ("dense", "linear", "layer")
 
 
 @dataclass(frozen=True)
-class Found:
+class BlockMatrix:
     """A matrix of a block before its role is known.
 
     Args:
@@ -77,18 +77,18 @@ class Found:
         return self.alone and len(self.inside) > 1 and self.inside[-1] in _INNER
 
 
-def roles_of(block: Sequence[Found]) -> dict[str, tuple[Part, str]]:
+def roles_of(block: Sequence[BlockMatrix]) -> dict[str, tuple[Part, str]]:
     """The part and role of each matrix of one block, by name.
 
     Args:
         block: its matrices, in model order.
 
     >>> shapes = {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_fc": (8, 32), "mlp.c_proj": (32, 8)}
-    >>> found = roles_of([Found(name, tuple(name.split(".")), shape, False) for name, shape in shapes.items()])
+    >>> found = roles_of([BlockMatrix(name, tuple(name.split(".")), shape, False) for name, shape in shapes.items()])
     >>> [role for _, role in found.values()]
     ['qkv', 'o', 'fc1', 'fc2']
     """
-    places: dict[tuple[str, ...], list[Found]] = {}
+    places: dict[tuple[str, ...], list[BlockMatrix]] = {}
     for matrix in block:
         places.setdefault(matrix.path, []).append(matrix)
     found: dict[str, tuple[Part, str]] = {}
@@ -102,7 +102,7 @@ def roles_of(block: Sequence[Found]) -> dict[str, tuple[Part, str]]:
     return {matrix.name: found[matrix.name] for matrix in block}
 
 
-def _part(path: Sequence[str], matrix: Found, there: Sequence[Found]) -> Part:
+def _part(path: Sequence[str], matrix: BlockMatrix, there: Sequence[BlockMatrix]) -> Part:
     if _matches(_ROUTER, (*path, matrix.label)):
         return "router"
     words = {one.word for one in there}
@@ -119,14 +119,14 @@ def _part(path: Sequence[str], matrix: Found, there: Sequence[Found]) -> Part:
     return "mixer" if "mixer" in path else "other"
 
 
-def _attention_roles(there: Sequence[Found], *, cross: bool) -> dict[str, str]:
+def _attention_roles(there: Sequence[BlockMatrix], *, cross: bool) -> dict[str, str]:
     roles = {matrix.name: _ATTENTION[matrix.word] for matrix in there if matrix.word in _ATTENTION}
     if len(there) == 2 and there[1].shape[1] == there[0].shape[0] < there[0].shape[1]:
         roles = {there[0].name: "qkv", there[1].name: "o"}  # one matrix in, one back to the stream
     return {name: f"cross_{role}" if cross else role for name, role in roles.items()}
 
 
-def _mlp_roles(there: Sequence[Found]) -> dict[str, str]:
+def _mlp_roles(there: Sequence[BlockMatrix]) -> dict[str, str]:
     """Roles by name where one says ``up`` or ``down``, else by shape: what rises from the stream, and what falls."""
     named = {matrix.name: matrix.word for matrix in there if matrix.word in _MLP}
     if named:

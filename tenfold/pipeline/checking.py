@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tenfold.config.data import DataFields
@@ -99,10 +101,19 @@ def _applied(step: Step, shape: Shape, plan: ResolvedRecipe) -> Shape:
             remedy="put the stage before the one that made them local",
         )
     after = config.applied_to(shape)
+    strange = "targets" in type(config).model_fields and not _comes_with_transformers(shape.model_type)
     # An artefact is no folder yet: its matrices are looked at when the stage runs.
-    if not is_reference(step.model) and config.needs_matrices(shape):
+    if not is_reference(step.model) and (strange or config.needs_matrices(shape)):
         _check_matrices(step, dataclasses.replace(model_of(plan, step), task=after.task))
     return after
+
+
+def _comes_with_transformers(model_type: str) -> bool:
+    """Whether transformers has a folder for an architecture; its list of names would cost the import of torch."""
+    spec = importlib.util.find_spec("transformers")
+    name = model_type.replace("-", "_")
+    models = Path(spec.origin).parent / "models" if spec is not None and spec.origin is not None else Path()
+    return any((models / folder / "__init__.py").is_file() for folder in (name, name.removesuffix("_text")))
 
 
 def _check_matrices(step: Step, ref: ModelRef) -> None:
