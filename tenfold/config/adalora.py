@@ -117,8 +117,6 @@ class AdaLoraConfig(TextTrainingFields):
     targets: tuple[str, ...] = ("all-linear",)
     """Roles (``q k v o qkv gate up down gate_up fc1 fc2``), groups (``attention mlp mixer all-linear``), suffixes of
     module names, or regular expressions that match whole names; each must match something. The paper: every linear
-    """Roles (``q k v o qkv gate up down gate_up fc1 fc2``), groups (``attention mlp mixer all-linear``), suffixes of
-    module names, or regular expressions that match whole names; each must match something. The paper: every linear
     layer. Name fewer to keep the budget to parts of the model."""
 
     paper: AdaLoraPaper = AdaLoraPaper()
