@@ -350,8 +350,8 @@ def _uses_chat(tokenizer: Any, chat: bool | None) -> bool:
 
 
 def _template(tokenizer: Any, chat: bool) -> str:
-    """What, beside the row, decides its tokens."""
-    form = f"chat: {tokenizer.get_chat_template()}" if chat else f"plain: {tokenizer.eos_token}"
+    """What, beside the row, decides its tokens; the number counts the ways in which rows became messages."""
+    form = f"chat 2: {tokenizer.get_chat_template()}" if chat else f"plain: {tokenizer.eos_token}"
     return f"{tokenizer_hash(tokenizer)} {form}"
 
 
@@ -401,17 +401,18 @@ def pair_lengths(row: Preference, tokenizer: Any, chat: bool | None = None) -> t
 
 
 def _tokenised(key: str, row: Preference, tokenizer: Any, chat: bool) -> _Pair:
-    chosen, rejected = (_whole(row, answer, tokenizer, chat) for answer in (row.chosen, row.rejected))
+    """Tokens of prompt and answers, as TRL makes them: with its eos token, or by the chat template."""
+    if chat:
+        chosen, rejected = (_rendered(row, [*row.turns, *reply], tokenizer, ask=False) for reply in row.replies)
+    else:
+        chosen, rejected = (_plain(row, answer, tokenizer) for answer in (row.chosen, row.rejected))
     return _Pair(key, row, chosen, rejected)
 
 
-def _whole(row: Preference, answer: str, tokenizer: Any, chat: bool) -> list[int]:
-    """Tokens of prompt and answer, as TRL makes them: with its eos token, or by the chat template."""
-    if chat:
-        return _rendered(row, [*row.turns, {"role": "assistant", "content": answer}], tokenizer, ask=False)
-    if row.history:
+def _plain(row: Preference, answer: str, tokenizer: Any) -> list[int]:
+    if row.needs_template:
         raise DataError(
-            f"row {row.id!r} has a system message or several turns, which need a chat template",
+            f"row {row.id!r} has a system message, several turns or tools, which need a chat template",
             remedy="use an instruction-tuned model, set tokenizer.chat_template, or write the whole prompt as text",
         )
     end = "" if answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
@@ -423,7 +424,8 @@ def _prompt(row: Preference, tokenizer: Any, chat: bool) -> list[int]:
 
 
 def _rendered(row: Preference, turns: list[dict[str, Any]], tokenizer: Any, *, ask: bool) -> list[int]:
-    return tokens(tokenizer, render_chat(tokenizer, turns, f"row {row.id!r}", ask=ask), special=False)
+    text = render_chat(tokenizer, turns, f"row {row.id!r}", ask=ask, **row.options)
+    return tokens(tokenizer, text, special=False)
 
 
 def _reward_margins(model: Any, pad: int, pairs: list[_Pair]) -> Tensor:
@@ -462,8 +464,7 @@ def _policy_margins(model: Any, reference: Any, tokenizer: Any, chat: bool, beta
 
 
 def _prompt_length(pair: _Pair, tokenizer: Any, chat: bool) -> int:
-    """Where the answers begin: at least 1, for nothing predicts a first token."""
-    return max(1, _in_common(pair, tokenizer, chat))
+    return max(1, _in_common(pair, tokenizer, chat))  # nothing predicts a first token
 
 
 def _in_common(pair: _Pair, tokenizer: Any, chat: bool) -> int:

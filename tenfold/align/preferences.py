@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tenfold.data.forms import as_flag
 from tenfold.data.groups import hash_share
 from tenfold.data.read import Rows
 from tenfold.data.rows import Preference
@@ -175,7 +176,8 @@ def corrupt(rows: Sequence[Preference], mask: Sequence[bool]) -> list[Preference
 
 def flipped(row: Preference) -> Preference:
     """The pair with the other label."""
-    return replace(row, chosen=row.rejected, rejected=row.chosen)
+    answers = None if row.answers is None else row.answers[::-1]
+    return replace(row, chosen=row.rejected, rejected=row.chosen, answers=answers)
 
 
 def write_corrupted(path: Path, rows: Sequence[Preference], mask: Sequence[bool]) -> None:
@@ -207,15 +209,6 @@ def flip_mask(rows: Rows) -> dict[str, bool]:
         DataError: a row has none.
     """
     return {row.id: _flag(rows, index) for index, row in enumerate(rows)}
-
-
-def as_flag(value: object) -> bool | None:
-    """A value of the column ``flipped``, as any format writes it; None where it is neither.
-
-    >>> as_flag(True), as_flag("False"), as_flag(1), as_flag("maybe")
-    (True, False, True, None)
-    """
-    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
 
 
 def true_rewards(rows: Rows) -> dict[str, StepRewards]:

@@ -196,7 +196,9 @@ class R3MConfig(RobustFields, TrainingFields):
 
     def other_rows(self) -> dict[str, OtherRows]:
         """The pairs that choose among caps, read like the training data."""
-        return {} if self.trusted is None else {"trusted": OtherRows(self.trusted, "preference", self.columns)}
+        if self.trusted is None:
+            return {}
+        return {"trusted": OtherRows(self.trusted, "preference", self.columns, self.on_bad_row)}
 
     def task_after(self, task: Task) -> Task:
         """A reward model has another head."""
@@ -253,6 +255,7 @@ class AuditConfig(DataFields):
     reads_columns: ClassVar[bool] = True  # cleaned rows keep them
     needs: ClassVar[Needs] = Needs(task=("causal", "reward"))
     makes: ClassVar[Mapping[str, ArtefactKind]] = {"audit": "table", "cleaned": "rows"}
+    keeps_columns: ClassVar[tuple[str, ...]] = ("cleaned",)
     run = "tenfold.align.audit.stage:run_audit"
     out_files: ClassVar[Mapping[str, str]] = {".csv": "csv"}
 
@@ -281,24 +284,36 @@ class AuditConfig(DataFields):
     """What the cleaned data does with suspects: leaves them out, flips those that are almost surely wrong, or
     keeps all with a column ``weight``, for trainers that weigh rows (those here do not)."""
     clean: Annotated[Path | None, Incidental] = None
-    """Also write the cleaned rows to this file (.jsonl), to train on them elsewhere."""
+    """Also write the cleaned rows to this file: ``.jsonl``, or the format of the data. To train on them
+    elsewhere."""
 
     def models(self) -> dict[str, str]:
         """What a policy is compared with."""
         return {} if self.reference is None else {"reference": self.reference}
 
+    @property
+    def cleaned_files(self) -> tuple[str, ...]:
+        """Files of cleaned rows in the stage's folder: in the format of the data, and as JSON lines.
+
+        >>> AuditConfig(data="prefs.csv").cleaned_files
+        ('cleaned.csv', 'cleaned.jsonl')
+        """
+        return tuple(f"cleaned{suffix}" for suffix in dict.fromkeys((self.data_format, ".jsonl")))
+
     def delivers(self) -> dict[str, Path]:
         """The ranked table and the cleaned rows."""
-        asked = {"audit.csv": self.csv, "cleaned.jsonl": self.clean}
+        cleaned = f"cleaned{self.clean.suffix}" if self.clean is not None else ""
+        asked = {"audit.csv": self.csv, cleaned: self.clean}
         return {name: target for name, target in asked.items() if target is not None}
 
     def check(self, rows: Rows | None) -> None:
         """Preferences, places for what is written, and the column by which labels are grouped."""
         check_kind(rows, self.reads, "auditing labels")
         assert rows is not None
-        for key, path, suffix in (("csv", self.csv, ".csv"), ("clean", self.clean, ".jsonl")):
+        formats = tuple(Path(name).suffix for name in self.cleaned_files)
+        for key, path, suffixes in (("csv", self.csv, (".csv",)), ("clean", self.clean, formats)):
             if path is not None:
-                _check_output(key, path, suffix, Path(str(self.data)).resolve())
+                _check_output(key, path, suffixes, Path(str(self.data)).resolve())
         if self.by is not None and not any(self.by in other for other in rows.others):
             there = ", ".join(dict.fromkeys(name for other in rows.others for name in other)) or "none"
             raise ConfigError(f"by: {rows.source} has no column {self.by!r}", remedy=f"further columns are: {there}")
@@ -313,9 +328,10 @@ class AuditConfig(DataFields):
         return shape
 
 
-def _check_output(key: str, path: Path, suffix: str, data: Path) -> None:
-    if path.suffix != suffix or path.is_dir():
-        raise ConfigError(f"{key}: {path} is not a {suffix} file", remedy=f"give a name that ends in {suffix}")
+def _check_output(key: str, path: Path, suffixes: tuple[str, ...], data: Path) -> None:
+    if path.suffix not in suffixes or path.is_dir():
+        listed = " or ".join(suffixes)
+        raise ConfigError(f"{key}: {path} is not a {listed} file", remedy=f"give a name that ends in {listed}")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{key}: there is no folder {path.parent}", remedy="make it, or give another one")
     if path.resolve() == data or data in path.resolve().parents:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Kind = Literal["text", "completion", "chat", "preference", "question", "choice", "classification"]
 """Of rows."""
 
+OnBadRow = Literal["stop", "skip"]
+"""What becomes of the reading where a row cannot be read."""
+
 ArtefactKind = Literal[
     "model", "adapter", "rows", "profile", "plan", "cache-format", "judge", "policy", "traces", "table"
 ]
@@ -67,11 +70,13 @@ class OtherRows(NamedTuple):
         source: as ``data`` names one.
         kind: that they must be.
         columns: the user's column name for each of ours.
+        on_bad_row: as under ``on_bad_row``.
     """
 
     source: str
     kind: Kind
     columns: Mapping[str, str]
+    on_bad_row: OnBadRow = "stop"
 
 
 class Incidental:
@@ -110,6 +115,8 @@ class StageConfig(Config):
     needs: ClassVar[Needs] = Needs()
     makes: ClassVar[Mapping[str, ArtefactKind]] = {}
     """Artefacts by name, and what each is."""
+    keeps_columns: ClassVar[tuple[str, ...]] = ()
+    """Artefacts of rows under the column names of its data: what reads them reads them with the same ``columns``."""
     run: ClassVar[str]
     """``module:function``, ``(config, context) -> StageOutput``; imported on first use."""
     attach: ClassVar[str | None] = None
@@ -202,6 +209,12 @@ def check_kind(rows: Rows | None, kinds: tuple[str, ...], what: str) -> None:
         raise ConfigError(
             f"{what} needs {listed} rows, and data is missing",
             remedy=f"name a file, a folder or a hub id under `data` (--data), or {first} for a first try",
+        )
+    if rows.kind not in kinds and rows.unpaired and kinds == ("preference",):
+        raise ConfigError(
+            f"{what} needs pairs, and {rows.source} holds unpaired preferences: one answer, and whether it is wanted",
+            remedy="give rows with prompt, chosen and rejected; TRL's KTOTrainer learns from unpaired ones, and "
+            "`tenfold adapt` from the wanted answers",
         )
     if rows.kind not in kinds:
         raise ConfigError(

@@ -8,11 +8,12 @@ import math
 import re
 import string
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from tenfold.config.stage import Kind
-from tenfold.data.rows import KINDS, Choice, Preference, Question, Row, content_id
+from tenfold.data.rows import KINDS, Choice, Message, Question, Row, content_id, is_plain, spoken
 from tenfold.data.sources import RawRow, shorten
+from tenfold.data.transcripts import turns_of
 from tenfold.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -45,6 +46,7 @@ def build(kind: Kind, record: RawRow, values: Mapping[str, Any]) -> Row:
     spec = KINDS[kind]
     fields: dict[str, Any] = {}
     cells = dict(values)
+    lists: dict[str, tuple[Message, ...]] = {}
     for column in spec.needed + spec.further:
         value = values.get(column)
         if column in spec.further and (value is None or (record.flat and value == "")):
@@ -55,28 +57,40 @@ def build(kind: Kind, record: RawRow, values: Mapping[str, Any]) -> Row:
             raise _missing(kind, column, record, values)
         if record.flat:
             value = cells[column] = _from_cell(column, value)
-        if kind == "preference" and column == "prompt" and _is_asked(value):
-            fields["history"], value = _history(record, value[:-1]), value[-1]["content"]
+        if kind == "preference" and isinstance(value, list) and column in ("prompt", "chosen", "rejected"):
+            lists[column] = _listed(record, column, value)
+            continue
         try:
             fields[column] = _answer(value, cells["options"]) if column == "answer" else _PARSERS[column](value)
         except _UnfitError as unfit:
             raise wrong(record, column, str(unfit), remedy=f"mend or remove the row; {_EXPECTED[column]}") from None
+    if lists:
+        fields |= _pair(fields, lists)
     row = spec.row(id=_own_id(record, values), **fields)
     _check_together(row, record)
     return row if row.id else spec.row(id=content_id(row), **fields)
 
 
-def _is_asked(prompt: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether a prompt is a conversation that ends with a question."""
-    last = prompt[-1] if isinstance(prompt, list) and prompt else None
-    return isinstance(last, dict) and last.get("role") == "user" and "content" in last
-
-
-def _history(record: RawRow, messages: list[Any]) -> tuple[dict[str, Any], ...]:
+def _listed(record: RawRow, column: str, messages: list[Any]) -> tuple[Message, ...]:
     try:
-        return _messages(messages) if messages else ()
+        return _messages(messages)
     except _UnfitError as unfit:
-        raise wrong(record, "prompt", str(unfit), remedy=f"mend or remove the row; {_EXPECTED['messages']}") from None
+        raise wrong(record, column, str(unfit), remedy=f"mend or remove the row; {_EXPECTED['messages']}") from None
+
+
+def _pair(fields: Mapping[str, Any], lists: Mapping[str, tuple[Message, ...]]) -> dict[str, Any]:
+    """The fields of a preference of which prompt or answers are messages: texts, as far as these say all."""
+    found: dict[str, Any] = {}
+    if asked := lists.get("prompt"):
+        text = asked[-1]["content"] if is_plain(asked[-1], "user") else ""
+        plain = bool(text) and (len(asked) > 1 or not turns_of(text))
+        found = {"prompt": text, "history": asked[:-1]} if plain else {"prompt": "", "history": asked}
+    if {"chosen", "rejected"} & set(lists):
+        both = [lists.get(name) or ({"role": "assistant", "content": fields[name]},) for name in ("chosen", "rejected")]
+        found |= {name: spoken(messages) for name, messages in zip(("chosen", "rejected"), both, strict=True)}
+        if not all(len(messages) == 1 and is_plain(messages[0], "assistant") for messages in both):
+            found["answers"] = tuple(both)
+    return found
 
 
 def wrong(record: RawRow, column: str, problem: str, remedy: str) -> DataError:
@@ -147,13 +161,6 @@ def _own_id(record: RawRow, values: Mapping[str, Any]) -> str:
 
 
 def _check_together(row: Row, record: RawRow) -> None:
-    if isinstance(row, Preference) and row.chosen == row.rejected:
-        raise wrong(
-            record,
-            "rejected",
-            "the same text as 'chosen', so the pair says nothing",
-            remedy="remove the row, or keep ties out of preference data",
-        )
     if isinstance(row, Choice):
         _check_answer(row, record)
     if isinstance(row, Question) and row.gold:
@@ -213,14 +220,38 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
             raise _UnfitError(
                 f"message {number}: unknown role {message['role']!r}, expected one of {', '.join(ROLES)}{hint}"
             )
-        # A call of a tool has no text of its own.
-        if message.get("content") in (None, "") and message.get("tool_calls"):
+        if message.get("content") in (None, "") and _may_be_silent(message):
             continue
         try:
             _text(message.get("content"))
         except _UnfitError as unfit:
             raise _UnfitError(f"message {number}, 'content': {unfit}") from None
     return tuple(value)
+
+
+def _may_be_silent(message: Mapping[str, Any]) -> bool:
+    """Whether a message needs no text: calls and results of tools, thoughts, and system messages left empty."""
+    if message["role"] in ("system", "developer", "tool"):
+        return message.get("content") == ""
+    return bool(message.get("tool_calls") or message.get("reasoning_content") or message.get("thinking"))
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _UnfitError(f"{_found(value)}, expected a list of objects")
+    return tuple(value)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _UnfitError(f"{_found(value)}, expected an object")
+    return value
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise _UnfitError(f"{_found(value)}, expected a whole number of messages")
+    return value
 
 
 def _passages(value: Any) -> str | tuple[str, ...]:
@@ -295,10 +326,13 @@ def _from_cell(column: str, cell: Any) -> Any:
     return cell
 
 
-_LISTS = ("messages", "context", "answers", "options")
+_LISTS = ("context", "answers", "options")
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("text", "text_pair", "prompt", "completion", "chosen", "rejected", "question"), _text),
     "messages": _messages,
+    "given": _count,
+    "tools": _tools,
+    "chat_template_kwargs": _object,
     "context": _passages,
     "answers": _answers,
     "options": _options,
@@ -310,6 +344,9 @@ _EXPECTED: dict[str, str] = {
         ("text", "text_pair", "prompt", "completion", "chosen", "rejected", "question"), "it holds text, not empty"
     ),
     "messages": 'it holds [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+    "given": "it holds how many messages at the beginning are context only",
+    "tools": 'it holds [{"type": "function", "function": {"name": "...", "parameters": {...}}}], also as JSON',
+    "chat_template_kwargs": 'it holds {"enable_thinking": false}, or what else the chat template takes',
     "context": 'it holds text or a list of passages, each text or {"title": "...", "text": "..."}',
     "answers": "it holds one text or a list of texts",
     "options": "it holds a list of texts",

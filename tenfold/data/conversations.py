@@ -1,181 +1,122 @@
-"""Conversations and preferences in the forms that data sets have them in, under one form of ours.
+"""Completions and preferences that are conversations, or whole texts, under one form of ours.
 
-Messages may have ``from`` and ``value`` (ShareGPT) or contents that are lists of text parts; preferences may be
-conversations (TRL's other form), or whole texts that begin with their prompt (TRL's implicit prompt, HH-RLHF).
+Preferences may be conversations (TRL's other form), or whole texts that begin with their prompt (TRL's implicit prompt,
+HH-RLHF); a system message may stand in a column of its own.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
 from tenfold.data.check import kind_of, wrong
-from tenfold.data.groups import HH_ANSWER
-from tenfold.data.sources import RawRow, shorten
+from tenfold.data.messages import is_turns
+from tenfold.data.rows import is_plain
+from tenfold.data.sources import RawRow
+from tenfold.data.transcripts import ANSWER, turns_of
 
-_CONVERSATIONS = ("conversations", "conversation")
-_TURNS = ("messages", *_CONVERSATIONS, "prompt", "completion", "chosen", "rejected")
-_SHAREGPT = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "observation"), "tool"),
-    "system": "system",
-}
-_REMEDY = "end both with one answer of the assistant to the same messages, or write prompt, chosen and rejected as text"
+_SYSTEM = ("system", "system_prompt")
+_REMEDY = "end both with answers of the assistant to the same messages, or write prompt, chosen and rejected as text"
 
 
-def in_messages(record: RawRow, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row with its conversations as lists of ``role`` and ``content``, the latter text.
+def in_our_form(record: RawRow, values: Mapping[str, Any], told: Counter[str] | None = None) -> dict[str, Any]:
+    """The columns of a conversation or preference in any form as those of a row; other rows as they are.
 
-    A column ``conversations`` becomes ``messages``, or the prompt of the answers that stand beside it. Prompt and
-    completion that are conversations become texts, or ``messages`` where a system message comes first.
+    * Prompt and completion that are conversations become texts where they are one question and one answer, else
+      ``messages`` of which the first, ``given``, are context.
+    * Where ``chosen`` and ``rejected`` are lists of messages, those that both begin with belong to the prompt, which
+      may also be a column of its own; as text it gives way to the conversation's question, as in TRL.
+    * Where they are texts without a prompt, it is what both begin with: up to the last answer's beginning in
+      transcripts as of HH-RLHF, else as TRL's ``extract_prompt`` has it.
+    * A column ``system`` becomes the first message, where there is none.
 
     Args:
         record: the raw record, for its place.
-        values: its columns under our names.
+        values: its columns under our names, as `tenfold.data.messages.in_messages` gives them.
+        told: counts prompts that differ from the conversation (``differs``), those not written out (``implicit``),
+            those that are transcripts (``transcript``) and columns that became a system message (``system``).
 
     Raises:
-        DataError: an unknown ``from``, a part that is not text, or a completion to a conversation of several turns.
+        DataError: the conversations differ in what is asked, or do not end with the assistant.
 
-    >>> row = {"conversations": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]}
-    >>> in_messages(RawRow("row 1", row), row)["messages"][1]
-    {'role': 'assistant', 'content': '2'}
+    >>> ask, good, bad = {"role": "user", "content": "1+1="}, *({"role": "assistant", "content": c} for c in "23")
+    >>> in_our_form(RawRow("row 1", {}), {"chosen": [ask, good], "rejected": [ask, bad]})["prompt"]
+    [{'role': 'user', 'content': '1+1='}]
+    >>> in_our_form(RawRow("row 1", {}), {"chosen": "Sky: blue", "rejected": "Sky: green"})
+    {'chosen': ' blue', 'rejected': ' green', 'prompt': 'Sky:'}
     """
+    told = Counter() if told is None else told
     found = dict(values)
-    for column in _TURNS:
-        value = found.get(column)
-        if record.flat and column in ("messages", *_CONVERSATIONS) and str(value).startswith("["):
-            value = _parsed(str(value))
-        if isinstance(value, dict) and column in ("chosen", "rejected"):
-            value = [value]  # one answer, as LLaMA-Factory has it
-        if isinstance(value, list):
-            found[column] = [_message(record, column, number, one) for number, one in enumerate(value, start=1)]
-    for column in _CONVERSATIONS:
-        name = "prompt" if "chosen" in found and "rejected" in found else "messages"
-        if _is_turns(found.get(column)) and name not in found:
-            found[name] = found.pop(column)
-    if _is_turns(found.get("prompt")) and _is_turns(found.get("completion")):
-        return _completion(record, found)
+    if _has_implicit_prompt(found):
+        told["implicit"] += 1
+        found = _from_whole_texts(record, found)
+    found = _with_system(found, told)
+    if all(is_turns(found.get(column)) for column in ("chosen", "rejected")):
+        found = _from_conversations(record, found, told)
+    elif "completion" in found and is_turns(found.get("prompt")):
+        found = _completion(record, found)
+    told["transcript"] += isinstance(found.get("prompt"), str) and bool(turns_of(found["prompt"]))
+    return found
+
+
+def _with_system(values: dict[str, Any], told: Counter[str]) -> dict[str, Any]:
+    """The columns with that of a system message as the first message of the conversation."""
+    name = next((name for name in _SYSTEM if isinstance(values.get(name), str) and values[name].strip()), None)
+    prompt = values.get("prompt")
+    holders = [
+        column
+        for column in ("messages", "prompt", "chosen", "rejected")
+        if is_turns(values.get(column)) and (column == "messages" or values[column][0]["role"] != "assistant")
+    ]
+    if not holders and isinstance(prompt, str) and ("completion" in values or "chosen" in values):
+        holders = ["prompt"]
+    if name is None or not holders:
+        return values
+    told["system"] += 1
+    found = {column: value for column, value in values.items() if column != name}
+    message = {"role": "system", "content": values[name]}
+    if isinstance(prompt, str) and "prompt" in holders:
+        found["prompt"] = [{"role": "user", "content": prompt}]
+    for column in holders:
+        if found[column][0]["role"] not in ("system", "developer"):
+            found[column] = [message, *found[column]]
     return found
 
 
 def _completion(record: RawRow, values: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in values.items() if name not in ("prompt", "completion")}
-    messages = [*values["prompt"], *values["completion"]]
-    roles = [message["role"] for message in messages]
-    if roles == ["user", "assistant"]:
-        return {**rest, "prompt": messages[0]["content"], "completion": messages[1]["content"]}
-    if roles.count("assistant") == 1 and roles[-1] == "assistant":
-        return {**rest, "messages": messages}  # what the assistant says is the completion and nothing else
-    raise wrong(
-        record,
-        "completion",
-        f"the conversation is of {', '.join(roles)}, and a completion must be the assistant's only message",
-        "write it as messages, of which all that the assistant says is learnt",
-    )
-
-
-def _parsed(cell: str) -> Any:
-    try:
-        return json.loads(cell)
-    except json.JSONDecodeError:
-        return cell
-
-
-def _message(record: RawRow, column: str, number: int, message: Any) -> Any:
-    """A message with role and content; what is none comes back as it is, for `check` to name."""
-    if not isinstance(message, dict):
-        return message
-    found = dict(message)
-    if "from" in found and "value" in found and "role" not in found:
-        sender = found.pop("from")
-        if not isinstance(sender, str) or sender not in _SHAREGPT:
-            raise wrong(
-                record,
-                column,
-                f"message {number}: unknown 'from' {sender!r}, expected one of {', '.join(_SHAREGPT)}",
-                "write messages with role and content",
-            )
-        found = {"role": _SHAREGPT[sender], "content": found.pop("value"), **found}
-    if isinstance(found.get("content"), list) and found["content"]:
-        parts = [_part(record, column, f"message {number}, part {at}", part)
-                 for at, part in enumerate(found["content"], start=1)]  # fmt: skip
-        found["content"] = "".join(parts)
-    return found
-
-
-def _part(record: RawRow, column: str, place: str, part: Any) -> str:
-    if isinstance(part, dict) and part.get("type") in ("text", None) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else None
-    said = f"a part of type {kind!r}" if kind else shorten(json.dumps(part, default=str), 60)
-    raise wrong(record, column, f"{place}: {said}, expected text", "remove the row; images and sounds are not read")
-
-
-def as_texts(record: RawRow, values: Mapping[str, Any], told: Counter[str] | None = None) -> dict[str, Any]:
-    """The columns of a preference in any of its forms as a prompt and two texts; other rows as they are.
-
-    Where ``chosen`` and ``rejected`` are lists of messages, those that both begin with belong to the prompt, which may
-    also be a column of its own; as text it gives way to the conversation's question, as in TRL. The prompt is a list of
-    messages where a system message or further turns come before the last question. Where they are texts
-    without a prompt, it is what both begin with: up to the last answer's beginning in transcripts as of HH-RLHF, else
-    as TRL's ``extract_prompt`` has it.
-
-    Args:
-        record: the raw record, for its place.
-        values: its columns under our names, as `in_messages` gives them.
-        told: counts prompts that differ from the conversation (``differs``) and those not written out (``implicit``).
-
-    Raises:
-        DataError: the conversations differ before their last message, or that is not the assistant's.
-
-    >>> ask, good, bad = {"role": "user", "content": "1+1="}, *({"role": "assistant", "content": c} for c in "23")
-    >>> as_texts(RawRow("row 1", {}), {"chosen": [ask, good], "rejected": [ask, bad]})
-    {'chosen': '2', 'rejected': '3', 'prompt': '1+1='}
-    >>> as_texts(RawRow("row 1", {}), {"chosen": "Sky: blue", "rejected": "Sky: green"})
-    {'chosen': ' blue', 'rejected': ' green', 'prompt': 'Sky:'}
-    """
-    told = Counter() if told is None else told
-    if all(_is_turns(values.get(column)) for column in ("chosen", "rejected")):
-        return _from_conversations(record, values, told)
-    if _has_implicit_prompt(values):
-        told["implicit"] += 1
-        return _from_whole_texts(record, values)
-    return dict(values)
+    asked, told = values["prompt"], values["completion"]
+    told = [{"role": "assistant", "content": told}] if isinstance(told, str) else told
+    if not is_turns(told) or not any(message["role"] == "assistant" for message in told):
+        said = f"messages of {', '.join(one['role'] for one in told)}" if is_turns(told) else "no list of messages"
+        raise wrong(record, "completion", f"{said}, expected an answer of the assistant", "mend or remove the row")
+    single = len(asked) == len(told) == 1 and is_plain(asked[0], "user") and is_plain(told[0], "assistant")
+    single = single and not turns_of(asked[0]["content"])
+    if single and not rest.get("tools") and not rest.get("chat_template_kwargs"):
+        return {**rest, "prompt": asked[0]["content"], "completion": told[0]["content"]}
+    return {**rest, "messages": [*asked, *told], "given": len(asked)}
 
 
 def _from_conversations(record: RawRow, values: Mapping[str, Any], told: Counter[str]) -> dict[str, Any]:
     chosen, rejected = values["chosen"], values["rejected"]
     # The last message of each is its answer, also where both are the same.
     shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))]
-    texts = {**values}
-    for column, turns in (("chosen", chosen), ("rejected", rejected)):
-        own = turns[len(shared) :]
-        if len(own) != 1 or own[0]["role"] != "assistant":
-            said = f"{len(own)} messages that are not in both answers" if len(own) != 1 else f"role {own[0]['role']!r}"
-            raise wrong(record, column, f"{said}, expected one answer of the assistant", _REMEDY)
-        texts[column] = own[0]["content"]
-    given = values.get("prompt")
-    if isinstance(given, list) and _is_turns(given):
+    own = {"chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
+    for column, turns in own.items():
+        roles = [turn["role"] for turn in turns]
+        if roles[0] != "assistant" or roles[-1] != "assistant":
+            said = f"what is not in both answers is of {', '.join(map(repr, roles))}"
+            raise wrong(record, column, f"{said}, expected answers of the assistant", _REMEDY)
+    before, given = shared, values.get("prompt")
+    if isinstance(given, list) and is_turns(given):
         # Some data sets write the prompt out and begin both answers with it.
         before = shared if shared[: len(given)] == given else [*given, *shared]
-    else:
-        before = shared
-        questions = [str(turn["content"]).split() for turn in shared if turn["role"] == "user"]
-        told["differs"] += isinstance(given, str) and bool(questions) and given.split() not in questions
-    if before:
-        if before[-1]["role"] != "user":
-            raise wrong(
-                record,
-                "prompt",
-                f"the last message before the answer is of {before[-1]['role']!r}, expected one of 'user'",
-                _REMEDY,
-            )
-        texts["prompt"] = before if len(before) > 1 else before[0]["content"]
-    return texts
+    elif isinstance(given, str):
+        questions = [str(turn.get("content")).split() for turn in shared if turn["role"] == "user"]
+        told["differs"] += bool(questions) and given.split() not in questions
+    return {**values, **own, **({"prompt": before} if before else {})}
 
 
 def _has_implicit_prompt(values: Mapping[str, Any]) -> bool:
@@ -183,7 +124,7 @@ def _has_implicit_prompt(values: Mapping[str, Any]) -> bool:
     both: list[Any] = [values.get(column) for column in ("chosen", "rejected")]
     if kind_of(values) is not None or "prompt" in values or not all(isinstance(text, str) for text in both):
         return False
-    if HH_ANSWER in _beginning(*both):
+    if ANSWER in _beginning(*both):
         return True
     # A single word (a source, a language) is no prompt.
     others = (value for name, value in values.items() if name not in ("id", "split", "chosen", "rejected"))
@@ -193,8 +134,8 @@ def _has_implicit_prompt(values: Mapping[str, Any]) -> bool:
 def _from_whole_texts(record: RawRow, values: Mapping[str, Any]) -> dict[str, Any]:
     chosen, rejected = values["chosen"], values["rejected"]
     same = _beginning(chosen, rejected)
-    if HH_ANSWER in same:
-        length = same.rindex(HH_ANSWER) + len(HH_ANSWER)
+    if ANSWER in same:
+        length = same.rindex(ANSWER) + len(ANSWER)
     else:
         # TRL's rule: up to the first character that differs, without the space before it; else all but one.
         shorter = min(len(chosen), len(rejected))
@@ -212,9 +153,3 @@ def _from_whole_texts(record: RawRow, values: Mapping[str, Any]) -> dict[str, An
 def _beginning(one: str, other: str) -> str:
     """What both texts begin with."""
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in value
-    )  # fmt: skip

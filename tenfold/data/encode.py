@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tenfold.data.rows import Chat, Completion, Row, Text
-from tenfold.data.templates import Conversation, Messages, converse, template_notes
+from tenfold.data.templates import Conversation, converse, template_notes
 from tenfold.data.tokens import tokens, tokens_within
 from tenfold.errors import DataError, ModelError
 
@@ -67,7 +67,8 @@ def encode(
       are those of the tokenizer for it, with an end-of-text token behind; a token that reaches over the border is
       learned. With a chat template they are a turn of the user and one of the assistant.
     * Chat: tokens are those of ``apply_chat_template`` for the conversation, and only the assistant's turns are
-      learned, as `tenfold.data.templates.converse` finds them. Notes say which turns are not, and why.
+      learned, as `tenfold.data.templates.converse` finds them, but for those among the ``given`` first messages.
+      Notes say which turns are not, and why.
 
     With ``packing``, rows of text are joined and cut into sequences of ``max_length``; the last, shorter one is kept,
     so no token is lost. Attention then crosses the borders of rows within a sequence, which the end-of-text token
@@ -182,12 +183,11 @@ def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None) -> _Tokens:
         return _ended(tokens(tokenizer, row.text), None, eos)
     if isinstance(row, Completion):
         if tokenizer.chat_template is not None if chat is None else chat:
-            turns = ({"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion})
-            return _conversation(turns, row.id, tokenizer)
+            return _conversation(Chat(row.id, row.messages, given=len(row.messages) - 1), tokenizer)
         whole = row.prompt + row.completion
         return _ended(*tokens_within(tokenizer, whole, [(len(row.prompt), len(whole))]), eos)
     if isinstance(row, Chat):
-        return _conversation(row.messages, row.id, tokenizer)
+        return _conversation(row, tokenizer)
     raise DataError(
         f"row {row.id!r} is a {type(row).__name__.lower()} row, which has no text to continue",
         remedy="give rows of text, completions or conversations",
@@ -202,8 +202,8 @@ def _ended(ids: list[int], learned: list[bool] | None, eos: int) -> _Tokens:
     return _Tokens(ids, [*learned[: len(ids) - 1], True])
 
 
-def _conversation(messages: Messages, id: str, tokenizer: Any) -> _Tokens:
-    talk = converse(tokenizer, messages, f"row {id!r}")
+def _conversation(row: Chat, tokenizer: Any) -> _Tokens:
+    talk = converse(tokenizer, row.messages, f"row {row.id!r}", given=row.given, **row.options)
     # The template writes the special tokens that are wanted, also that of the beginning.
     return _Tokens(*tokens_within(tokenizer, talk.text, talk.spans, special=False), talk)
 

@@ -15,15 +15,13 @@ from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 from tenfold.data.rows import Chat, Choice, Classification, Completion, Preference, Question, Row, Text, content
+from tenfold.data.transcripts import ANSWER
 
 NEAR = 0.15
 """How far the size of a part may stray from what was asked, as a part of it, before rows are laid out evenly."""
 
 DIVIDED = "\0"
 """How the group of rows begins whose subject is divided."""
-
-HH_ANSWER = "\n\nAssistant:"
-"""Where the answer begins in the transcripts of HH-RLHF, whose prompts are whole dialogues."""
 
 
 def hash_share(key: str) -> float:
@@ -48,7 +46,7 @@ def subject(row: Row) -> str:
     if isinstance(row, Chat):
         return _first_question(row.messages) or _folded(content(row))
     if isinstance(row, Preference):
-        return _first_question(row.history) or _folded(row.prompt.split(HH_ANSWER)[0])
+        return _first_question(row.history) or _folded(row.prompt.split(ANSWER)[0])
     if isinstance(row, Completion | Choice):
         return _folded(row.prompt)
     if isinstance(row, Question):

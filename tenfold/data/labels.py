@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from decimal import Decimal
 from itertools import chain
 from typing import Any
@@ -21,6 +22,8 @@ _Read = Iterable[tuple[RawRow, dict[str, Any]]]
 def with_labels(rows: _Read, *, classification: bool) -> _Read:
     """Rows of a CSV or TSV file with their labels as numbers where all are; other rows as they come.
 
+    A label that is missing (``nan``, ``NA``, ...) where others are numbers is the error of its record.
+
     Whole numbers, also written ``0.0``, are classes, others are values to be predicted. One number with a leading zero
     (``007``) makes codes of all, which are names.
 
@@ -28,19 +31,20 @@ def with_labels(rows: _Read, *, classification: bool) -> _Read:
         rows: records with their columns under our names; read at once where they are labelled.
         classification: whether the rows were said to be labelled; else told from the first one.
 
-    Raises:
-        DataError: a label is missing (``nan``, ``NA``, ...) where others are numbers.
-
     >>> table = [(RawRow(f"line {n}", {}, flat=True), {"text": "a", "label": f"{n}.0"}) for n in range(3)]
     >>> [values["label"] for _, values in with_labels(table, classification=False)]
     [0, 1, 2]
     """
     stream = iter(rows)
-    first = next(stream, None)
-    if first is None:
+    head = []
+    for pair in stream:
+        head.append(pair)
+        if pair[0].error is None:
+            break
+    if not head:
         return []
-    whole = chain([first], stream)
-    record, values = first
+    whole = chain(head, stream)
+    record, values = head[-1]
     if not record.flat or not (classification or kind_of(values) == "classification"):
         return whole
     return _typed(list(whole))
@@ -55,7 +59,8 @@ def _typed(rows: list[tuple[RawRow, dict[str, Any]]]) -> Iterator[tuple[RawRow, 
     whole = all(float(cell).is_integer() for cell in words)
     for (record, values), cell in zip(rows, cells, strict=True):
         if cell.lower() in _MISSING:
-            raise wrong(
-                record, "label", f"{cell!r} among numbers", "mend or remove the row; all other labels are numbers"
-            )
+            remedy = "mend or remove the row; all other labels are numbers"
+            error = record.error or wrong(record, "label", f"{cell!r} among numbers", remedy)
+            yield replace(record, error=error), values
+            continue
         yield record, {**values, "label": int(Decimal(cell)) if whole else float(cell)} if cell else values

@@ -7,16 +7,19 @@ import difflib
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, overload
 
-from tenfold.config.stage import Kind
+from tenfold.config.stage import Kind, OnBadRow
 from tenfold.data.check import build, kind_of, unknown_kind, wrong
-from tenfold.data.conversations import as_texts, in_messages
+from tenfold.data.conversations import in_our_form
+from tenfold.data.forms import is_unpaired, under_our_names, why_no_lesson
 from tenfold.data.groups import DIVIDED, kept_together, places, subject, twin
 from tenfold.data.labels import with_labels
+from tenfold.data.left_out import LeftOut, Why, left_out_notes, reason_of
+from tenfold.data.messages import in_messages
 from tenfold.data.rows import KINDS, OUR_COLUMNS, Classification, Row, content
 from tenfold.data.sources import RawRow, open_source
 from tenfold.errors import ConfigError, DataError
@@ -37,6 +40,10 @@ class Rows(Sequence[Row]):
         notes: sentences a reader of the results must know: rows left out, splits chosen.
         splits: each row's own ``split`` column, or None.
         others: of each row, the columns that its kind has no use for, under our names.
+        records: each row as it stands in the source, with its place.
+        columns: the user's column name for each of ours.
+        left_out: what was read and is not among the rows, with the reason of each.
+        unpaired: whether the source holds unpaired preferences (an answer, and whether it is wanted).
 
     >>> rows = read_rows("python-reference")
     >>> rows.kind, rows[0].id
@@ -49,6 +56,10 @@ class Rows(Sequence[Row]):
     notes: tuple[str, ...] = ()
     splits: tuple[str, ...] | None = None
     others: tuple[Mapping[str, Any], ...] = ()
+    records: tuple[RawRow, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    unpaired: bool = False
 
     def __len__(self) -> int:
         return len(self.items)
@@ -60,7 +71,8 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | Rows:
         if isinstance(index, slice):
             splits = self.splits and self.splits[index]
-            return replace(self, items=self.items[index], splits=splits, others=self.others[index])
+            others, records = self.others[index], self.records[index]
+            return replace(self, items=self.items[index], splits=splits, others=others, records=records)
         return self.items[index]
 
     @cached_property
@@ -146,6 +158,7 @@ class Rows(Sequence[Row]):
             items=tuple(itertools.compress(self.items, keep)),
             splits=self.splits and tuple(itertools.compress(self.splits, keep)),
             others=tuple(itertools.compress(self.others, keep)),
+            records=tuple(itertools.compress(self.records, keep)),
             notes=(*self.notes, note) if note else self.notes,
         )
 
@@ -174,6 +187,7 @@ def read_rows(
     rows: Kind | None = None,
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
+    on_bad_row: OnBadRow = "stop",
 ) -> Rows:
     """Read typed rows from any source, checking each; imports neither torch nor transformers.
 
@@ -184,13 +198,16 @@ def read_rows(
         rows: what a row is; by default told from the columns of the first one, by the table in ``tenfold.data.rows``.
         columns: our column name -> the source's, e.g. ``{"prompt": "question"}``.
         limit: read at most this many rows.
+        on_bad_row: ``stop`` at the first row that cannot be read, or ``skip`` such rows, which are then listed.
 
     Returns:
-        The rows. Ids are the source's own, or a hash of the content, so that they survive reordering. Rows without an
-        id that repeat an earlier one word for word are left out and counted in ``notes``.
+        The rows. Ids are the source's own, or a hash of the content, so that they survive reordering. Left out, listed
+        in ``left_out`` and counted in ``notes`` are rows without an id that repeat an earlier one word for word, ties
+        among preferences, and completions that are labelled as unwanted.
 
     Raises:
-        DataError: naming file, line, column, the row, what was expected and what to do.
+        DataError: naming file, line, column, the row, what was expected and what to do; also where a whole file cannot
+            be read, or no row of it.
         ConfigError: when ``columns`` names a column that no kind of row has.
 
     >>> read_rows("python-reference", limit=3).kind
@@ -202,15 +219,16 @@ def read_rows(
     reading = _Reading(kind=rows)
     # Closed here: a file left to the garbage collector stays open for as long as an error's traceback is kept.
     with contextlib.closing(opened.records) as records:
-        renamed = ((record, _rename(record, columns)) for record in itertools.islice(records, limit))
-        for record, named in with_labels(renamed, classification=rows == "classification"):
-            values = as_texts(record, in_messages(record, named), reading.told)
-            if not opened.editable and _is_blank_text(values):
-                reading.blank += 1
-                continue
-            reading.add(record, values)
+        named = _named(itertools.islice(records, limit), columns)
+        for record, values in with_labels(named, classification=rows == "classification"):
+            try:
+                reading.read(record, values, blank=not opened.editable)
+            except DataError as error:
+                if on_bad_row == "stop":
+                    raise
+                reading.leave_out(record, "bad", reason_of(error, record.place))
     if reading.kind is None or not reading.items:
-        raise DataError(f"{source}: has no rows", remedy="give a file with at least one row")
+        raise _nothing_left(source, reading.left_out)
     return Rows(
         items=tuple(reading.items),
         kind=reading.kind,
@@ -218,6 +236,20 @@ def read_rows(
         notes=opened.notes + reading.notes(source),
         splits=reading.own_splits(),
         others=tuple(reading.others),
+        records=tuple(reading.records),
+        columns=columns,
+        left_out=tuple(reading.left_out),
+        unpaired=bool(reading.told["unpaired"]),
+    )
+
+
+def _nothing_left(source: str, left_out: Sequence[LeftOut]) -> DataError:
+    if not left_out:
+        return DataError(f"{source}: has no rows", remedy="give a file with at least one row")
+    first = left_out[0]
+    return DataError(
+        f"{source}: none of its {len(left_out)} rows can be used; {first.place}: {first.reason}",
+        remedy="mend the rows, or say which of your columns is which with columns",
     )
 
 
@@ -229,23 +261,48 @@ class _Reading:
         self.items: list[Row] = []
         self.splits: list[Any] = []
         self.others: list[Mapping[str, Any]] = []
-        self.repeated: list[str] = []
-        self.blank = 0
+        self.records: list[RawRow] = []
+        self.left_out: list[LeftOut] = []
         self.told: Counter[str] = Counter()
         self._seen: dict[str, tuple[str, bool]] = {}
         self._first_label: tuple[type, str] | None = None
 
-    def add(self, record: RawRow, values: dict[str, Any]) -> None:
+    def read(self, record: RawRow, named: Mapping[str, Any], *, blank: bool) -> None:
+        """Take in one record; ``blank`` leaves out empty texts.
+
+        Raises:
+            DataError: for what cannot be read of it.
+        """
+        if record.error is not None:
+            raise record.error
+        told: Counter[str] = Counter()
+        values = in_our_form(record, in_messages(record, under_our_names(record, named, told)), told)
+        no_lesson = why_no_lesson(values)
+        self.told += told
+        self.told["unpaired"] += is_unpaired(values)
+        if no_lesson is not None:
+            self.leave_out(record, *no_lesson)
+        elif blank and _is_blank_text(values):
+            self.leave_out(record, "blank", "empty text")
+        else:
+            self._add(record, values)
+
+    def leave_out(self, record: RawRow, why: Why, reason: str) -> None:
+        """Note down a record that is not among the rows."""
+        self.left_out.append(LeftOut(record.place, why, reason))
+
+    def _add(self, record: RawRow, values: dict[str, Any]) -> None:
         if self.kind is None:
-            self.kind = kind_of(values)
-            if self.kind is None:
+            kind = kind_of(values)
+            if kind is None:
                 raise unknown_kind(record, values)
+            self.kind = kind
         row = build(self.kind, record, values)
         own_id = values.get("id") is not None
         if row.id in self._seen:
             place, other_own = self._seen[row.id]
             if not own_id and not other_own:
-                self.repeated.append(record.place)
+                self.leave_out(record, "repeated", f"repeats {place} word for word")
                 return
             raise wrong(
                 record,
@@ -253,10 +310,11 @@ class _Reading:
                 f"{row.id!r} was already used at {place}",
                 remedy="give each row an id of its own, or none",
             )
-        self._seen[row.id] = (record.place, own_id)
         if isinstance(row, Classification):
             self._check_label(row, record)
+        self._seen[row.id] = (record.place, own_id)
         self.items.append(row)
+        self.records.append(record)
         self.splits.append(values.get("split"))
         spec = KINDS[self.kind]
         used = {"id", *spec.needed, *spec.further}
@@ -276,23 +334,8 @@ class _Reading:
             )
 
     def notes(self, source: str) -> tuple[str, ...]:
-        notes = []
-        if self.repeated:
-            notes.append(
-                f"{source}: {len(self.repeated)} rows without an id repeat an earlier row word for word and were left "
-                f"out (first: {self.repeated[0]})."
-            )
-        if self.blank:
-            notes.append(f"{source}: {self.blank} rows with empty text were left out.")
-        if self.told["implicit"]:
-            notes.append(
-                f"{source}: {self.told['implicit']} rows without a prompt: it is what both answers begin with."
-            )
-        if self.told["differs"]:
-            notes.append(
-                f"{source}: {self.told['differs']} prompts differ from the questions of their conversations, which "
-                "count; these prompts are not used."
-            )
+        notes = left_out_notes(source, self.left_out)
+        notes += [f"{source}: {self.told[name]} {said}" for name, said in _TOLD.items() if self.told[name]]
         if self.splits and any(self.splits) and self.own_splits() is None:
             notes.append(f"{source}: the column split holds other values than train, dev, valid, test; it is not used.")
         return tuple(notes)
@@ -300,6 +343,26 @@ class _Reading:
     def own_splits(self) -> tuple[str, ...] | None:
         known = {_TRAIN, *_TUNE, *_TEST}
         return tuple(self.splits) if all(isinstance(s, str) and s in known for s in self.splits) else None
+
+
+_TOLD = {
+    "implicit": "rows without a prompt: it is what both answers begin with.",
+    "differs": "prompts differ from the questions of their conversations, which count; these prompts are not used.",
+    "transcript": "prompts are transcripts of Human and Assistant: with a chat template they are read as turns.",
+    "alpaca": "rows in Alpaca's form: instruction and input, on lines of their own, are the prompt.",
+    "labelled": "rows with two answers and a label, which says which of them is chosen.",
+    "system": "rows have a column with a system message, which comes first.",
+}
+"""What is said of forms that were read, by what counts them."""
+
+
+def _named(records: Iterable[RawRow], columns: dict[str, str]) -> Iterator[tuple[RawRow, dict[str, Any]]]:
+    """Records with their columns under our names; what is wrong with one is its error."""
+    for record in records:
+        try:
+            yield record, {} if record.error is not None else _rename(record, columns)
+        except DataError as error:
+            yield replace(record, error=error), {}
 
 
 def _check_columns(columns: dict[str, str]) -> None:

@@ -2,8 +2,8 @@
 
 | kind | columns it needs | further columns |
 | --- | --- | --- |
-| ``preference`` | ``prompt``, ``chosen``, ``rejected`` | |
-| ``chat`` | ``messages`` | |
+| ``preference`` | ``prompt``, ``chosen``, ``rejected`` | ``tools``, ``chat_template_kwargs`` |
+| ``chat`` | ``messages`` | ``given``, ``tools``, ``chat_template_kwargs`` |
 | ``question`` | ``question``, ``answers`` | ``context``, ``gold`` |
 | ``choice`` | ``prompt``, ``options``, ``answer`` | |
 | ``completion`` | ``prompt``, ``completion`` | |
@@ -17,10 +17,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from tenfold.config.stage import Kind
+from tenfold.data.transcripts import turns_of
+
+Message = dict[str, Any]
+"""As chat templates take it: ``role``, ``content``, and what else there is (``tool_calls``, ``name``, ...)."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,30 @@ class Completion:
     prompt: str
     completion: str
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """As a conversation: the prompt as the user's, or the turns of a transcript, and the completion."""
+        return tuple(_answered(self.prompt, self.completion))
+
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; ``messages`` are dictionaries as chat templates take them (``role``, ``content``, ...)."""
+    """A conversation.
+
+    ``given`` messages at its beginning are context, of which nothing is learned; ``tools`` and
+    ``chat_template_kwargs`` are what the chat template is given beside the messages.
+    """
 
     id: str
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[Message, ...]
+    given: int = 0
+    tools: tuple[dict[str, Any], ...] = ()
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments of the chat template."""
+        return _options(self.tools, self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -53,34 +75,101 @@ class Preference:
     """Two answers to one prompt, of which ``chosen`` is the better.
 
     ``history`` are the messages before the prompt, where it is the last question of a conversation or has a system
-    message; it needs a chat template.
+    message; where a conversation ends with something else (the result of a tool, an answer begun), they are all of it,
+    and ``prompt`` is empty. ``answers`` are the two as messages, chosen first, where one is more than a text (calls of
+    tools, thoughts, several turns); ``chosen`` and ``rejected`` are then what a reader is shown. All of this needs a
+    chat template, as do ``tools`` and ``chat_template_kwargs``.
     """
 
     id: str
     prompt: str
     chosen: str
     rejected: str
-    history: tuple[dict[str, Any], ...] = ()
+    history: tuple[Message, ...] = ()
+    answers: tuple[tuple[Message, ...], tuple[Message, ...]] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def turns(self) -> list[dict[str, Any]]:
-        """The messages that are answered: the history, and the prompt as the user's."""
-        return [*self.history, {"role": "user", "content": self.prompt}]
+    def needs_template(self) -> bool:
+        """Whether prompt and answers are more than three texts."""
+        return bool(self.history or self.answers or self.tools)
+
+    @property
+    def turns(self) -> list[Message]:
+        """The messages that are answered: the history, and the prompt as the user's or as the turns of a transcript."""
+        if self.history:
+            return [*self.history, *([{"role": "user", "content": self.prompt}] if self.prompt else ())]
+        return _answered(self.prompt)
+
+    @property
+    def replies(self) -> tuple[list[Message], list[Message]]:
+        """Both answers as messages, chosen first."""
+        if self.answers is not None:
+            return list(self.answers[0]), list(self.answers[1])
+        question = "" if self.history else self.prompt
+        chosen, rejected = (_answered(question, text)[-1:] for text in (self.chosen, self.rejected))
+        return chosen, rejected
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments of the chat template."""
+        return _options(self.tools, self.chat_template_kwargs)
 
     def columns(self) -> dict[str, Any]:
-        """As a row of a file or of TRL's: texts, or conversations where there is a history.
+        """As a row of a file or of TRL's: texts, or conversations where it is more.
 
         >>> Preference("1", "1+1=", "2", "3").columns()
         {'id': '1', 'prompt': '1+1=', 'chosen': '2', 'rejected': '3'}
         """
-        if not self.history:
+        if not self.needs_template:
             return {"id": self.id, "prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
         return self.conversations()
 
     def conversations(self) -> dict[str, Any]:
         """As a row of TRL's conversational form."""
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (self.chosen, self.rejected))
-        return {"id": self.id, "prompt": self.turns, "chosen": chosen, "rejected": rejected}
+        chosen, rejected = self.replies
+        further = {"tools": list(self.tools), "chat_template_kwargs": self.chat_template_kwargs}
+        return {"id": self.id, "prompt": self.turns, "chosen": chosen, "rejected": rejected,
+                **{name: value for name, value in further.items() if value}}  # fmt: skip
+
+
+def _answered(prompt: str, answer: str | None = None) -> list[Message]:
+    """A prompt, and an answer where one is given, as messages; white space around turns of a transcript is its own."""
+    turns = turns_of(prompt)
+    before = turns or [{"role": "user", "content": prompt}]
+    if answer is None:
+        return before
+    return [*before, {"role": "assistant", "content": answer.strip() if turns else answer}]
+
+
+def _options(tools: Sequence[Mapping[str, Any]], further: Mapping[str, Any]) -> dict[str, Any]:
+    return {**({"tools": list(tools)} if tools else {}), **further}
+
+
+def spoken(messages: Sequence[Mapping[str, Any]]) -> str:
+    r"""Messages as a reader is shown them; one text of the assistant as it is.
+
+    >>> spoken([{"role": "assistant", "content": "4"}])
+    '4'
+    >>> spoken([{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}])
+    'user: 2+2=\nassistant: 4'
+    """
+    if len(messages) == 1 and is_plain(messages[0], "assistant"):
+        return str(messages[0]["content"])
+    lines = []
+    for message in messages:
+        said = [str(message[name]) for name in ("reasoning_content", "thinking", "content") if message.get(name)]
+        if message.get("tool_calls"):
+            said.append(json.dumps(message["tool_calls"], ensure_ascii=False, default=str))
+        lines.append(f"{message['role']}: {' '.join(said)}")
+    return "\n".join(lines)
+
+
+def is_plain(message: Mapping[str, Any], role: str) -> bool:
+    """Whether a message is a text of this role and nothing else."""
+    there = {name for name, value in message.items() if value is not None}
+    return message.get("role") == role and there == {"role", "content"} and isinstance(message["content"], str)
 
 
 @dataclass(frozen=True)
@@ -134,8 +223,8 @@ class KindSpec(NamedTuple):
 
 
 KINDS: dict[Kind, KindSpec] = {
-    "preference": KindSpec(Preference, ("prompt", "chosen", "rejected")),
-    "chat": KindSpec(Chat, ("messages",)),
+    "preference": KindSpec(Preference, ("prompt", "chosen", "rejected"), ("tools", "chat_template_kwargs")),
+    "chat": KindSpec(Chat, ("messages",), ("given", "tools", "chat_template_kwargs")),
     "question": KindSpec(Question, ("question", "answers"), ("context", "gold")),
     "choice": KindSpec(Choice, ("prompt", "options", "answer")),
     "completion": KindSpec(Completion, ("prompt", "completion")),
@@ -151,8 +240,9 @@ OUR_COLUMNS = (*dict.fromkeys(c for spec in KINDS.values() for c in spec.needed 
 def content(row: Row) -> str:
     """A row without its id, as canonical JSON: equal for equal rows whatever file they came from."""
     fields = {name: value for name, value in asdict(row).items() if name != "id" and value is not None}
-    if not fields.get("history"):
-        fields.pop("history", None)  # rows without one keep their ids
+    for name in ("history", "given", "tools", "chat_template_kwargs"):
+        if not fields.get(name):
+            fields.pop(name, None)  # rows without one keep their ids
     return json.dumps(fields, sort_keys=True, ensure_ascii=False)
 
 

@@ -34,11 +34,13 @@ class RawRow:
         place: where it stands, as an error should name it ("train.jsonl, line 7").
         values: its columns.
         flat: whether every value is text because the format has nothing else (CSV, TSV).
+        error: why it could not be read; its values are empty then. What cannot be read beyond one row is raised.
     """
 
     place: str
     values: Mapping[str, Any]
     flat: bool = False
+    error: DataError | None = None
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,11 @@ def _jsonl(path: Path) -> Generator[RawRow]:
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{place}, column {error.colno}: malformed JSON: {error.msg}\n  row: {shorten(line.strip())}",
-                remedy="one complete JSON object per line",
-            ) from None
-        yield RawRow(place, _object(values, place))
+            problem = f"column {error.colno}: malformed JSON: {error.msg}\n  row: {shorten(line.strip())}"
+            malformed = DataError(f"{place}, {problem}", remedy="one complete JSON object per line")
+            yield RawRow(place, {}, error=malformed)
+        else:
+            yield _object(values, place)
 
 
 def _json(path: Path) -> Generator[RawRow]:
@@ -199,17 +201,14 @@ def _json(path: Path) -> Generator[RawRow]:
             remedy='write [{"text": "..."}, ...], or one object per line in a .jsonl file',
         )
     for number, value in enumerate(values, start=1):
-        place = f"{path}, row {number}"
-        yield RawRow(place, _object(value, place))
+        yield _object(value, f"{path}, row {number}")
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{place}: holds {_json_type(value)}, expected an object\n  row: {shorten(json.dumps(value))}",
-            remedy='write {"text": "..."}',
-        )
-    return value
+def _object(value: Any, place: str) -> RawRow:
+    if isinstance(value, dict):
+        return RawRow(place, value)
+    problem = f"holds {_json_type(value)}, expected an object\n  row: {shorten(json.dumps(value))}"
+    return RawRow(place, {}, error=DataError(f"{place}: {problem}", remedy='write {"text": "..."}'))
 
 
 def _json_type(value: Any) -> str:
@@ -232,11 +231,12 @@ def _csv(path: Path, delimiter: str) -> Generator[RawRow]:
             if header is None:
                 header = _header(fields, place)
             elif len(fields) != len(header):
-                raise DataError(
+                uneven = DataError(
                     f"{place}: {len(fields)} fields, but the header names {len(header)} ({', '.join(header)})\n"
                     f"  row: {shorten(delimiter.join(fields))}",
                     remedy=f'put fields that hold {delimiter!r} or a newline in double quotes; write " inside as ""',
                 )
+                yield RawRow(place, {}, flat=True, error=uneven)
             else:
                 yield RawRow(place, dict(zip(header, fields, strict=True)), flat=True)
     except csv.Error as error:

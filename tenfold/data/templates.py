@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tenfold.data.tokens import shared
 from tenfold.errors import DataError, ModelError
 
 Messages = Sequence[Mapping[str, Any]]
+Write = Callable[..., str]
+"""Writes messages as the template does: `render_chat` with all but the messages filled in."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _WORDS = ("content", "reasoning_content", "reasoning", "thinking")
@@ -91,7 +94,7 @@ def _named(place: str) -> Iterator[None]:
         ) from error
 
 
-def converse(tokenizer: Any, messages: Messages, place: str) -> Conversation:
+def converse(tokenizer: Any, messages: Messages, place: str, *, given: int = 0, **options: Any) -> Conversation:
     r"""Render a conversation and find what the model would write of it when asked.
 
     Where the template marks that itself (``{% generation %}``), its marks count. Otherwise a turn of the assistant
@@ -103,7 +106,9 @@ def converse(tokenizer: Any, messages: Messages, place: str) -> Conversation:
     Args:
         tokenizer: with a chat template.
         messages: the conversation.
-        place: as for `render`.
+        place: as for `render_chat`.
+        given: how many messages at the beginning are context only.
+        **options: further arguments of the template, such as ``tools``.
 
     Raises:
         ModelError: no chat template.
@@ -115,16 +120,20 @@ def converse(tokenizer: Any, messages: Messages, place: str) -> Conversation:
     >>> [found.text[start:end] for start, end in found.spans]
     ['yes<|im_end|>\n']
     """
-    template = require_chat_template(tokenizer)
-    text = render_chat(tokenizer, messages, place)
+    require_chat_template(tokenizer)
+    template = tokenizer.get_chat_template(tools=options.get("tools"))  # some have another one for tools
+    write: Write = partial(render_chat, tokenizer, place=place, **options)
+    text = write(messages)
     if _GENERATION.search(template):
-        return Conversation(text, _generated(tokenizer, messages, template, place))
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    found = [_turn(tokenizer, messages, index, text, place) for index in turns]
+        spans = _generated(tokenizer, messages, template, place, options)
+        begun = shared(text, write(messages[:given], ask=True)) if given else 0
+        return Conversation(text, tuple((start, end) for start, end in spans if end > begun))
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= given]
+    found = [_turn(write, messages, index, text) for index in turns]
     told = [turn for turn in found if turn is not None]
     if turns and not told and turns[-1] < len(messages) - 1:
         # What follows the last turn made it history. Nothing is learned from that, and nothing comes after it.
-        return converse(tokenizer, messages[: turns[-1] + 1], place)
+        return converse(tokenizer, messages[: turns[-1] + 1], place, given=given, **options)
     return Conversation(
         text,
         tuple(span for turn in told for span in turn.spans),
@@ -134,19 +143,19 @@ def converse(tokenizer: Any, messages: Messages, place: str) -> Conversation:
     )
 
 
-def _turn(tokenizer: Any, messages: Messages, index: int, text: str, place: str) -> Conversation | None:
+def _turn(write: Write, messages: Messages, index: int, text: str) -> Conversation | None:
     """The conversation up to a turn of the assistant, and where the turn is; None where ``text`` has other words."""
     try:
-        after = render_chat(tokenizer, messages[: index + 1], place)
-        asked = render_chat(tokenizer, messages[:index], place, ask=True) if index else ""
+        after = write(messages[: index + 1])
+        asked = write(messages[:index], ask=True) if index else ""
         start, end, cue = len(asked), shared(text, after), ""
         follows = bool(index) and after.startswith(asked)
         if not follows or end < len(after):
-            first, last = _words(tokenizer, messages, index, after, place)
+            first, last = _words(write, messages, index, after)
             if end < last:
                 return None
             if not follows:
-                told = render_chat(tokenizer, messages[:index], place) if index else None
+                told = write(messages[:index]) if index else None
                 start, cue = _parting(asked, after[:first], told)
     except DataError:  # the template takes the whole conversation, but would not have asked for this turn
         return None
@@ -160,12 +169,12 @@ def _dense(text: str) -> str:
     return "".join(text.split())
 
 
-def _words(tokenizer: Any, messages: Messages, index: int, after: str, place: str) -> tuple[int, int]:
+def _words(write: Write, messages: Messages, index: int, after: str) -> tuple[int, int]:
     """Where in the text up to a turn the words of the turn stand: what changes with them."""
     other = next(character for character in _PLACEHOLDERS if character not in after)
     content = messages[index].get("content")
     placed = other if isinstance(content, str) or content is None else [{"type": "text", "text": other}]
-    changed = render_chat(tokenizer, [*messages[:index], {**messages[index], "content": placed}], place)
+    changed = write([*messages[:index], {**messages[index], "content": placed}])
     begin = shared(after, changed)
     return begin, len(after) - shared(after[begin:][::-1], changed[begin:][::-1])
 
@@ -185,7 +194,9 @@ def _parting(asked: str, header: str, told: str | None) -> tuple[int, str]:
     return len(header), ""
 
 
-def _generated(tokenizer: Any, messages: Messages, template: str, place: str) -> tuple[tuple[int, int], ...]:
+def _generated(
+    tokenizer: Any, messages: Messages, template: str, place: str, options: Mapping[str, Any]
+) -> tuple[tuple[int, int], ...]:
     """The characters that the template marks as the assistant's.
 
     transformers (5.23) gives them as a mask of tokens only, in which all but the first token of a turn's last character
@@ -196,7 +207,10 @@ def _generated(tokenizer: Any, messages: Messages, template: str, place: str) ->
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
     with _named(place):
         _, spans = render_jinja_template(
-            [given], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+            [given],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **options},
         )
     return tuple((start, end) for start, end in spans[0] if start < end)
 

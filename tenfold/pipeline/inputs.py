@@ -85,7 +85,8 @@ def rows_of(config: StageConfig) -> Rows | None:
         return None
     from tenfold.data.read import read_rows
 
-    return read_rows(config.data, rows=config.rows, columns=config.columns, limit=config.limit)
+    how = {name: getattr(config, name) for name in ("rows", "columns", "limit", "on_bad_row")}
+    return read_rows(config.data, **how)
 
 
 def other_rows_of(config: StageConfig) -> dict[str, Rows]:
@@ -97,8 +98,8 @@ def other_rows_of(config: StageConfig) -> dict[str, Rows]:
     from tenfold.data.read import read_rows
 
     return {
-        key: read_rows(source, rows=kind, columns=columns)
-        for key, (source, kind, columns) in config.other_rows().items()
+        key: read_rows(source, rows=kind, columns=columns, on_bad_row=on_bad_row)
+        for key, (source, kind, columns, on_bad_row) in config.other_rows().items()
         if not is_reference(source)
     }
 

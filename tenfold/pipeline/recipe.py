@@ -163,7 +163,7 @@ def resolve(values: Mapping[str, Any], where: str) -> ResolvedRecipe:
         place = f"{where}, stage {index} ({name})"
         cls = stage(name, place)
         keys = {key: value for key, value in entry.items() if key not in OF_EVERY_STAGE}
-        keys = _with_data(keys, cls, pools, learnt, place)
+        keys = _with_data(_with_columns(keys, made, steps), cls, pools, learnt, place)
         config = inherit(cls.parse(keys, place, beside=OF_EVERY_STAGE), made)
         step = Step(index, name, config, model=entry.get("model"))
         step = replace(step, id=_id(entry.get("id"), step.folder, steps, place))
@@ -263,6 +263,17 @@ def _with_data(
     # What an earlier stage learnt from is only measured on the share that it held out.
     earlier = learnt.get(_same(keys.get("data")))
     return _held_out(keys, earlier, place) if "split" in cls.model_fields and earlier is not None else keys
+
+
+def _with_columns(keys: dict[str, Any], made: Mapping[str, Made], steps: Sequence[Step]) -> dict[str, Any]:
+    """The keys with the ``columns`` of the stage whose rows are read, where these have the names of its own data."""
+    found = made.get(str(keys.get("data")))
+    if found is None or found.step is None or "columns" in keys:
+        return keys
+    before = steps[found.step].config
+    if found.name not in before.keeps_columns or not isinstance(before, DataFields) or not before.columns:
+        return keys
+    return {**keys, "columns": before.columns}
 
 
 def _same(data: object) -> str:

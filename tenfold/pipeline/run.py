@@ -32,6 +32,7 @@ from tenfold.models.reference import ModelRef
 from tenfold.pipeline.checking import check_model, check_stage, model_of, naming
 from tenfold.pipeline.folder import finish, locked, refuse_foreign, removed_if_refused, sweep, writable
 from tenfold.pipeline.inputs import Job, jobs, other_rows_of, rows_of, why_again
+from tenfold.pipeline.left_out import write_left_out
 from tenfold.pipeline.ownership import Owned, check_out, owned
 from tenfold.pipeline.recipe import ResolvedRecipe, Step
 from tenfold.pipeline.references import is_reference
@@ -166,7 +167,7 @@ def _stage(at_work: Run, job: Job) -> None:
     else:
         console.print(f"[bold]{step.folder}[/bold]: finished already", highlight=False)
     for name, target in step.config.delivers().items():
-        ours.write(target, (folder / name).read_text(encoding="utf-8"))
+        ours.write(target, (folder / name).read_bytes().decode("utf-8"))  # line ends as they are
     at_work.summaries.append(summary)
     metrics = {done.folder: load_metrics(out / done.folder / "metrics.jsonl") for done in at_work.summaries}
     recipe = at_work.plan.to_yaml()
@@ -286,7 +287,7 @@ def _execute(at_work: Run, job: Job, start: ModelRef | None, model: ModelRef | N
         attached=output.attached,
         results=tuple(output.results),
         figures=tuple(output.figures),
-        tables=tuple(output.tables),
+        tables=(*output.tables, *write_left_out(work, rows, others)),
         samples=tuple(output.samples),
         notes=(*_data_notes(config, rows), *output.notes),
         artefact=output.artefact,

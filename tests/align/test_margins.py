@@ -229,7 +229,7 @@ def test_a_template_that_refuses_a_pair_names_it(reward):
 
 
 def test_several_turns_need_a_chat_template(reward):
-    with pytest.raises(DataError, match="row 'turns' has a system message or several turns"):
+    with pytest.raises(DataError, match="row 'turns' has a system message, several turns or tools"):
         score_pairs(reward.model, reward.tokenizer, [*ROWS, TURNS], chat=False)
 
 
@@ -383,14 +383,14 @@ def test_rows_are_a_stream_of_which_little_is_held(reward, monkeypatch):
     class Tokens(list):
         __hash__ = object.__hash__
 
-    real = scoring._whole
+    real = scoring.tokens
 
-    def tokens(*args):
-        made = Tokens(real(*args))
+    def tokens(*args, **keys):
+        made = Tokens(real(*args, **keys))
         held.add(made)
         return made
 
-    monkeypatch.setattr(scoring, "_whole", tokens)
+    monkeypatch.setattr(scoring, "tokens", tokens)
     given = [0]
 
     def rows():

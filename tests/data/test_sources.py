@@ -51,7 +51,7 @@ def jsonl(*rows, **options) -> str:
         (jsonl({"id": [1], "text": "a"}), ["column 'id': list [1], expected text or a whole number"]),
         (
             jsonl({"prompt": "p", "chosen": "x", "rejected": "x"}),
-            ["line 1, column 'rejected': the same text as 'chosen'"],
+            ["none of its 1 rows can be used", "line 1: chosen and rejected are equal"],
         ),
         (
             jsonl({"messages": [USER, {"role": "asistant", "content": "b"}]}),

@@ -64,14 +64,12 @@ def test_one_pair_in_all_its_forms(tmp_path, row):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"chosen": [user("q"), answer("x"), user("r"), answer("a")],
-          "rejected": [user("q"), answer("y"), user("r"), answer("b")]}, "3 messages that are not in both"),
-        ({"chosen": [user("q"), answer("a")], "rejected": [user("r"), answer("b")]}, "2 messages that are not in both"),
-        ({"chosen": [user("q"), user("a")], "rejected": [user("q"), answer("b")]}, "role 'user', expected one answer"),
-        ({"prompt": [system("s")], "chosen": [answer("a")], "rejected": [answer("b")]}, "is of 'system', expected one"),
+        ({"chosen": [user("q"), answer("a")], "rejected": [user("r"), answer("b")]},
+         "what is not in both answers is of 'user', 'assistant', expected answers of the assistant"),
+        ({"chosen": [user("q"), user("a")], "rejected": [user("q"), answer("b")]}, "is of 'user', expected answers"),
         ({"prompt": [{"role": "narrator", "content": "s"}, user("q")], "chosen": [answer("a")],
           "rejected": [answer("b")]}, "unknown role 'narrator'"),
-        ({"prompt": [user("q")], "chosen": [answer("a")], "rejected": [answer("a")]}, "the same text as 'chosen'"),
+        ({"prompt": [user("q")], "chosen": [answer("a")], "rejected": [answer("a")]}, "chosen and rejected are equal"),
         ({"prompt": [user("q")], "chosen": [answer(None)], "rejected": [answer("b")]}, "empty"),
     ],
     ids=str,
@@ -165,7 +163,10 @@ def test_a_prompt_that_differs_from_the_conversation_gives_way_and_a_note_says_s
         {"conversations": [system("s"), user("q"), answer("a")]},
         {"conversations": [from_value("system", "s"), from_value("human", "q"), from_value("gpt", "a")]},
         {"messages": [from_value("system", "s"), user(parts("q")), answer(parts("a"))]},
-        {"prompt": [system("s"), user("q")], "completion": [answer("a")]},
+        {"messages": json.dumps([system("s"), user("q"), answer("a")])},
+        {"messages": str([system("s"), user("q"), answer("a")])},
+        {"conversations": [from_value("human", "q"), from_value("gpt", "a")], "system": "s"},
+        {"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}], "system_prompt": "s"},
     ],
 )
 def test_one_conversation_in_all_its_forms(tmp_path, row):
@@ -185,8 +186,14 @@ def test_a_conversation_may_stand_in_a_cell_of_a_table(tmp_path):
 
 def test_a_completion_may_be_a_conversation(tmp_path):
     assert list(read(tmp_path, prompt=[user("q")], completion=[answer("a")])) == [Completion("7", "q", "a")]
-    with pytest.raises(DataError, match="the assistant's only message"):
-        read(tmp_path, prompt=[user("q"), answer("a"), user("r")], completion=[answer("b")])
+    turns = [user("q"), answer("a"), user("r")]
+    assert list(read(tmp_path, prompt=turns, completion=[answer("b")])) == [Chat("7", (*turns, answer("b")), given=3)]
+    assert list(read(tmp_path, prompt=turns, completion="b")) == [Chat("7", (*turns, answer("b")), given=3)]
+    assert list(read(tmp_path, prompt="q", completion="a", system="s")) == [
+        Chat("7", (system("s"), user("q"), answer("a")), given=2)
+    ]
+    with pytest.raises(DataError, match="messages of user, expected an answer of the assistant"):
+        read(tmp_path, prompt=[user("q")], completion=[user("b")])
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,10 +39,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tenfold.align.preferences import as_flag, flipped
+from tenfold.align.preferences import flipped
 from tenfold.align.r3m.losses import expected_flags, perturbation
 from tenfold.align.recalibrate import recalibrate, wrong_interval
-from tenfold.data.rows import Preference
+from tenfold.data.forms import exchanged
+from tenfold.data.read import Rows
+from tenfold.data.rows import Preference, Row
+from tenfold.data.write import as_cell
 from tenfold.errors import ConfigError, DataError
 from tenfold.files import write_text
 
@@ -242,16 +245,27 @@ def audit_groups(found: Audit, group_of: Mapping[str, str]) -> tuple[Group, ...]
     return tuple(sorted(groups, key=lambda group: (-group.doubt, group.name)))
 
 
-def write_csv(path: Path, found: Audit) -> None:
+def write_csv(path: Path, found: Audit, about: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Write the verdicts as a table, most doubtful first; the columns are the fields of `Verdict`.
+
+    Args:
+        path: of the file.
+        found: the audit.
+        about: further columns by id: prompt, answers, what else the rows have. One that is named like a field of
+            `Verdict` is marked as ``(data)``.
 
     Raises:
         OSError: the file cannot be written; an old one is untouched.
     """
+    about = about or {}
+    known = [field.name for field in fields(Verdict)]
+    further = dict.fromkeys(name for verdict in found.verdicts for name in about.get(verdict.id, ()))
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([field.name for field in fields(Verdict)])
-    table.writerows(astuple(verdict) for verdict in sorted(found.verdicts, key=lambda verdict: verdict.rank))
+    table.writerow([*known, *(f"{name} (data)" if name in known else name for name in further)])
+    for verdict in sorted(found.verdicts, key=lambda verdict: verdict.rank):
+        more = about.get(verdict.id, {})
+        table.writerow([*astuple(verdict), *(as_cell(more.get(name)) for name in further)])
     write_text(path, text.getvalue())
 
 
@@ -261,7 +275,7 @@ def cleaned_rows(
     action: Action,
     others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows as they should be trained on, ready to be written as JSON lines.
+    """The rows as they should be trained on, under our column names, ready to be written as JSON lines.
 
     Rows that were not audited (over-long ones) come through as they are; those to review stay, too.
 
@@ -282,43 +296,52 @@ def cleaned_rows(
     >>> len(list(cleaned_rows(rows, found, "drop")))
     160
     """
-    if action not in get_args(Action):
-        raise ConfigError(f"clean: {action!r} is unknown", remedy=f"give one of {', '.join(get_args(Action))}")
-    verdicts = {verdict.id: verdict for verdict in found.verdicts}
-    return _cleaned(rows, verdicts, action, others or {})
+    further = others or {}
+
+    def written(row: Preference, flip: bool) -> dict[str, Any]:
+        more = further.get(row.id, {})
+        return {**exchanged(more, {}), **flipped(row).columns()} if flip else {**more, **row.columns()}
+
+    return _cleaned(rows, found, action, written)
+
+
+def cleaned_records(rows: Rows, found: Audit, action: Action) -> Iterator[dict[str, Any]]:
+    """As `cleaned_rows`, under the user's own column names: each row as it stands in its source.
+
+    Args:
+        rows: preferences as they were read.
+        found: their audit.
+        action: as of `cleaned_rows`; the label of a flipped row is turned in whatever form the row has it.
+
+    Raises:
+        ConfigError: unknown action.
+    """
+    records = {row.id: record.values for row, record in zip(rows, rows.records, strict=True)}
+
+    def written(row: Row, flip: bool) -> dict[str, Any]:
+        return exchanged(records[row.id], rows.columns) if flip else dict(records[row.id])
+
+    return _cleaned(rows, found, action, written)
 
 
 def _cleaned(
-    rows: Iterable[Preference],
-    verdicts: Mapping[str, Verdict],
-    action: Action,
-    others: Mapping[str, Mapping[str, Any]],
+    rows: Iterable[Any], found: Audit, action: Action, written: Callable[[Any, bool], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        verdict, further = verdicts.get(row.id), others.get(row.id, {})
-        if action == "weights":
-            yield {**further, **row.columns(), "weight": 1.0 if verdict is None else 1.0 - verdict.p_wrong}
-        elif verdict is None or not verdict.suspect:
-            yield {**further, **row.columns()}
-        elif verdict.suggestion == action == "flip":
-            yield {**_exchanged(further), **flipped(row).columns()}
+    if action not in get_args(Action):
+        raise ConfigError(f"clean: {action!r} is unknown", remedy=f"give one of {', '.join(get_args(Action))}")
+    verdicts = {verdict.id: verdict for verdict in found.verdicts}
 
+    def kept() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            verdict = verdicts.get(row.id)
+            if action == "weights":
+                yield {**written(row, False), "weight": 1.0 if verdict is None else 1.0 - verdict.p_wrong}
+            elif verdict is None or not verdict.suspect:
+                yield written(row, False)
+            elif verdict.suggestion == action == "flip":
+                yield written(row, True)
 
-def _exchanged(further: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a pair whose answers change places."""
-    exchanged = dict(further)
-    for name, value in further.items():
-        words = name.split("_")
-        other = "_".join(_OTHER.get(word, word) for word in words)
-        if other != name and other in further:
-            exchanged[other] = value
-    was = as_flag(further.get("flipped"))
-    if was is not None:
-        exchanged["flipped"] = not was
-    return exchanged
-
-
-_OTHER = {"chosen": "rejected", "rejected": "chosen"}
+    return kept()
 
 
 def worst_pairs(rows: Iterable[Preference], found: Audit, count: int) -> list[tuple[Verdict, Preference]]:

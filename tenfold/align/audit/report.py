@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,21 +13,34 @@ from tenfold.align.audit.judging import Audit, Verdict, audit, worst_pairs, writ
 from tenfold.align.margins import Scored
 from tenfold.align.preferences import flip_mask
 from tenfold.data.read import Rows
-from tenfold.data.rows import Preference
+from tenfold.data.rows import Preference, spoken
 from tenfold.errors import DataError
 from tenfold.evaluate.choice import share
 from tenfold.evaluate.ranking import precision_at, roc_auc
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Figure, Sample, Series, Table
 from tenfold.stage.results import Metric, Result
+from tenfold.stage.store import Store
 
+SCORES = ".store.jsonl"
+"""In a run folder: margins, by all that decides them."""
 TRAINED = "r3m.json"
 """Lies beside trained weights: how their margins are to be read."""
 
 
-def score_cache(context: Context) -> Path:
-    """Scores of all runs in this folder: what judges otherwise need not score again."""
-    return context.folder.parent / ".store.jsonl"
+def score_cache(context: Context, trained: Path | None = None) -> Path:
+    """Scores of all runs in this folder: what judges otherwise need not score again.
+
+    Args:
+        context: of the stage.
+        trained: the folder of a model that a run of another folder may have made: what that run has scored is known.
+    """
+    path = context.folder.parent / SCORES
+    theirs = trained.absolute().parents[1] / SCORES if trained is not None else path
+    if theirs.is_file() and theirs.resolve() != path.resolve():
+        own = Store(path)
+        own.add({key: margin for key, margin in Store(theirs).entries.items() if key not in own.entries})
+    return path
 
 
 def preferences(rows: Rows) -> list[Preference]:
@@ -56,12 +70,25 @@ def audited(
     worst: int,
     folder: Path,
     epochs: Mapping[str, float] | None = None,
+    source: Rows | None = None,
 ) -> tuple[Audit, StageOutput]:
-    """Judge labels by margins; the table is ``audit.csv`` in the folder."""
+    """Judge labels by margins; the table is ``audit.csv`` in the folder.
+
+    Args:
+        scored: margins of pairs.
+        pairs: these, as they were judged.
+        flips: which labels are wrong, where that is known.
+        lam: the level at which pairs are flagged.
+        worst: how many pairs the report shows.
+        folder: of the stage.
+        epochs: mean margins in training, by id.
+        source: the rows that the pairs were read as, for places and further columns.
+    """
     if not scored.ids:
         raise DataError("no pair is within max_length", remedy="raise max_length")
     found = audit(scored.margins, scored.ids, lam, epochs)
-    write_csv(folder / "audit.csv", found)
+    about = _about(pairs, source)
+    write_csv(folder / "audit.csv", found, about)
     metrics = [
         Metric(name="flagged", value=found.flags / len(found.verdicts), count=len(found.verdicts)),
         Metric(name="expected of right labels", value=found.expected, stderr=found.expected_stderr, unit="pairs"),
@@ -92,7 +119,7 @@ def audited(
         notes.append(f"{len(scored.over_long)} pairs were longer than max_length and not judged.")
     return found, StageOutput(
         results=[Result(task="audit", subject="after", metrics=tuple(metrics), settings={"lam": lam})],
-        tables=[_table(shown, flips)],
+        tables=[_table(shown, flips, about)],
         figures=[_histogram(found)],
         samples=[Sample(prompt=_asked(row), outputs={f"chosen (margin {verdict.margin:.2f})": row.chosen,
                                                     "rejected": row.rejected}) for verdict, row in shown],
@@ -100,10 +127,23 @@ def audited(
     )  # fmt: skip
 
 
+def _about(pairs: Sequence[Preference], source: Rows | None) -> dict[str, dict[str, Any]]:
+    """What the table says of each pair beside its verdict."""
+    read: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    if source is not None and source.records:
+        parts = zip(source, source.records, source.others, strict=True)
+        read = {row.id: (record.place, others) for row, record, others in parts}
+    about = {}
+    for row in pairs:
+        place, others = read.get(row.id, ("", {}))
+        said = {"place": place, "prompt": _asked(row), "chosen": row.chosen, "rejected": row.rejected}
+        about[row.id] = {**{name: value for name, value in others.items() if name not in said}, **said}
+    return about
+
+
 def _asked(row: Preference) -> str:
     """The prompt as a reader sees it."""
-    said = [f"{message['role']}: {message.get('content') or ''}" for message in row.turns]
-    return "\n".join(said) if row.history else row.prompt
+    return spoken(row.turns) if row.history else row.prompt
 
 
 def _said(found: Audit) -> str:
@@ -119,13 +159,17 @@ def _said(found: Audit) -> str:
     )
 
 
-def _table(shown: Sequence[tuple[Verdict, Preference]], flips: dict[str, bool]) -> Table:
+def _table(
+    shown: Sequence[tuple[Verdict, Preference]], flips: dict[str, bool], about: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    wrong = {verdict.id: ("yes" if flips[verdict.id] else "no") if flips else "unknown" for verdict, _ in shown}
     rows = [
-        (verdict.rank, verdict.id, verdict.margin, verdict.p_label, verdict.delta, verdict.suggestion,
-         ("yes" if flips[verdict.id] else "no") if flips else "unknown")
+        (verdict.rank, verdict.id, about[verdict.id]["place"] or "unknown", verdict.margin, verdict.p_label,
+         verdict.delta, verdict.p_wrong, verdict.suggestion, wrong[verdict.id])
         for verdict, _ in shown
     ]  # fmt: skip
-    columns = ("rank", "id", "margin", "probability of the label", "delta", "suggestion", "flipped")
+    columns = ("rank", "id", "place", "margin", "probability of the label", "delta", "probability of a wrong label",
+               "suggestion", "flipped")  # fmt: skip
     return Table(title="The most doubtful labels", columns=columns, rows=tuple(rows))
 
 

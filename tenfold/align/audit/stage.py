@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tenfold.align.audit.judging import Audit, audit_groups, cleaned_rows
+from tenfold.align.audit.judging import Audit, audit_groups, cleaned_records
 from tenfold.align.audit.report import TRAINED, audited, known_flips, preferences, score_cache
 from tenfold.align.margins import score_pairs, score_policy_pairs
 from tenfold.config.r3m import AuditConfig
 from tenfold.data.read import Rows
+from tenfold.data.write import write_rows
 from tenfold.errors import ModelError
-from tenfold.files import write_text
 from tenfold.models.open import saved_task
 from tenfold.models.reference import ModelRef
 from tenfold.models.source import read_json
@@ -38,7 +37,7 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     keys: dict[str, Any] = {
         "batch_size": config.batch_size,
         "max_length": config.max_length or trained.get("max_length", 1024),
-        "cache": score_cache(context),
+        "cache": score_cache(context, folder if trained else None),
         "progress": partial(context.progress, "scoring"),
     }
     if model.task == "reward":
@@ -48,13 +47,11 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
         keys["beta"] = trained.get("beta", 0.1) if config.beta is None else config.beta
         scored = score_policy_pairs(opened.model, opened.tokenizer, pairs, **keys)
         notes.append(f"Margins are those of beta {keys['beta']:g}.")
-    found, output = audited(scored, pairs, flips, config.lam, config.worst, context.folder)
-    others = dict(zip((row.id for row in context.rows), context.rows.others, strict=True))
-    cleaned = cleaned_rows(pairs, found, config.action, others)
-    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in cleaned)
-    write_text(context.folder / "cleaned.jsonl", "".join(lines))
+    found, output = audited(scored, pairs, flips, config.lam, config.worst, context.folder, source=context.rows)
+    for name in config.cleaned_files:
+        write_rows(context.folder / name, cleaned_records(context.rows, found, config.action))
     tables = output.tables if config.by is None else [*output.tables, _groups(found, context.rows, config.by)]
-    artefacts = {"audit": "audit.csv", "cleaned": "cleaned.jsonl"}
+    artefacts = {"audit": "audit.csv", "cleaned": config.cleaned_files[0]}
     return dataclasses.replace(output, tables=tables, notes=[*output.notes, *notes], artefacts=artefacts)
 
 

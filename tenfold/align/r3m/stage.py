@@ -75,7 +75,7 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
     ]
     scored = _judged(trained, pairs, config, context)
     found, output = audited(scored, pairs, flips, config.audit_lam or _level(scored, config.share), config.worst,
-                             context.folder, trained.margins)  # fmt: skip
+                             context.folder, trained.margins, kept)  # fmt: skip
     method = {"method": f"R3M ({config.loss}, {config.target})", "pairs": len(pairs), "flagged": found.flags}
     if tried:
         method["lam"] = config.fixed_lam
@@ -159,7 +159,7 @@ class TrainedJudge(NamedTuple):
 
 def _learnt(pairs: Sequence[Preference], config: R3MConfig, context: Context, folder: Path) -> TrainedJudge:
     """Train on pairs; checkpoints lie in the folder."""
-    from datasets import Dataset, disable_progress_bars
+    from datasets import disable_progress_bars
 
     from tenfold.align.trainers import R3MDPOTrainer, R3MRewardTrainer
 
@@ -178,7 +178,7 @@ def _learnt(pairs: Sequence[Preference], config: R3MConfig, context: Context, fo
     chat = opened.tokenizer.chat_template is not None
     keys = {
         "model": model,
-        "train_dataset": Dataset.from_list([_example(row, chat) for row in pairs]),
+        "train_dataset": _dataset(pairs, chat),
         "processing_class": opened.tokenizer,
         "robust": config,
     }
@@ -234,9 +234,16 @@ def _last_loss(trainer: Any) -> float:
     return float(next(line["loss"] for line in reversed(trainer.state.log_history) if "loss" in line))
 
 
-def _example(row: Preference, chat: bool) -> dict[str, Any]:
-    """A row as TRL reads it: plain texts, or turns for the chat template."""
-    return row.conversations() if chat else row.columns()
+def _dataset(pairs: Sequence[Preference], chat: bool) -> Any:
+    """Rows as TRL reads them: plain texts, or messages for the chat template."""
+    from datasets import Dataset, Features, Json, List, Value
+
+    if not chat:
+        return Dataset.from_list([row.columns() for row in pairs])
+    # As JSON, for a table gives every message the fields of all, and every call of a tool the arguments of all.
+    rows = [{"tools": [], "chat_template_kwargs": {}, **row.conversations()} for row in pairs]
+    messages = {name: List(Json()) for name in ("prompt", "chosen", "rejected", "tools")}
+    return Dataset.from_list(rows, features=Features(id=Value("string"), **messages, chat_template_kwargs=Json()))
 
 
 def _scorer(config: R3MConfig, opened: Opened, **keys: Any) -> Callable[[Any, Sequence[Preference]], Scored]:
@@ -249,7 +256,8 @@ def _scorer(config: R3MConfig, opened: Opened, **keys: Any) -> Callable[[Any, Se
 def _quality(model: Any, opened: Opened, held: Rows, config: R3MConfig, context: Context) -> Result:
     """Held-out pairs, whose labels are as they came."""
     tell = partial(context.progress, "held-out pairs")
-    margins = _scorer(config, opened, progress=tell)(model, preferences(held)).margins.double()
+    scorer = _scorer(config, opened, progress=tell, cache=score_cache(context))  # an audit need not score them again
+    margins = scorer(model, preferences(held)).margins.double()
     if not len(margins):
         raise DataError(
             f"{held.source}: no held-out pair is within max_length {config.max_length}", remedy="raise max_length"

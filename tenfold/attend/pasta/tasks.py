@@ -191,9 +191,9 @@ def items_of(rows: Iterable[Preference], tags: tuple[str, str] = ("<mark>", "</m
     """
     items = []
     for row in rows:
-        if row.history:
+        if row.needs_template:
             raise DataError(
-                f"row {row.id}: its prompt has a system message or further turns", remedy="give marked prompts as text"
+                f"row {row.id}: it has a system message, further turns or tools", remedy="give marked prompts as text"
             )
         prompt = from_tags(row.prompt, tags)
         if not prompt.spans:
