@@ -15,10 +15,10 @@ import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 import tenfold
 from tenfold.compat import quiet_upstream
@@ -150,13 +150,20 @@ class _RefusedError(Exception):
 
 
 def _checked(config_class: Any, where: str, group: str = "") -> Any:
-    """The class with errors in our words."""
+    """The class with errors in our words, and flags of groups that name the group: ``--paper.init``."""
     groups = {key: _checked(kind, where, f"{key}.") for key, kind in config_class.groups().items()}
+    kinds = get_type_hints(config_class, include_extras=True) | groups
 
     class Checked(config_class):
         __doc__ = _plain(config_class.__doc__ or "")
-        __annotations__ = groups
-        locals().update({key: kind() for key, kind in groups.items()})
+        if group:
+            __annotations__ = {
+                key: Annotated[kinds[key], tyro.conf.arg(name=f"{group}{key}")] for key in config_class.model_fields
+            }
+            locals().update({key: field.default for key, field in config_class.model_fields.items()})
+        else:
+            __annotations__ = groups
+            locals().update({key: kind() for key, kind in groups.items()})
 
         def __init__(self, **values: Any) -> None:
             try:
@@ -166,8 +173,8 @@ def _checked(config_class: Any, where: str, group: str = "") -> Any:
                 raise _RefusedError(ConfigError(problem, error.remedy)) from None
             super().__init__(**values)
 
-    for field in Checked.model_fields.values():
-        field.description = " ".join(_plain(field.description or "").split())
+    for key, field in Checked.model_fields.items():
+        field.description = " ".join(_plain(config_class.model_fields[key].description or "").split())
     return Checked
 
 
@@ -326,11 +333,14 @@ def _stage_verb(verb: str, arguments: list[str]) -> int:
         plan = resolve(values, where=f"tenfold {verb}")
         # The same command finds its own folder again; another one never writes over it.
         settings = hashlib.sha256(plan.to_yaml().encode()).hexdigest()[:6]
-        return _execute(plan, out or Path("runs") / f"{use}-{settings}")
+        try:
+            return _execute(plan, out or Path("runs") / f"{use}-{settings}")
+        except ConfigError as error:  # names the stage and its key, and here are a verb and its flags
+            raise ConfigError(_with_flag(error.problem, verb, plan.steps[0].folder, cls), error.remedy) from error
 
     command.__annotations__ = {
-        "model": Annotated[model_class, tyro.conf.arg(name="")],
-        "method": Annotated[config_class, tyro.conf.arg(name="")],
+        "model": Annotated[model_class, OmitArgPrefixes],
+        "method": Annotated[config_class, OmitArgPrefixes],
         "out": Annotated[Path | None, tyro.conf.arg(help="The run folder. Default: runs/METHOD-HASH.")],
         "return": int,
     }
@@ -340,6 +350,21 @@ def _stage_verb(verb: str, arguments: list[str]) -> int:
     note = f"\n\n--method: {', '.join(methods)} (these flags are those of {use})" if len(methods) > 1 else ""
     classes = (cls, model_fields)
     return _parse(command, verb, arguments, note, classes, _elsewhere(classes))
+
+
+def _with_flag(problem: str, verb: str, folder: str, cls: type[Config]) -> str:
+    """What is wrong with the only stage of a command, in the words of the command line.
+
+    >>> from tenfold.config.lora import LoraConfig
+    >>> _with_flag("01-lora: max_length: too long", "adapt", "01-lora", LoraConfig)
+    'tenfold adapt: --max-length: too long'
+    """
+    if not problem.startswith(f"{folder}: "):
+        return problem
+    said = problem.removeprefix(f"{folder}: ")
+    key, colon, rest = said.partition(": ")
+    flag = f"--{key.replace('_', '-')}" if key in cls.model_fields else key
+    return f"tenfold {verb}: {flag}{colon}{rest}"
 
 
 def _method(verb: str, methods: list[str], arguments: list[str]) -> tuple[str, list[str]]:

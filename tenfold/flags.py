@@ -166,7 +166,7 @@ def _read(text: str) -> Any:
 
 @contextmanager
 def readable_help(arguments: Sequence[str]) -> Iterator[None]:
-    """While the block runs, ``--help`` is printed without the type that stands for "nothing given"."""
+    """While the block runs, ``--help`` is printed without what stands for "nothing given"."""
     if not {"-h", "--help"} & set(arguments):
         yield
         return
@@ -185,9 +185,14 @@ def without_none(text: str) -> str:
     '│ --out PATH         Where.                 │'
     >>> without_none("│ --rows {None,text}  What. │")
     '│ --rows {text}       What. │'
+    >>> without_none("│ --tasks [STR]  Which. (default: ) │")
+    '│ --tasks [STR]  Which.             │'
     """
     usage, blank, text = text.partition("\n\n") if text.startswith("usage:") else ("", "", text)
     text = re.sub(r"\{None\}\|(\S+)", lambda found: found[1] + " " * len("{None}|"), text)
     text = re.sub(r"\{None,(\S+)", lambda found: "{" + found[1] + " " * len("None,"), text)
-    text = re.sub(r"\(default:(\s*(?:│\n│)?\s*)None\)", lambda found: f"         {found[1]}     ", text)
+    text = re.sub(
+        r"\(default:(\s*(?:│\n│)?\s*)((?:None)?\))", lambda found: f"{'':9}{found[1]}{'':{len(found[2])}}", text
+    )
+    text = re.sub(r"\bmethod\.(\w+ options)", rf"\1{'':7}", text)  # the flags of a group
     return usage.replace("{None}|", "").replace("{None,", "{") + blank + text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,13 +10,9 @@ from tenfold.config.data import DataFields
 from tenfold.config.gear import check_packing, checked_kv
 from tenfold.config.pasta import SteeringFields
 from tenfold.config.shape import Shape
-from tenfold.config.stage import check_kind
+from tenfold.config.stage import RowsRead, check_kind
 
 Mode = Literal["direct", "iterative", "autopasta", "gold", "whole"]
-
-
-if TYPE_CHECKING:
-    from tenfold.data.read import Rows
 
 
 class AutoPastaConfig(SteeringFields, DataFields):
@@ -73,7 +69,7 @@ class AutoPastaConfig(SteeringFields, DataFields):
             checked_kv("kv", self.kv)
         return self
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """A profile, and questions where there is data."""
         super().check(rows)
         if rows is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
 from tenfold.config.gear import check_packing, checked_kv
 from tenfold.config.shape import Shape
-from tenfold.config.stage import check_kind
+from tenfold.config.stage import RowsRead, check_kind
 
 TASKS = ("perplexity", "copying", "needle", "speed", "memory", "multiple_choice", "question_answering")
 
@@ -26,9 +26,6 @@ MEASURED_ROWS = {
     "multiple_choice": "choice",
 }
 """Tasks that need rows, and of which kind."""
-
-if TYPE_CHECKING:
-    from tenfold.data.read import Rows
 
 
 class EvaluateConfig(DataFields):
@@ -82,7 +79,7 @@ class EvaluateConfig(DataFields):
     repeats: Annotated[int, Field(ge=1)] = 5
     """Timed repeats, after one warm-up; the models alternate. Raise it on a busy machine."""
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """Rows of the kind that each task measures, and some that are held out where these are asked for."""
         for task in self.tasks:
             if task in MEASURED_ROWS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -14,11 +14,8 @@ from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.reading import read_yaml
 from tenfold.config.shape import Shape
-from tenfold.config.stage import check_kind
+from tenfold.config.stage import RowsRead, check_kind
 from tenfold.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tenfold.data.read import Rows
 
 Bits = Literal[2, 3, 4, 8, 16]
 Variant = Literal["best", "gear", "gear-l", "outlier-reduced", "plain"]
@@ -267,7 +264,7 @@ class GearConfig(DataFields):
             found.append(",".join([cache, *(f"{key}={keys[key]}" for key in own)]))
         return tuple(found)
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """Texts to compare on."""
         check_kind(rows, self.reads, "comparing caches")
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.gear import check_packing, checked_kv
 from tenfold.config.pasta import SteeringFields, UseTemplate
 from tenfold.config.shape import Shape
-
-if TYPE_CHECKING:
-    pass
 
 
 class GenerateConfig(SteeringFields):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
-from tenfold.config.stage import ArtefactKind, check_kind
+from tenfold.config.stage import ArtefactKind, RowsRead, check_kind
 from tenfold.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tenfold.data.read import Rows
 
 
 class MasformerConfig(DataFields):
@@ -79,7 +76,7 @@ class MasformerConfig(DataFields):
                     raise ValueError(f"{key}: full_layers names the layers already: leave {key} out")
         return self
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """Texts to profile layers on."""
         check_kind(rows, self.reads, "profiling layers")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -19,7 +19,7 @@ from pydantic import (
 from tenfold.config.base import yes_or_no
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
-from tenfold.config.stage import ArtefactKind, StageConfig, Takes, check_kind
+from tenfold.config.stage import ArtefactKind, RowsRead, StageConfig, Takes, check_kind
 from tenfold.errors import ConfigError, DataError
 
 UseTemplate = Annotated[Literal["auto", "yes", "no"], BeforeValidator(yes_or_no)]
@@ -68,10 +68,6 @@ def _number_or_name(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 Alpha = Annotated[
     Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto", "paper"], WrapValidator(_number_or_name)
 ]
-
-
-if TYPE_CHECKING:
-    from tenfold.data.read import Rows
 
 
 class SteeringFields(StageConfig):
@@ -198,7 +194,7 @@ class PastaConfig(SteeringFields, DataFields):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Prompts of one forward pass; lower it where memory is short."""
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """Something to steer, tagged in every row."""
         super().check(rows)
         if not self.prompts and not self.tasks and rows is None:
@@ -263,7 +259,7 @@ class ProfileConfig(DataFields):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Prompts of one forward pass; lower it where memory is short."""
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """Rows that are tagged, and some to hold out."""
         if rows is not None:
             _check_tagged(rows, self.tags)
@@ -298,7 +294,7 @@ def untagged(prompt: str, tags: tuple[str, str]) -> str | None:
     return None if opened == closed else f"has {opened} {tags[0]} and {closed} {tags[1]}: a mark is not closed"
 
 
-def _check_tagged(rows: Rows, tags: tuple[str, str]) -> None:
+def _check_tagged(rows: RowsRead, tags: tuple[str, str]) -> None:
     check_kind(rows, ("preference",), "steering")
     for row in rows:
         problem = untagged(getattr(row, "prompt", ""), tags)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -15,17 +15,13 @@ from tenfold.config.base import Config
 from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape, Task
-from tenfold.config.stage import ArtefactKind, Incidental, Needs, OtherRows, Takes, check_kind
+from tenfold.config.stage import ArtefactKind, Incidental, Needs, OtherRows, RowsRead, Takes, check_kind
 from tenfold.config.training import TrainingFields
 from tenfold.errors import ConfigError
 
 _CAPPED = ("r3m", "trimmed")
 _SMOOTHED = ("cdpo", "rdpo")
 _DEFAULT_LAM = {"r3m": 0.75, "trimmed": 0.9}
-
-
-if TYPE_CHECKING:
-    from tenfold.data.read import Rows
 
 
 class R3MPaper(Config):
@@ -306,7 +302,7 @@ class AuditConfig(DataFields):
         asked = {"audit.csv": self.csv, cleaned: self.clean}
         return {name: target for name, target in asked.items() if target is not None}
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """Preferences, places for what is written, and the column by which labels are grouped."""
         check_kind(rows, self.reads, "auditing labels")
         assert rows is not None

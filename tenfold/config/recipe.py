@@ -14,7 +14,7 @@ class ModelFields(Config):
 
     model: str | None = None
     """``demo`` (the embedded SmolLM2-135M-Instruct), a hub id, a folder, a GGUF file, or ``tiny:llama``. Recipes whose
-    stages need no model leave it out."""
+    stages need no model leave it out, and may where the first stage that trains names one itself."""
     task: Literal["causal", "seq2seq", "classification", "reward"] = "causal"
     """What the model's head is for; ``causal`` writes text. Change it for models with another head."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None

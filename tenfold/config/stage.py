@@ -11,17 +11,14 @@ as the stages of this package do, which are registered by naming their classes, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from tenfold.config.base import Config
 from tenfold.config.shape import Shape, Task
 from tenfold.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tenfold.data.read import Rows
 
 Kind = Literal["text", "completion", "chat", "preference", "question", "choice", "classification"]
 """Of rows."""
@@ -77,6 +74,31 @@ class OtherRows(NamedTuple):
     kind: Kind
     columns: Mapping[str, str]
     on_bad_row: OnBadRow = "stop"
+
+
+class RowsRead(Protocol):
+    """What a configuration asks of its data, as `tenfold.data.read.Rows` answers it."""
+
+    @property
+    def kind(self) -> Kind:
+        """What each row is."""
+
+    @property
+    def source(self) -> str:
+        """What was read, as the user named it."""
+
+    @property
+    def others(self) -> Sequence[Mapping[str, Any]]:
+        """Of each row, the columns that its kind has no use for."""
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the source holds unpaired preferences: an answer, and whether it is wanted."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def split(self, holdout: float) -> tuple[RowsRead, RowsRead]:
+        """Training and held-out rows; refused where one side would be empty."""
 
 
 class Incidental:
@@ -155,7 +177,7 @@ class StageConfig(Config):
         """What the head of the model is for once the stage is done."""
         return task
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """Refuse what can be known to fail before any weight is loaded.
 
         Args:
@@ -192,7 +214,7 @@ class StageConfig(Config):
         return self.model_dump(mode="json", exclude=aside)
 
 
-def check_kind(rows: Rows | None, kinds: tuple[str, ...], what: str) -> None:
+def check_kind(rows: RowsRead | None, kinds: tuple[str, ...], what: str) -> None:
     """Refuse rows that are missing, or of another kind.
 
     Args:
@@ -207,7 +229,7 @@ def check_kind(rows: Rows | None, kinds: tuple[str, ...], what: str) -> None:
     if rows is None:
         first = "step-audit" if kinds == ("preference",) else "python-reference"
         raise ConfigError(
-            f"{what} needs {listed} rows, and data is missing",
+            f"data: missing, and {what} needs {listed} rows",
             remedy=f"name a file, a folder or a hub id under `data` (--data), or {first} for a first try",
         )
     if rows.kind not in kinds and rows.unpaired and kinds == ("preference",):

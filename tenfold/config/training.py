@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
-from tenfold.config.stage import Incidental, check_kind
+from tenfold.config.stage import Incidental, RowsRead, check_kind
 from tenfold.errors import ConfigError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from tenfold.data.read import Rows
 
 
 class TrainingFields(DataFields):
@@ -56,7 +53,7 @@ class TrainingFields(DataFields):
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Incidental] = ()
     """Also log to these, as the transformers Trainer does; to watch a run from elsewhere."""
 
-    def check(self, rows: Rows | None) -> None:
+    def check(self, rows: RowsRead | None) -> None:
         """Rows to learn from, of which some can be held out, and loggers that are installed."""
         check_kind(rows, self.reads, "training")
         assert rows is not None

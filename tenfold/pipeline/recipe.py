@@ -148,6 +148,7 @@ def resolve(values: Mapping[str, Any], where: str) -> ResolvedRecipe:
     >>> plan.steps[0].config.max_length
     512
     """
+    _check_stages(values.get("stages", []), where)
     recipe = Recipe.parse(values, where)
     for source in (recipe.model, *recipe.models.values()):
         refuse_data(source or "")
@@ -168,6 +169,8 @@ def resolve(values: Mapping[str, Any], where: str) -> ResolvedRecipe:
         step = Step(index, name, config, model=entry.get("model"))
         step = replace(step, id=_id(entry.get("id"), step.folder, steps, place))
         ids = {str(other.get("id")): number < index for number, other in enumerate(recipe.stages, start=1)}
+        if recipe.model is None and step.model is None and config.needs.model:
+            recipe = _from_first(recipe, steps)
         _check_model(step, recipe, task, made, place, ids)
         step = _with_models(step, recipe, made, place, ids)
         config = step.config
@@ -184,6 +187,28 @@ def resolve(values: Mapping[str, Any], where: str) -> ResolvedRecipe:
             if config.learns and config.data is not None:
                 learnt[_same(config.data)] = {key: getattr(config, key) for key in DataFields.model_fields}
     return ResolvedRecipe(recipe, tuple(steps), {key: one for key, one in made.items() if one.step is not None})
+
+
+def _check_stages(stages: Any, where: str) -> None:
+    """A list of mappings, said in a line: the help of the key explains what may stand in one."""
+    wrong = None
+    if not isinstance(stages, list | tuple):
+        wrong = f"stages: a list is asked for, got {stages!r}"
+    for number, entry in enumerate(stages if wrong is None else (), start=1):
+        if not isinstance(entry, Mapping):
+            wrong = f"stages: stage {number}: keys and values are asked for, got {entry!r}"
+            break
+    if wrong is not None:
+        raise ConfigError(f"{where}: {wrong}", remedy="write each stage as `- {use: NAME, KEY: VALUE}`, with its dash")
+
+
+def _from_first(recipe: Recipe, steps: list[Step]) -> Recipe:
+    """The recipe with the model of its first stage, where that one leaves it to the stages that follow."""
+    first = next((step for step in steps if step.config.needs.model), None)
+    if first is None or first.model is None or is_reference(first.model) or not first.config.leaves_model():
+        return recipe
+    steps[steps.index(first)] = replace(first, model=None)
+    return recipe.model_copy(update={"model": first.model})
 
 
 def _with_models(step: Step, recipe: Recipe, made: Mapping[str, Made], place: str, ids: Mapping[str, bool]) -> Step:

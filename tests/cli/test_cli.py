@@ -111,7 +111,7 @@ def test_validate_says_what_it_read(recipe):
         (["lengthen", "demo", "--full-layers", "0", "b"], "a whole number is asked for, got 'b'"),
         (["run", "a.yaml", "b.yaml"], "'b.yaml' belongs to no flag"),
         (["compare", "one"], "SECOND is missing"),
-        (["adapt", "demo"], "needs text, completion or chat rows, and data is missing"),
+        (["adapt", "demo"], "tenfold adapt: --data: missing, and training needs text, completion or chat rows"),
         (["adapt", "demo", "--rank", "0"], "must be above 0"),
         (["adapt", "demo", "--rank", "3", "--budget", "1%"], "rank and budget"),
         (["adapt", "demo", "--budget", "much"], "cannot be read as a budget"),

@@ -1,6 +1,9 @@
+import re
+
 import pytest
 import yaml
 
+from tenfold.config.reading import read_yaml
 from tenfold.errors import ConfigError
 from tenfold.pipeline.recipe import read_recipe, resolve
 
@@ -101,6 +104,38 @@ def test_a_key_of_a_stage_without_the_stage_says_whose_it_is(tmp_path):
     with pytest.raises(ConfigError, match="rank is a key of the stage lora") as caught:
         read_recipe(path, ["rank=3"])
     assert caught.value.remedy == "write --set lora.rank=3"
+
+
+@pytest.mark.parametrize("source", ["tiny:llama", "${models.small}"])
+def test_without_a_model_the_recipe_starts_from_that_of_its_first_stage(source):
+    lora = {"use": "lora", "model": source, "data": "python-reference"}
+    models = {"small": "tiny:llama"}
+    plan = resolve({"models": models, "stages": [lora, {"use": "evaluate", "tasks": ["speed"]}]}, "test")
+    assert plan.recipe.model == "tiny:llama"  # so that `evaluate` compares with it
+    assert [step.model for step in plan.steps] == [None, None]
+    assert resolve(read_yaml(plan.to_yaml()), "test").to_yaml() == plan.to_yaml()
+    alone = resolve({"models": models, "stages": [lora]}, "test")
+    assert (alone.recipe.model, alone.steps[0].model) == (None, "tiny:llama")
+
+
+def test_a_look_at_a_model_leaves_none_to_go_on_with():
+    look = {"use": "evaluate", "model": "tiny:llama", "tasks": ["speed"]}
+    with pytest.raises(ConfigError, match=r"stage 2.*names none"):
+        resolve({"stages": [look, {"use": "evaluate", "tasks": ["speed"]}]}, "test")
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"use": "lora"}, "stages: a list is asked for, got {'use': 'lora'}"),
+        (None, "stages: a list is asked for, got None"),
+        ([{"use": "lora"}, "evaluate"], "stages: stage 2: keys and values are asked for, got 'evaluate'"),
+    ],
+)
+def test_stages_that_are_no_list_have_a_remedy_of_one_line(stages, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        resolve({"model": "demo", "stages": stages}, "test")
+    assert caught.value.remedy == "write each stage as `- {use: NAME, KEY: VALUE}`, with its dash"
 
 
 @pytest.mark.parametrize("change", ["lora.rank", "nothing.rank=3", "lora.rank=["])

@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_levers(values, tmp_path):
 
 def test_training_without_data_is_refused(values, tmp_path):
     del values["stages"][0]["data"]
-    with pytest.raises(ConfigError, match="data is missing"):
+    with pytest.raises(ConfigError, match="data: missing"):
         execute(values, tmp_path)
 
 

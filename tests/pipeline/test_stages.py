@@ -163,7 +163,7 @@ def test_a_stage_of_another_package_has_all_that_ours_have(outside, tmp_path):
     (tmp_path / "words.txt").unlink()
     gone = outside("count", "--data", "notes.txt", "--out", "run")
     assert gone.returncode == 2
-    assert "01-count: words: no file words.txt" in gone.stderr
+    assert "tenfold count: --words: no file words.txt" in gone.stderr
 
     wrong = outside("count", "--data", "notes.txt", "--wrds", "x")
     assert wrong.returncode == 2
@@ -190,4 +190,4 @@ def test_a_stage_of_another_package_takes_its_place_in_recipes(outside, tmp_path
     recipe.write_text("stages: [{use: count}]\n")
     missing = outside("validate", recipe)
     assert missing.returncode == 2
-    assert "01-count: counting needs text rows, and data is missing" in missing.stderr
+    assert "01-count: data: missing, and counting needs text rows" in missing.stderr
