@@ -17,6 +17,7 @@ from tenfold.errors import ConfigError
 from tenfold.models.inference import max_positions
 from tenfold.models.memory import measure_growth
 from tenfold.models.opened import Opened
+from tenfold.models.quantised import for_training
 from tenfold.models.reference import ModelRef
 from tenfold.stage.context import Context
 from tenfold.stage.results import Metric, Result
@@ -32,6 +33,7 @@ def prepare(config: TextTrainingFields, context: Context) -> tuple[Opened, Encod
     # From here on every random choice (the adapter's start, the order of the rows, dropout) follows from the seed.
     set_seed(context.seed)
     opened = context.model.open(merge=True)
+    opened = dataclasses.replace(opened, model=for_training(opened.model))
     limit = max_positions(opened.model)
     if limit is not None and config.max_length > limit:
         raise ConfigError(

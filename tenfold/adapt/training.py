@@ -20,6 +20,7 @@ from tenfold.compat import activation_checkpointing
 from tenfold.config.training import TextTrainingFields, TrainingFields
 from tenfold.data.encode import Encoded, collate
 from tenfold.errors import ConfigError, RunError
+from tenfold.models.quantised import computing_dtype, is_quantised
 
 COMPLETE = ".complete"
 """Marks a checkpoint that was written to its end; one without it was cut off by a kill."""
@@ -129,8 +130,14 @@ def trainer_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": parameter.device.type == "cuda",
         "use_cpu": parameter.device.type == "cpu",
-        "bf16": parameter.device.type == "cuda" and str(parameter.dtype) == "torch.bfloat16",
+        "bf16": parameter.device.type == "cuda" and _computes_in_bfloat16(model, parameter),
     }
+
+
+def _computes_in_bfloat16(model: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether the model does; what packed weights have beside them is float32 while an adapter is trained."""
+    dtype = computing_dtype(parameter.device) if is_quantised(model) else parameter.dtype
+    return str(dtype) == "torch.bfloat16"
 
 
 def carry_out(

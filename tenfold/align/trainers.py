@@ -8,7 +8,8 @@ R3M specification, sections 2.4, 2.5 and 6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from tenfold.align.r3m.losses import PairLoss, RunningKink, pair_loss, perturbat
 from tenfold.config.r3m import TRIMMED_START, RobustFields
 from tenfold.data.templates import render_chat
 from tenfold.errors import ConfigError, DataError, MissingDependencyError, RunError
+from tenfold.models.quantised import is_quantised
 
 try:
     from trl import DPOTrainer, RewardTrainer
@@ -96,6 +98,19 @@ class _WithIds:
         return {**self.collator(examples), ID: [example[ID] for example in examples]}
 
 
+@contextmanager
+def _unrounded(model: Any) -> Iterator[None]:
+    """Keep what is trained on quantised weights in float32, as `adapt` has it: TRL makes it bfloat16.
+
+    Steps are smaller than bfloat16 tells apart, and the head of a reward model gets hidden states in float32.
+    """
+    quantised = isinstance(model, torch.nn.Module) and is_quantised(model)
+    before = {p: p.data for p in model.parameters() if p.requires_grad} if quantised else {}
+    yield
+    for parameter, data in before.items():
+        parameter.data = data
+
+
 class _Robust(Trainer):
     """What both trainers share: ids from the data set to the loss, the loss of a pair, and what is logged of it.
 
@@ -105,7 +120,8 @@ class _Robust(Trainer):
     data_collator: Any
 
     def __init__(self, *args: Any, robust: RobustFields | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with _unrounded(kwargs.get("model")):
+            super().__init__(*args, **kwargs)
         self.robust = RobustFields() if robust is None else robust
         self.data_collator = _WithIds(self.data_collator)
         self.add_callback(R3MMemory(self.robust.share))

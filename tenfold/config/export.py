@@ -35,6 +35,10 @@ class ExportConfig(StageConfig):
         """A model or, alone, its last adapter."""
         return {"adapter": "adapter"} if self.form == "adapter" else {"model": "model"}
 
+    def writes_weights(self) -> bool:
+        """It opens the unpacked weights."""
+        return False
+
     def leaves_model(self) -> bool:
         """An adapter that is only copied changes nothing for the stages that follow."""
         return self.form != "adapter"
@@ -43,6 +47,8 @@ class ExportConfig(StageConfig):
         """A form must be there to be written."""
         if self.form == "adapter" and not shape.adapted:
             raise ConfigError(f"form: {shape.name} carries no adapter", remedy="write form: merged, or adapt it first")
+        if self.form != "adapter":
+            shape.check_mergeable()
         if self.form == "native":
             _check_native(shape)
         return shape if self.form == "adapter" else replace(shape, adapted=False)

@@ -20,6 +20,9 @@ class ModelFields(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Number format of the weights. Default: float32 on CPU, the checkpoint's own on a GPU. ``bfloat16`` halves
     memory."""
+    load: Literal["4bit", "8bit"] | None = None
+    """Pack the weights of the linear layers on opening (bitsandbytes), where the model does not fit: ``4bit`` is
+    QLoRA's NF4, ``8bit`` is LLM.int8(). Adapters train on them, and export merges into whole weights."""
     device: str | None = None
     """``cpu``, ``cuda``, ``cuda:1``. Default: a GPU where there is one. Give it to choose among several."""
     revision: str | None = None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tenfold.errors import ConfigError
 
 Task = Literal["causal", "seq2seq", "classification", "reward"]
 """What a model's head is for."""
+
+Load = Literal["4bit", "8bit"]
+"""What the weights are packed into when a model is opened."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Shape:
         task: what its head is for.
         adapted: whether an adapter is on it.
         spans: the table of local spans of a converted model.
+        quantised: how the weights are packed: ``4bit`` or ``8bit`` on opening, or the method of files that are so
+            already, such as ``gptq``.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Shape:
     task: Task = "causal"
     adapted: bool = False
     spans: Mapping[str, Any] | None = None
+    quantised: str | None = None
 
     def check_positions(self, key: str, tokens: int, what: str = "") -> None:
         """Refuse more tokens than the model was built for.
@@ -54,6 +60,23 @@ class Shape:
             raise ConfigError(
                 f"{key}: {tokens}{what} is above the {self.positions} positions that the model has",
                 remedy=f"give {self.positions} or less" if not what else f"give a smaller {key}",
+            )
+
+    def check_mergeable(self) -> None:
+        """Refuse an adapter that is to be added to weights that the files themselves hold packed.
+
+        Weights that are packed on opening (``load``) have whole ones behind them, to which it is added.
+
+        Raises:
+            ConfigError: naming how they are packed.
+
+        >>> Shape("base", adapted=True, quantised="4bit").check_mergeable()
+        """
+        if self.adapted and self.quantised not in (None, *get_args(Load)):
+            raise ConfigError(
+                f"the files of {self.name} hold quantised weights ({self.quantised}), and an adapter cannot be added "
+                "to those",
+                remedy="start from the unquantised model with load: 4bit, or keep one adapter (form: adapter)",
             )
 
     def check_rank(self, rank: float) -> None:

@@ -157,6 +157,13 @@ class StageConfig(Config):
         """Whether later stages start from what this one makes."""
         return bool({"model", "adapter"} & {*self.artefacts().values()})
 
+    def writes_weights(self) -> bool:
+        """Whether it writes the weights themselves, which packed ones (``load: 4bit``) do not allow.
+
+        By default where it makes a model.
+        """
+        return "model" in self.artefacts().values()
+
     def files(self) -> dict[str, Path]:
         """What else the result depends on, by key: each must be there, and is hashed before anything runs."""
         return {}

@@ -63,7 +63,8 @@ class TrainingFields(DataFields):
                 raise MissingDependencyError(f"report_to: {name} is not installed", f"pip install {name}")
 
     def applied_to(self, shape: Shape) -> Shape:
-        """Sequences must be within what the model can read."""
+        """Sequences must be within what the model can read, and earlier adapters must go into its weights."""
+        shape.check_mergeable()
         shape.check_positions("max_length", self.max_length)
         return shape
 

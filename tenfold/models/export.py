@@ -12,6 +12,7 @@ from tenfold.errors import ModelError
 from tenfold.models.changes import mark
 from tenfold.models.folders import write_folder
 from tenfold.models.gguf import source_of
+from tenfold.models.quantised import refuse_quantised
 from tenfold.models.source import REFERENCE
 from tenfold.models.tied import untie
 
@@ -27,7 +28,8 @@ def merge(model: Any, *, in_place: bool = False) -> Any:
             needs the memory of the model a second time and leaves ``model`` as it was.
 
     Raises:
-        ModelError: an adapter holds NaN or infinite values, or is of a kind that cannot be merged.
+        ModelError: an adapter holds NaN or infinite values, or is of a kind that cannot be merged; quantised weights,
+            which would be rounded again.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> from tenfold.models.tiny import tiny_model
@@ -37,6 +39,7 @@ def merge(model: Any, *, in_place: bool = False) -> Any:
     """
     if not hasattr(model, "peft_config"):
         return model
+    refuse_quantised(model, "the adapter cannot be merged", "open the base without load, with the adapter on it")
     if not hasattr(model, "merge_and_unload"):
         kinds = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
         raise ModelError(f"{'/'.join(kinds)} adapters cannot be merged", remedy="save the adapter instead")
@@ -77,7 +80,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: boo
         The folder.
 
     Raises:
-        ModelError: adapters are attached.
+        ModelError: adapters are attached, or the weights are quantised.
         RunError: the folder is taken, or cannot be written.
 
     >>> import tempfile
@@ -89,6 +92,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: boo
     """
     if hasattr(model, "peft_config"):
         raise ModelError("adapters are attached to this model", remedy="save merge(model), or use save_adapter")
+    refuse_quantised(model, "the model cannot be saved", "open it without load, and save that")
     with write_folder(folder, "model", overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

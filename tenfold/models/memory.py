@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tenfold.models.inference import (
-    synchronize,
-)
+from tenfold.models.inference import synchronize
+from tenfold.models.quantised import is_packed
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -164,5 +163,12 @@ def stored_bytes(thing: object) -> int:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers, tied ones counted once."""
-    return stored_bytes([*model.parameters(), *model.buffers()])
+    """Bytes of parameters and buffers, tied ones counted once, and of the scales of packed ones.
+
+    bitsandbytes keeps those beside the codes: on the parameter or, after a first pass of 8-bit layers, on the layer.
+    """
+    packed = [module for module in model.modules() if is_packed(module)]
+    scales = [
+        (vars(module).get("state"), getattr(module._parameters.get("weight"), "__dict__", {})) for module in packed
+    ]
+    return stored_bytes([*model.parameters(), *model.buffers(), *scales])

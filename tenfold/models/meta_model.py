@@ -9,6 +9,7 @@ import torch
 from tenfold.models.gguf import converted
 from tenfold.models.heads import auto_class
 from tenfold.models.open import explain, resolve_device, resolve_dtype
+from tenfold.models.packed_shapes import with_packed_shapes
 from tenfold.models.reference import ModelRef
 from tenfold.models.source import hub_commit, resolve_source
 from tenfold.models.tiny import tiny_model
@@ -17,7 +18,8 @@ from tenfold.models.tiny import tiny_model
 def meta_model(ref: ModelRef) -> Any:
     """The model of a reference on the ``meta`` device: modules and shapes, no storage, in milliseconds to seconds.
 
-    Adapters are left out: they are folded in when a stage opens the model.
+    Adapters are left out: they are folded in when a stage opens the model. Layers whose weights are packed on opening
+    have stand-ins of the same size (`tenfold.models.packed_shapes`).
 
     Raises:
         ModelError: as `tenfold.models.open.open_model`; only the configuration is read.
@@ -25,11 +27,18 @@ def meta_model(ref: ModelRef) -> Any:
     >>> meta_model(ModelRef("tiny:llama")).device
     device(type='meta')
     """
+    model = _plain(ref)
+    return model if ref.load is None else with_packed_shapes(model, ref.load)
+
+
+def _plain(ref: ModelRef) -> Any:
     from transformers import AutoConfig
 
     located, base, _ = resolve_source(ref.source)
     if located.kind == "tiny":
-        return tiny_model(located.name, task=ref.task).model.to("meta")
+        model = tiny_model(located.name, task=ref.task).model.to("meta")
+        model.tie_weights()  # moving to the meta device gives each of two that are one its own
+        return model
     folder = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
     options = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
     if located.kind == "hub":
@@ -42,7 +51,7 @@ def meta_model(ref: ModelRef) -> Any:
         raise explain(located, folder, error) from error
     if ref.task == "reward":
         config.num_labels = 1
-    dtype = resolve_dtype(ref.dtype, resolve_device(ref.device))
+    dtype = resolve_dtype(ref.dtype, resolve_device(ref.device), ref.load)
     with torch.device("meta"):
         return auto_class(config, ref.task, folder).from_config(
             config, dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype

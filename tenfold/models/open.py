@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from tenfold.config.shape import Task
-from tenfold.errors import ConfigError, ModelError
+from tenfold.config.shape import Load, Task
+from tenfold.errors import ConfigError, MissingDependencyError, ModelError, TenfoldError
 from tenfold.models.changes import finish_for, finish_opening, prepare_opening, unwarned
 from tenfold.models.export import merge
 from tenfold.models.gguf import converted
 from tenfold.models.heads import PEFT_TASKS, auto_class, check_loaded
 from tenfold.models.opened import Opened, check_task, describe, settle_padding
+from tenfold.models.quantised import check_load, check_own, computing_dtype, is_quantised, packing, quantise
 from tenfold.models.source import (
     REFERENCE,
     Located,
@@ -36,12 +37,14 @@ def open_model(
     task: Task = "causal",
     *,
     dtype: str | torch.dtype | None = None,
+    load: Load | None = None,
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     num_labels: int | None = None,
     adapters: Sequence[str | Path] = (),
+    merged: bool = False,
 ) -> Opened:
     """Open a model and its tokenizer.
 
@@ -56,6 +59,9 @@ def open_model(
             A head that the files do not hold is new and random, drawn from the global random state.
         dtype: ``float32``, ``bfloat16``, ... or a ``torch.dtype``. Default: what the files hold on a GPU, and
             ``float32`` on a CPU, where training in bfloat16 is about three times slower. GGUF files open in float32.
+        load: pack the weights of the linear layers, through bitsandbytes: ``4bit`` (NF4 with double quantisation, as
+            in QLoRA) or ``8bit`` (LLM.int8()). Adapters that are merged go into the weights before. ``dtype`` is then
+            what the rest is held in and 4-bit weights compute in; default: bfloat16 on a GPU that has it, else float32.
         device: ``cpu``, ``cuda``, ``cuda:1``, ... Default: ``cuda`` where there is one, else ``cpu``.
         device_map: passed through to ``from_pretrained``, to spread a model over devices; excludes ``device``.
         revision: branch, tag or commit of a hub id.
@@ -63,12 +69,14 @@ def open_model(
         num_labels: number of scores for ``classification``. Default: what the configuration says.
         adapters: PEFT adapter folders, attached in this order on top of the source. All but the last are merged into
             the weights; the last stays attached (not trainable), so that it can be switched off or merged later.
+        merged: merge the last as well.
 
     Returns:
         Model (in evaluation mode), tokenizer (with a pad token), identity, and notes (each is also warned of).
 
     Raises:
-        ConfigError: arguments that exclude each other, unknown task or dtype.
+        ConfigError: arguments that exclude each other, unknown task, dtype or load.
+        MissingDependencyError: the package that quantised weights need is absent.
         ModelError: missing, truncated or corrupt files, unreachable hub, unknown architecture, no head for the task.
 
     >>> opened = open_model("tiny:llama", device="cpu")
@@ -79,12 +87,21 @@ def open_model(
     check_task(task)
     if device is not None and device_map is not None:
         raise ConfigError("device and device_map both say where the model goes", remedy="give one of them")
+    check_load(load)
+    if load is not None and device_map is not None:
+        raise ConfigError(f"load: {load} with a device_map is not supported", remedy="give device, or leave load out")
     if num_labels is not None and task != "classification":
         raise ConfigError(f"num_labels: only for task 'classification', not {task!r}", remedy="leave it out")
     located, base, chain = resolve_source(source, [str(adapter) for adapter in adapters])
     hashes = tuple(content_hash(folder) for folder in chain)  # a damaged adapter shows before the base is read
     place = resolve_device(device)
-    placing = {"dtype": resolve_dtype(dtype, place if device_map is None else None), "device_map": device_map}
+    placing: dict[str, Any] = {"dtype": resolve_dtype(dtype, place if device_map is None else None, load=load)}
+    placing["device_map"] = device_map
+    # Nothing can be added to packed weights: they are packed once all that goes into them is in them.
+    inside = len(chain) if merged else max(len(chain) - 1, 0)
+    to_pack = load is not None and (inside > 0 or located.kind == "tiny")
+    if load is not None and not to_pack:
+        placing |= {"device_map": {"": place}, "quantization_config": packing(load, placing["dtype"])}
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if located.kind == "tiny":
         tiny = tiny_model(located.name, task=task, **({} if num_labels is None else {"num_labels": num_labels}))
@@ -94,19 +111,25 @@ def open_model(
     else:
         resolved = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
         labels = 1 if task == "reward" else num_labels
-        model, tokenizer = _load(located, resolved, task, labels, options, placing)
+        model, tokenizer = _load(located, resolved, task, labels, options, placing, place)
     finish_opening(model)
     # A hub id's commit is the one that was loaded: asking again could meet a newer one.
     commit = getattr(model.config, "_commit_hash", None) if located.kind == "hub" else None
     weights = commit or weights_hash(located, revision)
-    if device_map is None:
+    if device_map is None and not to_pack and not is_quantised(model):
         model = _move(model, place)
     notes = []
-    for folder in chain:
+    for index, folder in enumerate(chain):
         model = merge(model, in_place=True)
+        if to_pack and index == inside:
+            model, to_pack = _packed(model, load, place), False
         tokenizer = adapter_tokenizer(folder, tokenizer, model.config, trust_remote_code=trust_remote_code)
         notes.append(fit_embedding(model, tokenizer, folder))
         model = attach_adapter(model, folder, task)
+    if merged:
+        model = merge(model, in_place=True)
+    if to_pack:
+        model = _packed(model, load, place)
     settle_padding(model, tokenizer)
     said = tuple(note for note in notes if note is not None)
     for note in said:
@@ -136,12 +159,15 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device | None) -> str | torch.dtype:
+def resolve_dtype(
+    dtype: str | torch.dtype | None, device: torch.device | None, load: Load | None = None
+) -> str | torch.dtype:
     """What to load weights as; ``"auto"`` means as the files hold them.
 
     Args:
         dtype: what the caller asked for.
         device: where the model goes; None when a device map decides.
+        load: what weights are packed into; the others then have what those compute in.
 
     Raises:
         ConfigError: no floating-point type of that name.
@@ -149,6 +175,8 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device | None) 
     >>> resolve_dtype(None, torch.device("cpu")), resolve_dtype("bfloat16", torch.device("cpu"))
     (torch.float32, torch.bfloat16)
     """
+    if load is not None and device is not None and dtype in (None, "auto"):
+        return computing_dtype(device)
     if dtype is None:
         return torch.float32 if device is not None and device.type == "cpu" else "auto"
     if dtype == "auto":
@@ -213,7 +241,13 @@ def saved_task(folder: Path, default: Task) -> Task:
 
 
 def _load(
-    located: Located, folder: str, task: str, labels: int | None, options: dict[str, Any], placing: dict[str, Any]
+    located: Located,
+    folder: str,
+    task: str,
+    labels: int | None,
+    options: dict[str, Any],
+    placing: dict[str, Any],
+    place: torch.device,
 ) -> tuple[Any, Any]:
     """Configuration, tokenizer and weights, cheapest first, so that mistakes show before the weights are read."""
     from transformers import AutoConfig, AutoTokenizer
@@ -229,6 +263,8 @@ def _load(
     try:
         extra = {} if labels is None else {"num_labels": labels}
         config = AutoConfig.from_pretrained(folder, **options, **extra)
+        if check_own(config.to_dict(), folder, packs="quantization_config" in placing):
+            placing = {**placing, "device_map": placing["device_map"] or {"": place}}
         prepare_opening(config)
         builder = auto_class(config, task, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -242,8 +278,10 @@ def _load(
 def explain(located: Located, folder: str, error: Exception) -> Exception:
     """Turn what ``transformers`` raised into what it means."""
     text = str(error)
-    if isinstance(error, ModelError):
+    if isinstance(error, TenfoldError):
         return error
+    if isinstance(error, ImportError):
+        return MissingDependencyError(f"{folder}: cannot be opened: {_first_line(error)}", "install what it names")
     if "trust_remote_code" in text:
         return ModelError(
             f"{folder}: comes with Python code of its own, which runs on this machine when the model is opened",
@@ -262,6 +300,13 @@ def explain(located: Located, folder: str, error: Exception) -> Exception:
     if located.kind == "hub" and isinstance(error, OSError):
         return hub_error(folder, error)
     return ModelError(f"{folder}: cannot be opened: {_first_line(error)}", remedy="save or download the folder again")
+
+
+def _packed(model: Any, load: Load | None, place: torch.device) -> Any:
+    assert load is not None
+    packed = quantise(model, load, place)
+    finish_opening(packed)
+    return packed
 
 
 def _move(model: Any, device: torch.device) -> Any:

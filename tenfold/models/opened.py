@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from tenfold.config.shape import Task
 from tenfold.errors import ConfigError, ModelError
+from tenfold.models.quantised import is_quantised, parameter_count, quantisation
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Opened:
         tokenizer: its tokenizer, always with a pad token.
         identity: ``source`` (as the caller gave it), ``resolved`` (the folder or hub id that was read), ``weights``
             (a hash of configuration, tokenizer and weights that does not depend on where the files lie),
-            ``adapters`` (the same hash of each), ``parameters`` (a count, adapters included) and ``dtype``.
+            ``adapters`` (the same hash of each), ``parameters`` (a count, adapters included), ``dtype`` and, of
+            quantised weights, ``quantised``.
         notes: sentences that the reader of a result must know, such as of tokens whose rows nothing holds.
 
     >>> from tenfold.models.tiny import tiny_model
@@ -50,8 +52,9 @@ def describe(model: Any, source: str, resolved: str, weights: str, adapters: tup
         "resolved": resolved,
         "weights": weights,
         "adapters": list(adapters),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameter_count(model),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({"quantised": quantisation(model)} if is_quantised(model) else {}),
     }
 
 

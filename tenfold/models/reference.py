@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenfold.config.shape import Task
+from tenfold.config.shape import Load, Task
 from tenfold.models.opened import Opened
 from tenfold.models.source import content_hash, resolve_source, weights_hash
 
@@ -20,6 +20,7 @@ class ModelRef:
         source: ``demo``, a hub id, a folder, a GGUF file, an adapter folder or ``tiny:<kind>``.
         task: ``causal``, ``seq2seq``, ``classification`` or ``reward``.
         dtype: name of a floating-point type. Default: as `open_model`.
+        load: ``4bit`` or ``8bit``, to pack the weights on opening.
         device: Default: as `open_model`.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the model.
@@ -32,6 +33,7 @@ class ModelRef:
     source: str
     task: Task = "causal"
     dtype: str | None = None
+    load: Load | None = None
     device: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -41,18 +43,15 @@ class ModelRef:
         """Open the model.
 
         Args:
-            merge: add the last adapter into the weights too, if there is one: a plain ``transformers`` model.
+            merge: add the last adapter into the weights too, if there is one: a plain ``transformers`` model. Weights
+                that are packed are so afterwards.
 
         Raises:
             ModelError: as `open_model`.
         """
-        from tenfold.models.export import merge as merge_adapters
         from tenfold.models.open import open_model
 
-        opened = open_model(**dataclasses.asdict(self))
-        if merge:
-            opened = dataclasses.replace(opened, model=merge_adapters(opened.model, in_place=True))
-        return opened
+        return open_model(**dataclasses.asdict(self), merged=merge)
 
     def with_adapter(self, folder: str | Path) -> ModelRef:
         """The same model with one more adapter on top."""
@@ -62,8 +61,9 @@ class ModelRef:
         """What decides the outputs of this model, for the fingerprint of a run; no weights are loaded.
 
         Returns:
-            ``weights`` (a hash of the base), ``adapters`` (one hash each, in order), ``task`` and ``dtype``. Paths are
-            not part of it: a run folder that was moved is still the same run.
+            ``weights`` (a hash of the base), ``adapters`` (one hash each, in order), ``task``, ``dtype`` and, where
+            weights are packed on opening, ``load``. Paths are not part of it: a run folder that was moved is still the
+            same run.
 
         Raises:
             ModelError: the source or an adapter is missing or damaged, or the hub cannot be reached.
@@ -77,4 +77,5 @@ class ModelRef:
             "adapters": [content_hash(folder) for folder in chain],
             "task": self.task,
             "dtype": self.dtype,
+            **({"load": self.load} if self.load is not None else {}),
         }

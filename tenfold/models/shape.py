@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tenfold.config.shape import Shape, Task
 from tenfold.errors import MissingDependencyError, ModelError
 from tenfold.models.gguf import cache_dir, gguf_sha256
+from tenfold.models.quantised import check_own
 from tenfold.models.reference import ModelRef
 from tenfold.models.source import Located, hub_error, read_json, resolve_source
 
@@ -34,13 +36,17 @@ def shape_of(ref: ModelRef) -> Shape:
 
     Raises:
         ModelError: no such model, or its configuration cannot be read.
+        MissingDependencyError: the files hold quantised weights, and the package that reads them is absent.
+        ConfigError: they do, and they are to be packed on opening.
         HubAwayError: the hub cannot be asked, which says nothing about the model.
 
     >>> shape_of(ModelRef("tiny:llama")).positions
     512
     """
     located, _, chain = resolve_source(ref.source, ref.adapters)
-    return shape_from(_configuration(located, ref.revision), ref.source, ref.task, adapted=bool(chain))
+    config = _configuration(located, ref.revision)
+    own = check_own(config, ref.source, packs=ref.load is not None)
+    return replace(shape_from(config, ref.source, ref.task, adapted=bool(chain)), quantised=ref.load or own)
 
 
 def shape_from(config: dict[str, Any], name: str, task: Task = "causal", *, adapted: bool = False) -> Shape:
@@ -51,7 +57,9 @@ def shape_from(config: dict[str, Any], name: str, task: Task = "causal", *, adap
     """
     inner = config.get("text_config")
     values = {**config, **inner} if isinstance(inner, dict) else config
-    found = {key: next((_whole(values[one]) for one in names if one in values), None) for key, names in _NAMES.items()}
+    found: dict[str, Any] = {
+        key: next((_whole(values[one]) for one in names if one in values), None) for key, names in _NAMES.items()
+    }
     spans = values.get("tenfold_span")
     heads = [str(one) for one in config.get("architectures") or ()]
     if task == "causal" and any("ForSequenceClassification" in one or "Reward" in one for one in heads):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from tenfold.attend.masformer.native import save_native
 from tenfold.config.export import ExportConfig
 from tenfold.errors import ConfigError
 from tenfold.models.export import merge, push_to_hub, save_adapter, save_model
+from tenfold.models.reference import ModelRef
 from tenfold.stage.context import Context, StageOutput
 
 
 def run_export(config: ExportConfig, context: Context) -> StageOutput:
     """Write the model, adapters folded in, or its last adapter alone."""
-    opened = context.model.open()
+    ref: ModelRef = context.model
+    whole = ref.load is not None and config.form != "adapter"
+    opened = (dataclasses.replace(ref, load=None) if whole else ref).open()
     adapted = hasattr(opened.model, "peft_config")
     if config.form == "adapter":
         if not adapted:
@@ -40,4 +45,5 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
         artefact=folder.name,
         # An adapter that is only copied changes nothing for the stages that follow.
         continues_with=None if config.form == "adapter" else "model",
+        notes=[f"The weights are those of the source, not those that load: {ref.load} packs."] if whole else [],
     )

@@ -61,6 +61,10 @@ def check_model(plan: ResolvedRecipe) -> list[str]:
     steps = [step for step in plan.steps if step.config.needs.model]
     if not steps:
         return []
+    if plan.recipe.load is not None:
+        from tenfold.models.quantised import check_load
+
+        check_load(plan.recipe.load)
     if plan.recipe.device not in (None, "cpu"):
         from tenfold.models.open import resolve_device
 
@@ -100,6 +104,14 @@ def _applied(step: Step, shape: Shape, plan: ResolvedRecipe) -> Shape:
             f"{shape.name} has local spans, and {step.name} needs full attention in every layer",
             remedy="put the stage before the one that made them local",
         )
+    if config.writes_weights() and shape.quantised is not None:
+        load = plan.recipe.load
+        packed = f"load: {load} packs" if load else f"the files hold packed ({shape.quantised})"
+        raise ConfigError(
+            f"{packed} the weights of {shape.name}, and {step.name} writes whole ones",
+            remedy=f"{'leave load out' if load else 'start from the unquantised model'}; on packed weights lora, adalora "
+            "and r3m train adapters",
+        )
     after = config.applied_to(shape)
     strange = "targets" in type(config).model_fields and not _comes_with_transformers(shape.model_type)
     # An artefact is no folder yet: its matrices are looked at when the stage runs.
@@ -136,7 +148,7 @@ def model_of(plan: ResolvedRecipe, step: Step | None = None) -> ModelRef:
     from tenfold.models.reference import ModelRef
 
     source = plan.recipe.model if step is None or step.model is None else step.model
-    fields = plan.recipe.model_dump(include={"task", "dtype", "device", "revision", "trust_remote_code"})
+    fields = plan.recipe.model_dump(include={"task", "dtype", "load", "device", "revision", "trust_remote_code"})
     if source != plan.recipe.model:
         fields["revision"] = None  # of another repository
     return ModelRef(source=str(source), **fields)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import prepare_model_for_kbit_training
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,8 @@ from tenfold.config.stage import StageConfig
 from tenfold.config.training import TrainingFields
 from tenfold.models.meta_model import meta_model
 from tenfold.models.open import resolve_device
+from tenfold.models.packed_shapes import SCALES
+from tenfold.models.quantised import parameter_count
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.checking import check_model, model_of
 from tenfold.pipeline.recipe import ResolvedRecipe, Step
@@ -63,8 +66,7 @@ def estimate(plan: ResolvedRecipe) -> list[Estimate]:
     if plan.recipe.model is not None:
         ref = model_of(plan)
         model = meta_model(ref)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        amounts = {"parameters": sum(p.numel() for p in model.parameters()), "weights": weights}
+        amounts: dict[str, float] = {"parameters": parameter_count(model), "weights": weight_bytes(model)}
         found.append(Estimate(f"model: {ref.source}", amounts))
     return [*found, *(Estimate(step.folder, _needs(plan, step)) for step in plan.steps)]
 
@@ -86,6 +88,8 @@ def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: Mode
     optimizer moments, activations and the temporaries of the largest operation), on a CPU times `CPU_HEAP`.
     """
     base = meta_model(ref)
+    if ref.load is not None:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     before = sum(p.numel() * p.element_size() for p in base.parameters())
     with torch.device("meta"):
         model = attach(base, config, task=ref.task)
@@ -112,6 +116,12 @@ def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: Mode
         "activations": activations,
         "peak growth": (live.peak - base_live) * (1.0 if on_gpu(ref) else CPU_HEAP),
     }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, with the scales of packed ones."""
+    scales = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == SCALES]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *scales))
 
 
 def on_gpu(ref: ModelRef) -> bool:

@@ -214,7 +214,7 @@ def continued(model: ModelRef, folder: Path, summary: StageSummary) -> ModelRef:
     task = saved_task(artefact, model.task)
     if summary.continues_with == "adapter":
         return replace(model.with_adapter(artefact), task=task)
-    return ModelRef(source=str(artefact), task=task, dtype=model.dtype, device=model.device)
+    return ModelRef(source=str(artefact), task=task, dtype=model.dtype, load=model.load, device=model.device)
 
 
 def _refuse_losses(todo: list[Job], out: Path, ours: Owned) -> None:

@@ -19,6 +19,7 @@ from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.budget import PARAMETER_BYTES
 from tenfold.errors import ModelError, RunError
 from tenfold.models.layer_map import layer_map
+from tenfold.models.quantised import parameter_count
 from tenfold.models.tied import tie_again
 
 
@@ -74,7 +75,7 @@ class AdaLora:
         """What the adapter touches: matrices, triplets, trainable parameters and their share of the base, bytes."""
         tensors = trainable(self.matrices)
         all_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        base = sum(p.numel() for name, p in self.model.named_parameters() if ".lora_" not in name)
+        base = parameter_count(self.model, lambda name: ".lora_" not in name)
         kept = self.ranks()
         parameters = sum(int(mask.sum()) * self.plan.costs[name] for name, mask in self._exported().items())
         return {
@@ -239,7 +240,7 @@ def attach(
     """
     free = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     slots = layer_map(model).select(config.targets)
-    plan = make_plan(config, slots, parameters=sum(p.numel() for p in model.parameters()))
+    plan = make_plan(config, slots, parameters=parameter_count(model))
     adapted, matrices, untied = wrap(model, slots, plan, config, task=task)
     return AdaLora(
         adapted, matrices, Controller(adapted, matrices, plan, config, total_steps, trained=False), free, untied=untied
@@ -278,7 +279,7 @@ def open_adapter(
     config = config or AdaLoraConfig()
     if not given:
         config = config.model_copy(update={"rank": sum(ranks.values()) / len(ranks)})
-    plan = size_plan(config, ranks, costs, stored.scale, sum(p.numel() for p in model.parameters()))
+    plan = size_plan(config, ranks, costs, stored.scale, parameter_count(model))
     biases = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("bias")}
     adapted, matrices, untied = wrap(model, slots, plan, config, task=task, beyond=stored.beyond)
     for name, matrix in matrices.items():

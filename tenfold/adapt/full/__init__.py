@@ -6,6 +6,9 @@ from typing import Any
 
 from tenfold.config.full import FullConfig
 from tenfold.errors import ModelError
+from tenfold.models.quantised import refuse_quantised
+
+UNPACKED = "open the model unquantised (without load), or train an adapter (stage lora or adalora)"
 
 
 def attach(model: Any, config: FullConfig, *, task: str = "causal") -> Any:
@@ -26,10 +29,11 @@ def attach(model: Any, config: FullConfig, *, task: str = "causal") -> Any:
     >>> all(p.requires_grad for p in attach(tiny_model("llama").model, FullConfig()).parameters())
     True
     """
+    refuse_quantised(model, "not all of the model can be trained", UNPACKED)
     whole = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if whole:
         raise ModelError(
             f"{whole[0]}: packed weights have no gradient, so not all of the model can be trained",
-            remedy="open the model unquantised, or train an adapter (stage lora or adalora)",
+            remedy=UNPACKED,
         )
     return model.float().requires_grad_(True)

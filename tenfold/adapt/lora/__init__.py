@@ -13,6 +13,7 @@ from tenfold.config.lora import LoraConfig
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.heads import PEFT_TASKS
 from tenfold.models.layer_map import Slot, layer_map
+from tenfold.models.quantised import parameter_count
 from tenfold.models.tied import untie
 
 DEFAULT_RANK = 8
@@ -42,7 +43,7 @@ def attach(model: nn.Module, config: LoraConfig, *, task: str = "causal") -> Pef
     if hasattr(model, "peft_config"):
         raise ModelError("the model already has an adapter", remedy="merge it first (tenfold.models.export.merge)")
     slots = layer_map(model).select(config.targets)
-    rank = choose_rank(config, slots, parameters=sum(p.numel() for p in model.parameters()))
+    rank = choose_rank(config, slots, parameters=parameter_count(model))
     peft_config = PeftLoraConfig(
         task_type=PEFT_TASKS[task],
         r=rank,
@@ -90,7 +91,7 @@ def attached(model: PeftModel) -> dict[str, Any]:
     """What the adapter touched: matrices, trainable parameters, their share of the base, bytes."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainable)
-    base = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    base = parameter_count(model, lambda name: "lora_" not in name)
     names = {name.rpartition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
     return {
         "method": "LoRA (PEFT)",

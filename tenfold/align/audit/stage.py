@@ -81,4 +81,8 @@ def _check_head(model: Any, name: str) -> None:
 def _reference(source: str, context: Context) -> Any:
     """The model that a policy started from, opened like the policy."""
     like = context.model
-    return ModelRef(source, dtype=like.dtype, device=like.device, trust_remote_code=like.trust_remote_code).open().model
+    return (
+        ModelRef(source, dtype=like.dtype, load=like.load, device=like.device, trust_remote_code=like.trust_remote_code)
+        .open()
+        .model
+    )

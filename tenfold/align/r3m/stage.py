@@ -52,6 +52,7 @@ from tenfold.models.export import save_adapter, save_model
 from tenfold.models.layer_map import layer_map
 from tenfold.models.memory import measure_growth
 from tenfold.models.opened import Opened
+from tenfold.models.quantised import for_training
 from tenfold.models.reference import ModelRef
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.results import Metric, Result
@@ -168,7 +169,8 @@ def _learnt(pairs: Sequence[Preference], config: R3MConfig, context: Context, fo
     ref = judging(context.model, config.target)
     opened, task = ref.open(merge=True), ref.task
     if config.rank:
-        model: Any = lora.attach(opened.model, LoraConfig(rank=config.rank, targets=config.targets), task=task)
+        base = for_training(opened.model)
+        model: Any = lora.attach(base, LoraConfig(rank=config.rank, targets=config.targets), task=task)
     else:
         model = full.attach(opened.model, FullConfig(), task=task)
     fitting, settings = _fitting(pairs, config, opened.tokenizer)
