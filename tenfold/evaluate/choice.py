@@ -13,6 +13,7 @@ from tenfold.data.encode import pad_id
 from tenfold.data.rows import Choice
 from tenfold.data.tokens import tokens_within
 from tenfold.errors import DataError
+from tenfold.models.quantised import number_format
 from tenfold.models.scoring import Tell, Window, score
 from tenfold.stage.results import Metric, Result
 
@@ -85,7 +86,7 @@ def multiple_choice(
     metrics = (share("accuracy", correct), share("accuracy_normalised", normalised))
     settings = {
         "batch_size": batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": number_format(model),
         "normalised_by": "UTF-8 bytes",
     }
     return Choices(

@@ -13,6 +13,7 @@ from tenfold.models.inference import (
     takes_logits_to_keep,
 )
 from tenfold.models.memory import measure_growth, stored_bytes, weight_bytes
+from tenfold.models.quantised import number_format
 from tenfold.stage.results import Metric, Result
 
 
@@ -66,7 +67,7 @@ def memory(
     settings = {
         "prompt_tokens": tokens,
         "batch_size": batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": number_format(model),
         "device": str(device),
         "measured_by": growth.method,
     }

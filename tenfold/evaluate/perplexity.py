@@ -12,6 +12,7 @@ import torch
 from tenfold.data.encode import pad_id
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.inference import max_positions
+from tenfold.models.quantised import number_format
 from tenfold.models.scoring import Tell, Window, score
 from tenfold.stage.results import Metric, Result
 
@@ -111,7 +112,7 @@ def perplexity(
         "max_length": max_length,
         "stride": stride,
         "batch_size": batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": number_format(model),
         "documents": len(scored),
         "documents_skipped": len(documents) - len(scored),
         "tokens": len(token_nll),

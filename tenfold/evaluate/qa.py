@@ -14,6 +14,7 @@ from tenfold.engines.requests import Request
 from tenfold.engines.session import Session
 from tenfold.errors import DataError
 from tenfold.evaluate.choice import share
+from tenfold.models.quantised import number_format
 from tenfold.stage.results import Result
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -113,7 +114,7 @@ def answer(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "chat": chat,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": number_format(model),
         **({} if kv is None else {"kv": kv, "cache": session.notes[0]}),
     }
     metrics = (share("exact_match", exact), share("token_f1", f1))

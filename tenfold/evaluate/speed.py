@@ -22,6 +22,7 @@ from tenfold.models.inference import (
     takes_logits_to_keep,
 )
 from tenfold.models.memory import stored_bytes
+from tenfold.models.quantised import number_format
 from tenfold.stage.results import Metric, Result
 
 Subject = Any | tuple[Any, Callable[[], AbstractContextManager[Any]]]
@@ -138,7 +139,7 @@ def _result(subject: str, model: Any, times: _Times, prompt_tokens: int, new_tok
         "new_tokens": new_tokens,
         "repeats": len(times.prefill),
         "batch_size": batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": number_format(model),
         "device": str(device),
         "threads": torch.get_num_threads(),
     }

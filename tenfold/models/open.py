@@ -212,6 +212,8 @@ def attach_adapter(model: Any, folder: Path, task: str) -> Any:
         )
     try:
         with tying_handled():
+            # PEFT sets what it warns of; a packed layer is no Conv1D any more, and the adapter is the same.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             adapted = PeftModel.from_pretrained(model, str(folder), **keys)
             if (folder / REFERENCE / "adapter_config.json").is_file() and not keys:
                 adapted.load_adapter(str(folder / REFERENCE), REFERENCE)

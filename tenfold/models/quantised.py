@@ -120,6 +120,17 @@ def quantisation(model: Any) -> str:
     return method if method != "bitsandbytes" else "8bit" if config.load_in_8bit else "4bit"
 
 
+def number_format(model: Any) -> str:
+    """What a model computes in and, where its weights are packed, what they are packed into.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> number_format(tiny_model("llama").model)
+    'float32'
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{quantisation(model)}, {dtype}" if is_quantised(model) else dtype
+
+
 def refuse_quantised(model: Any, what: str, remedy: str) -> None:
     """Refuse what needs whole weights.
 

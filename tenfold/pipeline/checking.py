@@ -109,8 +109,8 @@ def _applied(step: Step, shape: Shape, plan: ResolvedRecipe) -> Shape:
         packed = f"load: {load} packs" if load else f"the files hold packed ({shape.quantised})"
         raise ConfigError(
             f"{packed} the weights of {shape.name}, and {step.name} writes whole ones",
-            remedy=f"{'leave load out' if load else 'start from the unquantised model'}; on packed weights lora, adalora "
-            "and r3m train adapters",
+            remedy=f"{'leave load out' if load else 'start from the unquantised model'}; "
+            "on packed weights lora, adalora and r3m train adapters",
         )
     after = config.applied_to(shape)
     strange = "targets" in type(config).model_fields and not _comes_with_transformers(shape.model_type)

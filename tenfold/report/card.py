@@ -120,6 +120,10 @@ def _what(summary: StageSummary, base: str, kind: CardKind) -> str:
         lines += [
             f"| {_inline(key.replace('_', ' '))} | {_inline(numbers.named_unit(v, key))} |" for key, v in facts.items()
         ]
+    model = summary.inputs.get("model")
+    if kind == "adapter" and isinstance(model, Mapping) and "load" in model:
+        packed = f"the weights of the base packed into {model['load']} (bitsandbytes)"
+        lines += ["", f"It was trained on {packed}; it opens on whole ones too."]
     if summary.notes:
         lines += ["", *(f"- {_inline(note)}" for note in summary.notes)]
     return "\n".join(lines)

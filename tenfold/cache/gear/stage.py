@@ -22,6 +22,7 @@ from tenfold.errors import ConfigError
 from tenfold.evaluate.compare import paired_metric
 from tenfold.evaluate.long_context import joined_ids, spread
 from tenfold.models.inference import max_positions
+from tenfold.models.quantised import number_format
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Figure, Series, Table
 from tenfold.stage.results import Metric, Result
@@ -162,7 +163,7 @@ def _decoding(model: Any, made: Mapping[str, Callable[[], Any]], length: int, co
                     kind="timing",
                 ),
             ),
-            settings={"context": length, "dtype": str(model.dtype).removeprefix("torch.")},
+            settings={"context": length, "dtype": number_format(model)},
         )
         for name, seconds in found.items()
     ]
