@@ -16,7 +16,7 @@ from tenfold.models.export import merge
 from tenfold.models.gguf import converted
 from tenfold.models.heads import PEFT_TASKS, auto_class, check_loaded
 from tenfold.models.opened import Opened, check_task, describe, settle_padding
-from tenfold.models.quantised import check_load, check_own, computing_dtype, is_quantised, packing, quantise
+from tenfold.models.quantised import check_load, check_own, computing_dtype, is_quantised, packing, quantised_copy
 from tenfold.models.source import (
     REFERENCE,
     Located,
@@ -306,7 +306,7 @@ def explain(located: Located, folder: str, error: Exception) -> Exception:
 
 def _packed(model: Any, load: Load | None, place: torch.device) -> Any:
     assert load is not None
-    packed = quantise(model, load, place)
+    packed = quantised_copy(model, load, place)
     finish_opening(packed)
     return packed
 

@@ -40,6 +40,12 @@ def with_packed_shapes(model: Any, load: Load) -> Any:
     return model
 
 
+def predicted_bytes(model: nn.Module) -> int:
+    """Bytes of all weights of a model on the meta device, with the scales of packed ones."""
+    scales = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == SCALES]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *scales))
+
+
 class PackedLinear(nn.Linear):
     """A linear layer on the meta device that unpacks its weight for each product, forwards and backwards.
 

@@ -172,7 +172,7 @@ def computing_dtype(device: Any) -> Any:
     return torch.bfloat16 if fast else torch.float32
 
 
-def quantise(model: Any, load: Load, device: Any) -> Any:
+def quantised_copy(model: Any, load: Load, device: Any) -> Any:
     """A copy of a model that is in memory with its weights packed, through transformers' own way of opening one.
 
     Args:

@@ -23,7 +23,7 @@ from tenfold.config.stage import StageConfig
 from tenfold.config.training import TrainingFields
 from tenfold.models.meta_model import meta_model
 from tenfold.models.open import resolve_device
-from tenfold.models.packed_shapes import SCALES
+from tenfold.models.packed_shapes import predicted_bytes
 from tenfold.models.quantised import parameter_count
 from tenfold.models.reference import ModelRef
 from tenfold.pipeline.checking import check_model, model_of
@@ -66,7 +66,7 @@ def estimate(plan: ResolvedRecipe) -> list[Estimate]:
     if plan.recipe.model is not None:
         ref = model_of(plan)
         model = meta_model(ref)
-        amounts: dict[str, float] = {"parameters": parameter_count(model), "weights": weight_bytes(model)}
+        amounts: dict[str, float] = {"parameters": parameter_count(model), "weights": predicted_bytes(model)}
         found.append(Estimate(f"model: {ref.source}", amounts))
     return [*found, *(Estimate(step.folder, _needs(plan, step)) for step in plan.steps)]
 
@@ -116,12 +116,6 @@ def training_needs(attach: Callable[..., Any], config: TrainingFields, ref: Mode
         "activations": activations,
         "peak growth": (live.peak - base_live) * (1.0 if on_gpu(ref) else CPU_HEAP),
     }
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, with the scales of packed ones."""
-    scales = [buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == SCALES]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *scales))
 
 
 def on_gpu(ref: ModelRef) -> bool:

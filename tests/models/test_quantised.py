@@ -20,13 +20,12 @@ from tenfold.models import quantised
 from tenfold.models.export import merge, save_adapter, save_model
 from tenfold.models.memory import weight_bytes
 from tenfold.models.meta_model import meta_model
-from tenfold.models.packed_shapes import PackedLinear
+from tenfold.models.packed_shapes import PackedLinear, predicted_bytes
 from tenfold.models.quantised import check_load, check_own, for_training, number_format, own_method, parameter_count
 from tenfold.models.reference import ModelRef
 from tenfold.models.shape import shape_of
 from tenfold.models.tiny import tiny_model
 from tenfold.pipeline.estimate import training_needs
-from tenfold.pipeline.estimate import weight_bytes as predicted_bytes
 
 bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 LOADS = ["4bit", "8bit"]
