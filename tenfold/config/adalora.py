@@ -82,7 +82,7 @@ class AdaLoraConfig(TextTrainingFields):
     lower it to spread the budget."""
     allocate_by: Literal["count", "parameters"] | None = None
     """What the budget counts: triplets, ranked by score (the paper), or parameters, ranked by score per parameter.
-    Default: ``parameters`` with ``budget`` (only so can it never be exceeded), ``count`` with ``rank``. Turn it to
+    Default: ``count`` with ``rank``; with ``budget`` always ``parameters``, or it could be exceeded. Turn it to
     compare the two."""
     tinit: StepSpan = 0.1
     """Steps at the initial budget, :math:`t_i`. The paper's runs: 4 to 18 % of the steps. Lengthen it where the scores
@@ -148,6 +148,11 @@ class AdaLoraConfig(TextTrainingFields):
             raise ValueError("rank and budget both set the size of the adapter; give one")
         if self.budget is not None:
             adapter_budget(self.budget)
+            if self.allocate_by == "count":
+                raise ValueError(
+                    "allocate_by: count cannot keep a budget, because triplets of different matrices cost different "
+                    "numbers of parameters; leave it out, or give rank"
+                )
         if self.rank is not None and self.initial_rank is not None and self.rank > self.initial_rank:
             raise ValueError(f"rank: {self.rank:g} at the end is above initial_rank {self.initial_rank}")
         if self.rank is not None and self.min_rank > self.rank:

@@ -84,8 +84,7 @@ def size_plan(
     by = config.allocate_by or ("parameters" if affordable is not None else "count")
     mean = config.rank or DEFAULT_RANK
     if by == "count":
-        share = affordable / sum(costs.values()) if affordable is not None else mean
-        start, end = sum(ranks.values()), math.floor(share * len(ranks) + 1e-9)
+        start, end = sum(ranks.values()), math.floor(mean * len(ranks) + 1e-9)
         unit = dict.fromkeys(ranks, 1)
     else:
         end = math.floor(affordable if affordable is not None else mean * sum(costs.values()))
