@@ -69,7 +69,7 @@ def leaves(span: AttentionWindow, marked: Sequence[int]) -> int:
 
 def out_of_sight(span: AttentionWindow, marks: Marks) -> list[int]:
     """`leaves` for each row of a batch, counted with its padding; `NEVER` for rows without marks."""
-    pads = (1 - marks.attention_mask).sum(1).tolist()
+    pads = marks.attention_mask.argmax(1).tolist()  # in front of the row; what fills it behind is never reached
     found = []
     for marked, pad in zip(marks.marked, pads, strict=True):
         places = [place - pad for place in marked.nonzero()[:, 0].tolist()]
@@ -105,9 +105,9 @@ def sights(attentions: Mapping[int, Any], heads: Mapping[int, Sequence[int]], ma
 
 def split(groups: Groups, marks: Marks) -> tuple[Groups, Heads, list[int]]:
     """Groups that see marks from the end of a prompt, the heads of the others, and the rows whose marks none sees."""
-    length, rows = marks.marked.shape[1], marks.marked.any(1).nonzero()[:, 0].tolist()
-    seeing = {key: group for key, group in groups.items() if any(group[1][row] >= length for row in rows)}
-    unseen = [row for row in rows if all(gone[row] < length for _, gone in seeing.values())]
+    ends, rows = marks.ends, marks.marked.any(1).nonzero()[:, 0].tolist()
+    seeing = {key: group for key, group in groups.items() if any(group[1][row] >= ends[row] for row in rows)}
+    unseen = [row for row in rows if all(gone[row] < ends[row] for _, gone in seeing.values())]
     return seeing, heads_by_layer({key: group for key, group in groups.items() if key not in seeing}), unseen
 
 

@@ -70,17 +70,30 @@ class Marks:
         attention_mask: ``[batch, tokens]``, int64, 0 for padding.
         marked: ``[batch, tokens]``, bool.
         strength: ``[batch, tokens]``, float32, above 0; 1 where nothing is marked.
+        names: what errors call each row; by default ``prompt 1`` and so on.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     marked: Tensor
     strength: Tensor
+    names: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What the model and ``generate`` take."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def ends(self) -> list[int]:
+        """One past the last token of each row, counted with its padding."""
+        places = torch.arange(1, self.attention_mask.shape[1] + 1, device=self.attention_mask.device)
+        found: list[int] = (places * self.attention_mask).amax(1).tolist()
+        return found
+
+    def name(self, row: int) -> str:
+        """What an error calls a row."""
+        return self.names[row] if self.names else f"prompt {row + 1}"
 
     @property
     def empty(self) -> bool:
@@ -99,7 +112,10 @@ class Marks:
 
     def to(self, device: torch.device | str) -> Marks:
         """The same on another device."""
-        return Marks(*(part.to(device) for part in (self.input_ids, self.attention_mask, self.marked, self.strength)))
+        ids, mask, marked, strength = (
+            part.to(device) for part in (self.input_ids, self.attention_mask, self.marked, self.strength)
+        )
+        return Marks(ids, mask, marked, strength, self.names)
 
 
 def from_spans(text: str, spans: Iterable[TextSpan | tuple[int, int] | tuple[int, int, float]]) -> Marked:
@@ -287,6 +303,7 @@ def in_chat(
     spans: Iterable[MessageSpan],
     *,
     add_generation_prompt: bool = True,
+    place: str = "the marked messages",
     **template: Any,
 ) -> Marked:
     """Render chat messages with the tokenizer's template and follow the marks through it.
@@ -300,6 +317,7 @@ def in_chat(
         messages: with text as ``content``.
         spans: what to mark. White space at the ends of a message, which many templates trim, is left out.
         add_generation_prompt: end with the beginning of the model's turn.
+        place: what an error calls them.
         **template: further arguments of the template.
 
     Raises:
@@ -313,7 +331,7 @@ def in_chat(
     ('brief', False)
     """
     require_chat_template(tokenizer)
-    place, options = "the marked messages", {"ask": add_generation_prompt, **template}
+    options = {"ask": add_generation_prompt, **template}
     plain = render_chat(tokenizer, messages, place, **options)
     free = [chr(code) for code in _PRIVATE if chr(code) not in plain]
     inserts: dict[int, list[tuple[int, str]]] = {}
@@ -375,6 +393,7 @@ def encode(
     *,
     max_length: int | None = None,
     device: torch.device | str | None = None,
+    names: Sequence[str] = (),
 ) -> Marks:
     """Prompts as one left-padded batch of tokens; a token is marked if a marked character is in it.
 
@@ -383,6 +402,7 @@ def encode(
         prompts: marked ones, and texts of which nothing is marked.
         max_length: keep the first so many tokens of each prompt.
         device: where the tensors go.
+        names: what errors call the prompts; ``prompt 1`` and so on by default.
 
     Raises:
         DataError: an empty prompt, a mark without a token or beyond ``max_length``.
@@ -402,14 +422,39 @@ def encode(
             f"{type(tokenizer).__name__} does not say where its tokens stand in the text",
             remedy="open the model with its fast tokenizer",
         )
-    rows = [_row(tokenizer, prompt, number, max_length) for number, prompt in enumerate(prompts, 1)]
+    named = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    pairs = zip(prompts, named, strict=True)
+    return left_filled([_row(tokenizer, prompt, name, max_length) for prompt, name in pairs], tokenizer, device, names)
+
+
+def left_filled(
+    rows: Sequence[tuple[Sequence[int], Sequence[float | None]]],
+    tokenizer: Any,
+    device: torch.device | str | None = None,
+    names: Sequence[str] = (),
+) -> Marks:
+    """Prompts that are tokens already as one batch.
+
+    Args:
+        rows: for each prompt its tokens, and the strength of each token that is marked, None for others.
+        tokenizer: whose padding fills the batch.
+        device: where the tensors go.
+        names: as for `encode`.
+
+    Raises:
+        DataError: no prompts.
+
+    >>> from tenfold.models.tiny import tiny_tokenizer
+    >>> left_filled([([5, 6], [None, 1.0]), ([7], [None])], tiny_tokenizer()).marked.int().tolist()
+    [[0, 1], [0, 0]]
+    """
     if not rows:
         raise DataError("no prompts", remedy="give at least one")
     length = max(len(ids) for ids, _ in rows)
     fill = pad_id(tokenizer)
     strengths = [[*([None] * (length - len(ids))), *marks] for ids, marks in rows]
     return Marks(
-        torch.tensor([[fill] * (length - len(ids)) + ids for ids, _ in rows], device=device),
+        torch.tensor([[*[fill] * (length - len(ids)), *ids] for ids, _ in rows], device=device),
         torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device),
         torch.tensor([[value is not None for value in row] for row in strengths], device=device),
         torch.tensor(
@@ -417,11 +462,12 @@ def encode(
             dtype=torch.float32,
             device=device,
         ),
+        tuple(names),
     )
 
 
 def _row(
-    tokenizer: Any, prompt: Marked | str, number: int, max_length: int | None
+    tokenizer: Any, prompt: Marked | str, name: str, max_length: int | None
 ) -> tuple[list[int], list[float | None]]:
     """Token ids of one prompt, and the strength of each that is marked."""
     prompt = Marked(prompt) if isinstance(prompt, str) else prompt
@@ -430,20 +476,18 @@ def _row(
     )
     ids, offsets = found["input_ids"], found["offset_mapping"]
     if not ids or not prompt.text:  # special tokens alone are no prompt
-        raise DataError(f"prompt {number} is empty", remedy="give at least one word")
+        raise DataError(f"{name} is empty", remedy="give at least one word")
     strengths: list[float | None] = [None] * len(ids)
     limit = len(ids) if max_length is None else max_length
     for span in prompt.spans:
         _check_strength(span.strength)
-        _check_span(span.start, span.end, len(prompt.text), f"prompt {number}")
+        _check_span(span.start, span.end, len(prompt.text), name)
         chosen = tokens_of(offsets, span.start, span.end)
         if not chosen:
-            raise DataError(
-                f"prompt {number}: characters {span.start} to {span.end} have no token", remedy="mark some text"
-            )
+            raise DataError(f"{name}: characters {span.start} to {span.end} have no token", remedy="mark some text")
         if chosen[-1] >= limit:
             raise DataError(
-                f"prompt {number}: the mark at characters {span.start} to {span.end} reaches token {chosen[-1] + 1}, "
+                f"{name}: the mark at characters {span.start} to {span.end} reaches token {chosen[-1] + 1}, "
                 f"and only {limit} are kept",
                 remedy="raise max_length, shorten the prompt, or mark an earlier part",
             )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tenfold.config.data import DataFields
-from tenfold.config.gear import check_packing, checked_kv
+from tenfold.config.gear import PackedFields
 from tenfold.config.pasta import SteeringFields
-from tenfold.config.shape import Shape
 from tenfold.config.stage import RowsRead, check_kind
 
 Mode = Literal["direct", "iterative", "autopasta", "gold", "whole"]
 
 
-class AutoPastaConfig(SteeringFields, DataFields):
+class AutoPastaConfig(SteeringFields, PackedFields, DataFields):
     """Answer questions over a context, several ways side by side (Zhang et al. 2024, arXiv 2409.10790).
 
     ``data`` has rows with ``question``, ``context``, ``answers`` and, for the mode ``gold``, ``gold``. Without ``data``
@@ -56,18 +55,6 @@ class AutoPastaConfig(SteeringFields, DataFields):
     kv: str | None = None
     """A packed KV cache (GEAR) such as ``gear:4`` that all modes read through. Default: the exact one. Give it to see
     what packing costs the answers."""
-
-    def applied_to(self, shape: Shape) -> Shape:
-        """Heads to steer and layers to pack must be there."""
-        if self.kv is not None:
-            check_packing(shape, "kv", [self.kv])
-        return super().applied_to(shape)
-
-    @model_validator(mode="after")
-    def _known_cache(self) -> Self:
-        if self.kv is not None:
-            checked_kv("kv", self.kv)
-        return self
 
     def check(self, rows: RowsRead | None) -> None:
         """A profile, and questions where there is data."""

@@ -14,7 +14,7 @@ from tenfold.config.budget import BudgetText, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.reading import read_yaml
 from tenfold.config.shape import Shape
-from tenfold.config.stage import RowsRead, check_kind
+from tenfold.config.stage import RowsRead, StageConfig, check_kind
 from tenfold.errors import ConfigError
 
 Bits = Literal[2, 3, 4, 8, 16]
@@ -209,6 +209,25 @@ def check_packing(shape: Shape, key: str, caches: Sequence[str]) -> None:
                 f"{key}: {cache}: layer_bits: {beyond[0]}; the model has layers 0 to {(shape.layers or 0) - 1}",
                 remedy="correct the layer",
             )
+
+
+class PackedFields(StageConfig):
+    """A packed cache beside the exact one."""
+
+    kv: str | None = None
+    """A packed KV cache (GEAR) such as ``gear:4``."""
+
+    def applied_to(self, shape: Shape) -> Shape:
+        """There must be layers to pack."""
+        if self.kv is not None:
+            check_packing(shape, "kv", [self.kv])
+        return super().applied_to(shape)
+
+    @model_validator(mode="after")
+    def _known_cache(self) -> Self:
+        if self.kv is not None:
+            checked_kv("kv", self.kv)
+        return self
 
 
 class GearConfig(DataFields):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from tenfold.config.gear import check_packing, checked_kv
+from tenfold.config.gear import PackedFields
 from tenfold.config.pasta import SteeringFields, UseTemplate
-from tenfold.config.shape import Shape
 
 
-class GenerateConfig(SteeringFields):
+class GenerateConfig(SteeringFields, PackedFields):
     """Let the model write, beside the one that the recipe started from; or answer a question from a text."""
 
     verb = "generate"
@@ -26,6 +25,7 @@ class GenerateConfig(SteeringFields):
         'tenfold generate runs/quickstart/01-adalora/adapter --prompts "The with statement" --chat no',
     )
     run = "tenfold.engines.stage:run_generate"
+    steered_by: ClassVar[str] = "emphasise, or context, question and find_evidence"
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("Explain in two sentences what a language model is.",)
     """One text is written for each; on the command line in quotes, one after the other."""
@@ -63,32 +63,12 @@ class GenerateConfig(SteeringFields):
         """Only where there is something to emphasise."""
         return bool(self.emphasise) or self.find_evidence
 
-    def applied_to(self, shape: Shape) -> Shape:
-        """Heads to steer and layers to pack must be there."""
-        if self.kv is not None:
-            check_packing(shape, "kv", [self.kv])
-        return super().applied_to(shape)
-
-    @model_validator(mode="after")
-    def _something_to_steer(self) -> Self:
-        # A resolved recipe spells defaults out, so what counts is whether a value is another one.
-        for key in () if self.steers else SteeringFields.model_fields:
-            value = getattr(self, key)
-            if value != SteeringFields.model_fields[key].default:
-                raise ValueError(
-                    f"{key}: {value!r}, but nothing is emphasised: give emphasise, or context, question and "
-                    f"find_evidence, or leave {key} out"
-                )
-        return self
-
     @model_validator(mode="after")
     def _one_job(self) -> Self:
         if (self.context is None) != (self.question is None):
             raise ValueError("context and question belong together: give a text file and what to answer from it")
         if self.find_evidence and self.context is None:
             raise ValueError("find_evidence looks for the key sentence of a context: give context and question")
-        if self.kv is not None:
-            checked_kv("kv", self.kv)
         if self.context is not None and self.emphasise:
             raise ValueError("emphasise marks parts of prompts; with context and question use find_evidence")
         if self.question is not None and not self.question.strip():

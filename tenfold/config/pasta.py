@@ -18,6 +18,7 @@ from pydantic import (
 
 from tenfold.config.base import yes_or_no
 from tenfold.config.data import DataFields
+from tenfold.config.gear import PackedFields
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind, RowsRead, StageConfig, Takes, check_kind
 from tenfold.errors import ConfigError, DataError
@@ -84,6 +85,15 @@ class SteeringFields(StageConfig):
     target_mass: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of ``alpha``: lift the marks to this share of the attention of every steered head (not in the paper).
     Raise it where marks are ignored, lower it where texts fall apart."""
+    generated: Literal["keep", "scale"] = "keep"
+    """``keep`` gives the tokens that the model writes full weight, as the paper does; ``scale`` treats them as
+    unmarked, so that the emphasis does not fade. Turn it to ``scale`` for long texts."""
+    keep_sink: bool = False
+    """Keep the first token, where idle attention goes, at full weight (not in the paper). Try it where steered texts
+    fall apart."""
+
+    steered_by: ClassVar[str] = ""
+    """The keys that say what is emphasised, of stages that also work without."""
 
     def dose(self, chat: bool, *, lifts: bool = False) -> dict[str, Any]:
         """How strongly to steer, as `tenfold.attend.pasta.steer` takes it.
@@ -97,10 +107,13 @@ class SteeringFields(StageConfig):
         """
         if self.target_mass is not None:
             return {"target_mass": self.target_mass}
-        if self.alpha == "auto" and chat and lifts:
+        # These two look at each token's own strength, which a target mass does not have.
+        more: dict[str, Any] = {"generated": self.generated} if self.generated != "keep" else {}
+        more |= {"keep_sink": True} if self.keep_sink else {}
+        if self.alpha == "auto" and chat and lifts and not more:
             return {"target_mass": CHAT_MASS}
         named = {"paper": PAPER_ALPHA, "auto": CHAT_ALPHA if chat else PAPER_ALPHA}
-        return {"alpha": named[self.alpha] if isinstance(self.alpha, str) else self.alpha}
+        return {"alpha": named[self.alpha] if isinstance(self.alpha, str) else self.alpha, **more}
 
     def takes(self) -> dict[str, Takes]:
         """A profile only where something is emphasised."""
@@ -120,6 +133,19 @@ class SteeringFields(StageConfig):
     def _one_dose(self) -> Self:
         if self.target_mass is not None and self.alpha != "auto":
             raise ValueError(f"target_mass takes the place of alpha: leave alpha {self.alpha} or target_mass out")
+        if self.target_mass is not None and (self.keep_sink or self.generated == "scale"):
+            raise ValueError("target_mass replaces alpha, so keep_sink and generated: scale have nothing to weaken")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_steer(self) -> Self:
+        # A resolved recipe spells defaults out, so what counts is whether a value is another one.
+        for key in () if self.steers else SteeringFields.model_fields:
+            value = getattr(self, key)
+            if value != SteeringFields.model_fields[key].default:
+                raise ValueError(
+                    f"{key}: {value!r}, but nothing is emphasised: give {self.steered_by}, or leave {key} out"
+                )
         return self
 
     def applied_to(self, shape: Shape) -> Shape:
@@ -138,7 +164,7 @@ class SteeringFields(StageConfig):
                 f"{made_for.get('heads')} heads each, and {shape.name} has {shape.layers} of {shape.heads}",
                 remedy="find this model's own heads: tenfold steer profile MODEL, or a stage `use: profile` before",
             )
-        return shape
+        return super().applied_to(shape)
 
     def profile_file(self) -> Path | None:
         """The file that ``profile`` names; None where an earlier stage of the recipe will make it.
@@ -151,7 +177,7 @@ class SteeringFields(StageConfig):
         return profile_path(self.profile or "default")
 
 
-class PastaConfig(SteeringFields, DataFields):
+class PastaConfig(SteeringFields, PackedFields, DataFields):
     """Steer the model towards marked text (Zhang et al. 2023, arXiv 2311.02262) and see what it does.
 
     ``data`` has rows with a tagged ``prompt``, the continuation to prefer (``chosen``) and one to avoid (``rejected``).
@@ -180,12 +206,10 @@ class PastaConfig(SteeringFields, DataFields):
     split: Literal["all", "held-out"] = "all"
     """Which rows of ``data`` are scored; ``held-out`` by default where an earlier stage read the same data. Write
     ``all`` to score the rows that heads were found on as well."""
-    generated: Literal["keep", "scale"] = "keep"
-    """``keep`` gives the tokens that the model writes full weight, as the paper does; ``scale`` treats them as
-    unmarked, so that the emphasis does not fade. Turn it to ``scale`` for long texts."""
-    keep_sink: bool = False
-    """Keep the first token, where idle attention goes, at full weight (not in the paper). Try it where steered texts
-    fall apart."""
+    kv: str | None = None
+    """A packed KV cache (GEAR) such as ``gear:4``: prompts are continued, and tasks scored, on it as well, plain and
+    steered. Of an item the last token is read through the cache that holds the others. Give it to see whether emphasis
+    survives the cache that you will serve with."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 48
     """Longest text written for a prompt, in tokens; raise it where texts are cut."""
     chat: UseTemplate = "auto"
@@ -209,12 +233,10 @@ class PastaConfig(SteeringFields, DataFields):
     @model_validator(mode="after")
     def _prompts_are_tagged(self) -> Self:
         _check_tags(self.tags)
-        for number, prompt in enumerate(self.prompts):
+        for number, prompt in enumerate(self.prompts, 1):
             problem = untagged(prompt, self.tags)
             if problem:
-                raise ValueError(f"prompts[{number}] {problem}")
-        if self.target_mass is not None and (self.keep_sink or self.generated == "scale"):
-            raise ValueError("target_mass replaces alpha, so keep_sink and generated: scale have nothing to weaken")
+                raise ValueError(f"prompts: prompt {number} {problem}")
         return self
 
 

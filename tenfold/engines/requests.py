@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tenfold.config.autopasta import Mode
 from tenfold.errors import ConfigError
+
+if TYPE_CHECKING:  # what they come from loads torch
+    from tenfold.attend.text_marks import MessageSpan, TextSpan
 
 Finish = Literal["stop", "length", "error"]
 """Why a text ends: a stop string or the end of the model's turn; ``max_new_tokens``; the engine failed."""
@@ -59,7 +62,8 @@ class Request:
         seed: of the sampling. The same request gives the same text, whatever else is asked beside it.
         max_new_tokens: longest text, 1 or more.
         temperature: 0 takes the most probable token each time, 1 samples from the model's distribution.
-        emphasis: parts of the prompt to emphasise (PASTA), wherever they occur in it.
+        emphasis: parts of the prompt to emphasise (PASTA): a text stands for all its occurrences, a `TextSpan` of
+            ``text`` or a `MessageSpan` of ``messages`` (`tenfold.attend.text_marks`) for one place, with a strength.
         evidence: a question over a context instead of a prompt.
 
     Raises:
@@ -77,7 +81,7 @@ class Request:
     seed: int = 0
     max_new_tokens: int = 64
     temperature: float = 0.0
-    emphasis: tuple[str, ...] = ()
+    emphasis: tuple[str | TextSpan | MessageSpan, ...] = ()
     evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +99,10 @@ class Request:
             raise ConfigError(f"temperature: {self.temperature} is below 0", "0 is greedy, 1 the model's distribution")
         prompt = [self.text or "", *(str(message.get("content")) for message in self.messages)]
         for part in self.emphasis:
-            if not part or not any(part in text for text in prompt):
+            if not isinstance(part, str):
+                if hasattr(part, "message") != bool(self.messages):
+                    raise ConfigError(f"emphasis: {part}", "give a TextSpan of a text, a MessageSpan of messages")
+            elif not part or not any(part in text for text in prompt):
                 raise ConfigError(f"emphasis: {part!r} is not in the prompt", remedy="copy a part of it exactly")
         if self.evidence is not None:
             self._check_evidence(self.evidence)
@@ -217,7 +224,7 @@ def check_capabilities(engine: Engine, requests: Sequence[Request], also: str | 
     Raises:
         ConfigError: naming request, capability and remedy.
     """
-    for number, request in enumerate(requests):
+    for number, request in enumerate(requests, 1):
         asked = request.asks - ({"seed"} if also == "score" else set()) | ({also} if also else set())
         for name in sorted(asked - engine.capabilities):
             raise ConfigError(f"request {number}: {engine.name} has no {name}", remedy=REMEDIES[name])

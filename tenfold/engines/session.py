@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +22,12 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from tenfold.attend.autopasta.answering import Answer, AutoPasta
 from tenfold.attend.pasta.likelihood import alternatives, continuation
 from tenfold.attend.pasta.profiles import Profile
-from tenfold.attend.pasta.steering import lifts, steer
-from tenfold.attend.text_marks import Marked, MessageSpan, encode, from_substrings, in_chat
+from tenfold.attend.pasta.steering import Steered, lifts, steer
+from tenfold.attend.text_marks import Marked, Marks, MessageSpan, TextSpan, encode, from_substrings, in_chat
 from tenfold.cache.packing import cache_note, packed_caches
 from tenfold.cache.spans import own_cache
 from tenfold.config.gear import parse_kv
 from tenfold.config.pasta import Alpha, SteeringFields
-from tenfold.data.templates import render_chat, require_chat_template
 from tenfold.engines.requests import (
     Continuations,
     Finish,
@@ -63,6 +62,8 @@ class Session:
         alpha: factor of the attention to what is not emphasised, 0 or more, or ``auto`` or ``paper`` as in
             `tenfold.config.pasta.SteeringFields`.
         target_mass: instead of ``alpha``, the share of attention to lift what is emphasised to, within (0, 1).
+        generated: ``keep`` gives what is written full weight, ``scale`` treats it as unmarked.
+        keep_sink: keep the first token of a prompt at full weight.
         chat: whether questions with evidence go through the chat template; None is where there is one.
         evidence: further arguments of `tenfold.attend.autopasta.answering.AutoPasta`, such as ``max_spans``.
         batch_size: requests at once.
@@ -84,6 +85,8 @@ class Session:
         heads: Mapping[int, Sequence[int]] | Literal["all"] | None = None,
         alpha: Alpha = "auto",
         target_mass: float | None = None,
+        generated: Literal["keep", "scale"] = "keep",
+        keep_sink: bool = False,
         chat: bool | None = None,
         evidence: Mapping[str, Any] | None = None,
         batch_size: int = 8,
@@ -94,7 +97,8 @@ class Session:
             parse_kv(kv)  # refuses it now, not at the first request
         self.model, self.tokenizer, self.kv = model, tokenizer, kv
         self.profile, self.heads, self.chat = profile, heads, chat
-        self.fields = SteeringFields.parse({"alpha": alpha, "target_mass": target_mass}, "session")
+        fields = {"alpha": alpha, "target_mass": target_mass, "generated": generated, "keep_sink": keep_sink}
+        self.fields = SteeringFields.parse(fields, "session")
         self.evidence, self.batch_size = dict(evidence or {}), batch_size
         self._longest, self._cache_note = -1, ""
 
@@ -196,7 +200,7 @@ class Session:
         pairs = zip(prompts, named, strict=True)
         tails = [[continuation(self.tokenizer, prompt, text) for text in texts] for prompt, texts in pairs]
         with self._reading(requests, indices, marked=True) as (_, make_cache, notes):
-            marks = encode(self.tokenizer, prompts, device=input_device(self.model))
+            marks = encode(self.tokenizer, prompts, device=input_device(self.model), names=_names(indices))
             found = alternatives(self.model, marks, tails, make_cache=make_cache)
         seconds = Seconds(queue, time.perf_counter() - start)
         return [
@@ -218,22 +222,35 @@ class Session:
         prompts = [self._prompt(request, index) for request, index in zip(batch, indices, strict=True)]
         device = input_device(self.model)
         with ExitStack() as stack:
-            make_cache = stack.enter_context(self._caches())
+            make_cache = stack.enter_context(self.caches())
             if marked or batch[0].emphasis:
-                marks = encode(self.tokenizer, prompts, device=device)
+                marks = encode(self.tokenizer, prompts, device=device, names=_names(indices))
                 inputs = marks.inputs
             else:  # needs no offsets of tokens
                 texts = [prompt.text for prompt in prompts]
                 inputs = left_padded(self.tokenizer, texts, special=prompts[0].special, device=device)
             if batch[0].emphasis:
-                dose = self.fields.dose(bool(batch[0].messages), lifts=lifts(self.model))
-                heads = {"profile": self.profile} if self.heads is None else {"heads": self.heads}
-                stack.enter_context(steer(self.model, marks, tell=notes.setdefault, **heads, **dose))
+                stack.enter_context(self.steering(marks, chat=bool(batch[0].messages), tell=notes.setdefault))
             yield inputs, make_cache, notes
 
+    def steering(
+        self, marks: Marks, *, chat: bool = False, tell: Callable[[str], Any] | None = None
+    ) -> AbstractContextManager[Steered]:
+        """This session's emphasis while a block runs, for measurements that read marked texts themselves.
+
+        Args:
+            marks: what is read.
+            chat: whether it is a chat, whose default dose is another one.
+            tell: called with what is to be noted; by default it is a warning. See `tenfold.attend.pasta.steer`.
+        """
+        dose: dict[str, Any] = self.fields.dose(chat, lifts=lifts(self.model))
+        dose |= {"profile": self.profile} if self.heads is None else {"heads": self.heads}
+        dose |= {} if tell is None else {"tell": tell}
+        return steer(self.model, marks, **dose)
+
     @contextmanager
-    def _caches(self) -> Iterator[Callable[[], Any]]:
-        """What makes the cache of a batch, None being the model's own; what packed ones come to is noted."""
+    def caches(self) -> Iterator[Callable[[], Any]]:
+        """What makes the cache of a batch, for measurements too; None is the model's own. Packed ones are noted."""
         if self.kv is None:
             yield partial(own_cache, self.model)
             return
@@ -247,18 +264,16 @@ class Session:
     def _prompt(self, request: Request, index: int) -> Marked:
         """A request as one text, with what is emphasised of it."""
         if request.text is not None:
-            found = _marked(request.text, request.emphasis)
-        elif request.emphasis:
-            spans = [
+            places = [part for part in request.emphasis if isinstance(part, TextSpan)]
+            found = Marked(request.text, (*_occurring(request.text, request.emphasis), *places))
+        else:
+            spans = [part for part in request.emphasis if isinstance(part, MessageSpan)]
+            spans += [
                 MessageSpan(at, span.start, span.end, span.strength)
                 for at, message in enumerate(request.messages)
-                for span in _marked(message["content"], request.emphasis).spans
+                for span in _occurring(message.get("content"), request.emphasis)
             ]
-            found = in_chat(self.tokenizer, request.messages, spans)
-        else:
-            require_chat_template(self.tokenizer)
-            text = render_chat(self.tokenizer, request.messages, f"prompt {index + 1}", ask=True)
-            found = Marked(text, special=False)
+            found = in_chat(self.tokenizer, request.messages, spans, place=f"prompt {index + 1}")
         return Marked(found.text + request.prefill, found.spans, found.special)
 
     def _answer(self, requests: Sequence[Request], indices: Sequence[int], queue: float) -> list[Reply]:
@@ -317,7 +332,7 @@ class Session:
         """AutoPASTA on this model and its caches, and the mode of a batch."""
         assert request.evidence is not None
         steers = request.evidence.mode not in ("direct", "iterative")
-        with self._caches() as make_cache:
+        with self.caches() as make_cache:
             ask = AutoPasta(
                 self.model,
                 self.tokenizer,
@@ -341,9 +356,13 @@ def _found(answer: Answer) -> Found:
     return Found(answer.spans, answer.quote, answer.score, answer.stage)
 
 
-def _marked(text: str, parts: Sequence[str]) -> Marked:
-    """A text with the parts that it has, wherever they occur."""
-    return from_substrings(text, [part for part in parts if part in text], "all")
+def _occurring(text: Any, parts: Sequence[Any]) -> tuple[TextSpan, ...]:
+    """Where the parts of a text occur that are given as texts."""
+    return from_substrings(text, [part for part in parts if isinstance(part, str) and part in text], "all").spans
+
+
+def _names(indices: Sequence[int]) -> list[str]:
+    return [f"prompt {index + 1}" for index in indices]
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[list[int]]:

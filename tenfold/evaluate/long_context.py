@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tenfold.attend.text_marks import Marks
 from tenfold.data.read import Rows
 from tenfold.data.rows import Text
 from tenfold.data.tokens import shared, standing
@@ -128,6 +130,8 @@ def needle(
     subject: str = "model",
     progress: Callable[[int, int], None] = lambda done, total: None,
     make_cache: Callable[[], Any] | None = None,
+    emphasise: str = "gold",
+    steering: Callable[[Marks], AbstractContextManager[Any]] | None = None,
 ) -> Result:
     """Whether a number that stands somewhere in a long text is found again at its end.
 
@@ -142,6 +146,9 @@ def needle(
         progress: called with pieces done and pieces in all.
         make_cache: makes the cache that a piece is read into, and from which its number is found; by default all is
             read at once.
+        emphasise: with ``steering``, what it emphasises: ``gold``, the sentence that tells the number; ``question``,
+            what asks for it at the end; ``whole``, all before the question.
+        steering: emphasises marks, as `tenfold.engines.session.Session.steering` does; by default nothing is.
 
     Returns:
         ``found``: share of numbers that greedy decoding would write; ``needle_nll``: nats a token of the number.
@@ -152,8 +159,9 @@ def needle(
         for index, ids in enumerate(pieces):
             progress(index, len(pieces))
             number = 7919 * (index + 13) % 90000 + 10000
-            whole, scored = hidden(tokenizer, ids, (index + 0.5) / len(pieces), number)
-            logits, tokens = predictions_at(model, whole, scored, make_cache=make_cache)
+            text = hidden(tokenizer, ids, (index + 0.5) / len(pieces), number)
+            with nullcontext() if steering is None else steering(text.marks(emphasise)):
+                logits, tokens = predictions_at(model, text.ids, text.scored, make_cache=make_cache)
             found.append(bool((logits.argmax(-1) == tokens).all()))
             losses.append(float(torch.nn.functional.cross_entropy(logits, tokens)))
     share = statistics.mean(found)
@@ -166,7 +174,28 @@ def needle(
     return Result(task="needle", subject=subject, metrics=metrics, settings=settings)
 
 
-def hidden(tokenizer: Any, ids: Tensor, depth: float, number: int) -> tuple[Tensor, Tensor]:
+class Hidden(NamedTuple):
+    """A text with a number in it that is asked for at its end; places are tokens ``[start, end)``."""
+
+    ids: Tensor
+    """``[tokens]``."""
+    scored: Tensor
+    """Which tokens are those of the number at the end, ``[tokens]``, bool."""
+    told: tuple[int, int]
+    """Where the number is told."""
+    asked: tuple[int, int]
+    """Where it is asked for."""
+
+    def marks(self, emphasise: str) -> Marks:
+        """The prompt, which ends in front of the number, with the part emphasised that `needle` calls so."""
+        begin, end = {"gold": self.told, "question": self.asked, "whole": (0, self.asked[0])}[emphasise]
+        prompt = self.ids[None, : self.asked[1]]
+        marked = torch.zeros_like(prompt, dtype=torch.bool)
+        marked[:, begin:end] = True
+        return Marks(prompt, torch.ones_like(prompt), marked, torch.ones(prompt.shape))
+
+
+def hidden(tokenizer: Any, ids: Tensor, depth: float, number: int) -> Hidden:
     """A text with a number in it that is asked for at its end.
 
     Args:
@@ -175,15 +204,15 @@ def hidden(tokenizer: Any, ids: Tensor, depth: float, number: int) -> tuple[Tens
         depth: where in it, 0 (first) to 1 (last).
         number: to be found.
 
-    Returns:
-        Token ids ``[tokens]``, and which are scored: those of the number at the end.
     """
     place = round(depth * len(ids))
     told = f"\n\nRemember this: the secret number of the lighthouse is {number}"
     statement, asked = standing(tokenizer, f"{told}.\n\n"), standing(tokenizer, told)
     begun = shared(asked, standing(tokenizer, told.removesuffix(f" {number}")))
     whole = torch.cat([ids[:place], torch.tensor(statement), ids[place:], torch.tensor(asked)])
-    return whole, torch.arange(len(whole)) >= len(whole) - (len(asked) - begun)
+    start = len(whole) - len(asked)
+    scored = torch.arange(len(whole)) >= start + begun
+    return Hidden(whole, scored, (place, place + len(statement)), (start, start + begun))
 
 
 def joined_ids(tokenizer: Any, rows: Rows) -> Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tenfold.attend.text_marks import Marked, Marks, tokens_of
 from tenfold.data.encode import pad_id
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.inference import max_positions
 from tenfold.models.quantised import number_format
-from tenfold.models.scoring import Tell, Window, score
+from tenfold.models.scoring import Around, Tell, Window, score
 from tenfold.stage.results import Metric, Result
 
 
@@ -45,7 +47,7 @@ class Perplexity:
 def perplexity(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[str | Marked],
     *,
     max_length: int,
     stride: int | None = None,
@@ -53,6 +55,7 @@ def perplexity(
     subject: str = "model",
     progress: Tell | None = None,
     make_cache: Callable[[], Any] | None = None,
+    steering: Callable[[Marks], AbstractContextManager[Any]] | None = None,
 ) -> Perplexity:
     """Score each document by itself, in windows that overlap.
 
@@ -68,13 +71,15 @@ def perplexity(
     Args:
         model: a causal language model on any device, in any float type.
         tokenizer: its tokenizer.
-        texts: documents.
+        texts: documents, of which some may be marked.
         max_length: tokens per window.
         stride: tokens between windows, below ``max_length``; half of it by default.
         batch_size: windows per forward pass.
         subject: which model this is, for the report.
         progress: called with windows done and windows in all.
         make_cache: makes the cache of a batch; by default windows are read at once, without one.
+        steering: emphasises marks, as `tenfold.engines.session.Session.steering` does; all of a window counts as its
+            prompt, so what follows a mark attends less to all else. By default marks play no part.
 
     Returns:
         The figures and the score of every token, for ``compare``.
@@ -90,7 +95,8 @@ def perplexity(
     Bytes are exact unless a document begins with a token that is a fraction of a character, which then counts whole.
     """
     stride = _check(model, max_length, stride)
-    documents = [_document(tokenizer, text) for text in texts]
+    marked = [text if isinstance(text, Marked) else Marked(text) for text in texts]
+    documents = [_document(tokenizer, text.text) for text in marked]
     windows, owner = [], []
     for index, (ids, _) in enumerate(documents):
         cut = _windows(ids, max_length, stride)
@@ -99,6 +105,10 @@ def perplexity(
     if not windows:
         raise DataError(f"no token to score in {len(texts)} documents", remedy="give longer texts")
     keys: Any = {"pad_id": pad_id(tokenizer), "batch_size": batch_size, "progress": progress}
+    if steering is not None:
+        strengths = [_strengths(tokenizer, text, ids) for text, (ids, _) in zip(marked, documents, strict=True)]
+        cut = [window.ids for values in strengths for window in _windows(values, max_length, stride)]
+        keys["around"] = _steered(steering, cut, [f"text {index + 1}" for index in owner])
     scores = score(model, windows, **keys, make_cache=make_cache)
     token_nll = torch.cat(scores)
     token_ids = torch.cat([torch.tensor(window.ids[window.start :]) for window in windows])
@@ -193,7 +203,7 @@ def _document(tokenizer: Any, text: str) -> tuple[list[int], int]:
     return ids, size - len(tokenizer.decode(ids[:1]).encode())
 
 
-def _windows(ids: list[int], max_length: int, stride: int) -> list[Window]:
+def _windows(ids: list[Any], max_length: int, stride: int) -> list[Window]:
     """Windows that score each token but the first once, in order.
 
     >>> [(w.ids, w.start) for w in _windows([0, 1, 2, 3, 4, 5], max_length=4, stride=2)]
@@ -208,6 +218,47 @@ def _windows(ids: list[int], max_length: int, stride: int) -> list[Window]:
         windows.append(Window(ids[begin : begin + max_length], done - begin))
         done += stride
     return windows
+
+
+def _strengths(tokenizer: Any, text: Marked, ids: Sequence[int]) -> list[float | None]:
+    """The strength of each token of a document that is marked.
+
+    Raises:
+        ConfigError: marks, and a tokenizer that cannot say where its tokens stand.
+    """
+    strengths: list[float | None] = [None] * len(ids)
+    if not text.spans:
+        return strengths
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} does not say where its tokens stand in the text",
+            remedy="open the model with its fast tokenizer",
+        )
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    offsets = tokenizer(text.text, **options)["offset_mapping"]
+    ahead = len(ids) - len(offsets)  # a token that begins the text
+    for span in text.spans:
+        for token in tokens_of(offsets, span.start, span.end):
+            strengths[token + ahead] = span.strength
+    return strengths
+
+
+def _steered(
+    steering: Callable[[Marks], AbstractContextManager[Any]],
+    strengths: Sequence[Sequence[float | None]],
+    names: Sequence[str],
+) -> Around:
+    """Emphasis of what is marked in each window."""
+
+    def around(indices: Sequence[int], ids: torch.Tensor, mask: torch.Tensor) -> AbstractContextManager[Any]:
+        marked, strength = torch.zeros_like(ids, dtype=torch.bool), torch.ones(ids.shape, device=ids.device)
+        for row, index in enumerate(indices):
+            for token, value in enumerate(strengths[index]):
+                if value is not None:
+                    marked[row, token], strength[row, token] = True, value
+        return steering(Marks(ids, mask, marked, strength, tuple(names[index] for index in indices)))
+
+    return around
 
 
 def document_sums(values: torch.Tensor, document: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

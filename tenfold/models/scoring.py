@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ class Window(NamedTuple):
     start: int
 
 
+Around = Callable[[Sequence[int], torch.Tensor, torch.Tensor], AbstractContextManager[object]]
+"""What is entered while a batch is read, by the indices of its windows, its token ids and its mask."""
+
 STEP = 64
 """Tokens that are read at once through a cache."""
 
@@ -35,6 +39,7 @@ def score(
     batch_size: int = 1,
     progress: Tell | None = None,
     make_cache: Callable[[], Any] | None = None,
+    around: Around = lambda indices, ids, mask: nullcontext(),
 ) -> list[torch.Tensor]:
     """Negative log-likelihoods of the scored tokens of each window.
 
@@ -49,6 +54,7 @@ def score(
         progress: called after each batch with windows done and windows in all.
         make_cache: makes the cache that the windows of a batch are read through, `STEP` tokens at a time; by default
             they are read at once, without a cache.
+        around: what is entered while a batch is read, such as a steering of its tokens.
 
     Returns:
         For each window, in the given order, ``[len(ids) - start]``, nats, float64, on the CPU.
@@ -59,7 +65,12 @@ def score(
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             part = [windows[index] for index in batch]
-            found = _batch(model, part, pad_id) if make_cache is None else _stepwise(model, part, pad_id, make_cache())
+            ids, mask = _padded(model, part, pad_id)
+            with around(batch, ids, mask):
+                if make_cache is None:
+                    found = _batch(model, part, ids, mask)
+                else:
+                    found = _stepwise(model, part, ids, mask, make_cache())
             scores.update(zip(batch, found, strict=True))
             if progress is not None:
                 progress(len(scores), len(windows))
@@ -75,9 +86,10 @@ def _padded(model: Any, windows: list[Window], pad_id: int) -> tuple[torch.Tenso
     return ids, mask
 
 
-def _stepwise(model: Any, windows: list[Window], pad_id: int, cache: Any) -> list[torch.Tensor]:
+def _stepwise(
+    model: Any, windows: list[Window], ids: torch.Tensor, mask: torch.Tensor, cache: Any
+) -> list[torch.Tensor]:
     """The scores of a batch that is read through a cache."""
-    ids, mask = _padded(model, windows, pad_id)
     parts: list[list[torch.Tensor]] = [[] for _ in windows]
     for begin in range(0, ids.shape[1], STEP):
         end = min(begin + STEP, ids.shape[1])
@@ -95,8 +107,7 @@ def _stepwise(model: Any, windows: list[Window], pad_id: int, cache: Any) -> lis
     return [torch.cat(part) for part in parts]
 
 
-def _batch(model: Any, windows: list[Window], pad_id: int) -> list[torch.Tensor]:
-    ids, mask = _padded(model, windows, pad_id)
+def _batch(model: Any, windows: list[Window], ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     length = ids.shape[1]
     # The logits at position i predict token i + 1: context that no row scores needs none.
     offset = min(window.start for window in windows) - 1

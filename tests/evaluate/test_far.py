@@ -81,7 +81,7 @@ def test_scores_are_those_of_separate_passes(kind):
 def test_a_needle_lies_where_it_was_put_and_only_its_number_is_scored():
     tokenizer = tiny_model("llama").tokenizer
     ids = torch.tensor(tokenizer("abcdefgh" * 4, add_special_tokens=False)["input_ids"])
-    whole, scored = hidden(tokenizer, ids, 0.5, 40712)
+    whole, scored, *_ = hidden(tokenizer, ids, 0.5, 40712)
     text = tokenizer.decode(whole)
     assert text.startswith("abcdefgh" * 2 + "\n\n")
     assert text.count("lighthouse is 40712") == 2
@@ -92,7 +92,7 @@ def test_a_needle_lies_where_it_was_put_and_only_its_number_is_scored():
 @pytest.mark.parametrize("prefix", ["prepend", "always", "first"])
 def test_a_needle_has_no_mark_of_a_beginning_within_the_text(prefix):
     tokenizer = metaspace(prefix)
-    whole, scored = hidden(tokenizer, torch.tensor(tokenizer("the answer")["input_ids"]), 1.0, 40712)
+    whole, scored, *_ = hidden(tokenizer, torch.tensor(tokenizer("the answer")["input_ids"]), 1.0, 40712)
     assert "".join(tokenizer.convert_ids_to_tokens(whole[scored])) in ("▁40712", "is▁40712")  # where the space merges
     told = "\n\nRemember▁this:▁the▁secret▁number▁of▁the▁lighthouse▁is▁40712"
     assert "".join(tokenizer.convert_ids_to_tokens(whole)) == f"<s>▁the▁answer{told}.\n\n{told}"

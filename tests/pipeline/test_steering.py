@@ -175,7 +175,6 @@ def test_the_dose_of_chats_is_another_one_than_that_of_completions(monkeypatch):
         seen.append({key: settings[key] for key in ("alpha", "target_mass") if key in settings})
         return steer(model, marks, **settings)
 
-    monkeypatch.setattr("tenfold.attend.pasta.stage.steer", watched)
     monkeypatch.setattr("tenfold.engines.session.steer", watched)
     keys = {"use": "generate", "profile": "heads.json", "prompts": ["Be brief."], "emphasise": ["brief"]}
     cases = [{}, {"chat": "no"}, {"alpha": "paper"}, {"alpha": 0.2}, {"target_mass": 0.4}]
@@ -184,11 +183,12 @@ def test_the_dose_of_chats_is_another_one_than_that_of_completions(monkeypatch):
     assert seen == [{"target_mass": 0.15}, {"alpha": 0.01}, {"alpha": 0.01}, {"alpha": 0.2}, {"target_mass": 0.4}]
     seen.clear()
     execute({"use": "pasta", "profile": "heads.json", "prompts": ["<mark>b</mark>"], "max_new_tokens": 2}, out="last")
-    assert seen == [{"alpha": 0.01}, {"target_mass": 0.15}]  # what would be scored, and the prompt
+    # What would be scored; the prompt as it is written, and as it is looked at.
+    assert seen == [{"alpha": 0.01}, {"target_mass": 0.15}, {"target_mass": 0.15}]
     seen.clear()
     keys = {"profile": "heads.json", "prompts": ["<mark>b</mark>"], "max_new_tokens": 2, "keep_sink": True}
     execute({"use": "pasta", **keys}, out="sink")
-    assert seen == [{"alpha": 0.01}, {"alpha": 0.3}]  # a target mass has no sink to keep
+    assert seen == [{"alpha": 0.01}, {"alpha": 0.3}, {"alpha": 0.3}]  # a target mass has no sink to keep
 
 
 def test_a_steered_text_that_goes_round_in_circles_is_noted(monkeypatch):

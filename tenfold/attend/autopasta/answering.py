@@ -118,6 +118,8 @@ class AutoPasta:
         heads: query heads by layer instead of a profile, or ``"all"``, which the paper found harmful.
         alpha: factor of the attention to the rest of the prompt, 0 or more: the paper's ``exp(-delta)``.
         target_mass: instead of ``alpha``, the share of attention to lift the sentence to; see `steer`.
+        generated: ``scale`` treats what is written as unmarked; see `steer`.
+        keep_sink: keep the first token at full weight; see `steer`.
         identify_prompt: asks for the sentence; ``{context}`` and ``{question}`` stand in it once each, other braces
             are doubled. The longer its beginning is that of ``answer_prompt``, the more of the first pass is reused.
         answer_prompt: asks for the answer, likewise.
@@ -156,6 +158,8 @@ class AutoPasta:
         heads: Mapping[int, Sequence[int]] | Literal["all"] | None = None,
         alpha: float = 0.01,
         target_mass: float | None = None,
+        generated: Literal["keep", "scale"] = "keep",
+        keep_sink: bool = False,
         identify_prompt: str = IDENTIFY_PROMPT,
         answer_prompt: str = ANSWER_PROMPT,
         split: Callable[[str], Sequence[Region]] = sentences,
@@ -177,7 +181,8 @@ class AutoPasta:
         )  # refuses what it refuses later
         self.model, self.tokenizer, self.make_cache = model, tokenizer, make_cache
         self.reuse = reuse and make_cache is None
-        self.alpha, self.target_mass = alpha, target_mass
+        weak: dict[str, Any] = {"alpha": alpha} if target_mass is None else {"target_mass": target_mass}
+        self.dose = {**weak, "generated": generated, "keep_sink": keep_sink}
         self.split, self.embed = split, embed
         self.min_similarity, self.max_spans = min_similarity, max_spans
         self.max_quote_tokens, self.max_answer_tokens = max_quote_tokens, max_answer_tokens
@@ -390,8 +395,7 @@ class AutoPasta:
         return replace(marks, marked=marked), blind
 
     def _steered(self, marks: Marks) -> AbstractContextManager[Any]:
-        dose: Any = {"alpha": self.alpha} if self.target_mass is None else {"target_mass": self.target_mass}
-        return steer(self.model, marks, heads=self.heads, tell=self._note, **dose)
+        return steer(self.model, marks, heads=self.heads, tell=self._note, **self.dose)
 
     def _note(self, note: str) -> None:
         self.notes[note] = None
@@ -444,7 +448,7 @@ def _rows(
     if not len(questions) == len(contexts) == len(given):
         lengths = f"{len(questions)} questions, {len(contexts)} contexts, {len(given)} lists of spans"
         raise ConfigError(lengths, remedy="give one of each for every question")
-    for number, (question, context, spans) in enumerate(zip(questions, contexts, given, strict=True)):
+    for number, (question, context, spans) in enumerate(zip(questions, contexts, given, strict=True), 1):
         if not question.strip():
             raise ConfigError(f"question {number} is blank", remedy="ask something")
         wrong = [span for span in spans if not 0 <= span[0] < span[1] <= len(context)]

@@ -76,9 +76,11 @@ def batches_of(model: Any, tokenizer: Any, items: Sequence[Item], batch_size: in
         raise DataError("no items to measure on", remedy="give at least one")
     device, found = input_device(model), []
     for start in range(0, len(items), batch_size):
-        chosen = [_told_apart(tokenizer, item) for item in items[start : start + batch_size]]
+        part = items[start : start + batch_size]
+        chosen = [_told_apart(tokenizer, item) for item in part]
+        names = [item.name or f"item {number}" for number, item in enumerate(part, start + 1)]
         most = max(len(foils) for _, _, foils in chosen)
-        marks = encode(tokenizer, [prompt for prompt, _, _ in chosen], device=device)
+        marks = encode(tokenizer, [prompt for prompt, _, _ in chosen], device=device, names=names)
         padded = torch.tensor([foils + [-1] * (most - len(foils)) for _, _, foils in chosen], device=device)
         found.append(Batch(marks, torch.tensor([target for _, target, _ in chosen], device=device), padded))
     return found
@@ -95,15 +97,23 @@ def _told_apart(tokenizer: Any, item: Item) -> tuple[Marked, int, list[int]]:
         if others:
             return prompt, target, others
     raise DataError(
-        f"{item.target!r} and {item.foils[0]!r} begin with the same token",
+        f"{item.name and item.name + ': '}{item.target!r} and {item.foils[0]!r} begin with the same token",
         remedy="give continuations that differ from their first token on",
     )
 
 
 def margins(
-    model: Any, batches: Sequence[Batch], heads: Mapping[int, Sequence[int]] | None = None, *, alpha: float = 0.01
+    model: Any,
+    batches: Sequence[Batch],
+    heads: Mapping[int, Sequence[int]] | None = None,
+    *,
+    alpha: float = 0.01,
+    make_cache: Callable[[], Any] | None = None,
 ) -> Tensor:
     """Margin of each item, ``[items]``, float32, plain or with these heads steered.
+
+    With ``make_cache`` the last token of a prompt is read through a cache that the others have been read into; without,
+    all are read at once.
 
     >>> from tenfold.attend.pasta.tasks import conflict_items
     >>> from tenfold.models.tiny import tiny_model
@@ -118,7 +128,8 @@ def margins(
             with ExitStack() as stack:
                 if heads:
                     stack.enter_context(steer(model, batch.marks, heads=heads, alpha=alpha))
-                found.append(batch.margin(_next(model, batch.marks.inputs)))
+                cache = None if make_cache is None else make_cache()
+                found.append(batch.margin(_next(model, batch.marks.inputs, cache)))
     return torch.cat(found)
 
 
@@ -282,10 +293,16 @@ def steerable(model: Any, batches: Sequence[Batch] = ()) -> dict[int, int]:
     return counts
 
 
-def _next(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def _next(model: Any, inputs: Mapping[str, Tensor], cache: Any = None) -> Tensor:
     """Next-token logits, ``[batch, vocabulary]``, float32."""
     keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
-    logits: Tensor = model(**inputs, use_cache=False, **keep).logits
+    if cache is not None and inputs["input_ids"].shape[1] > 1:
+        read: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **keep}
+        model(**{name: tensor[:, :-1] for name, tensor in inputs.items()}, **read)
+        step = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
+        logits: Tensor = model(**step, **read).logits
+    else:
+        logits = model(**inputs, use_cache=False, **keep).logits
     return logits[:, -1].float()
 
 

@@ -116,7 +116,8 @@ def _right_padded(tails: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, 
 
 def _repeated(marks: Marks, count: int) -> Marks:
     parts = (marks.input_ids, marks.attention_mask, marks.marked, marks.strength)
-    return Marks(*(part.repeat_interleave(count, 0) for part in parts))
+    ids, mask, marked, strength = (part.repeat_interleave(count, 0) for part in parts)
+    return Marks(ids, mask, marked, strength)
 
 
 def _in_one_pass(model: Any, marks: Marks, tail: Tensor, there: Tensor) -> Tensor:

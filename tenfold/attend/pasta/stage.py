@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,19 +11,20 @@ import torch
 from torch import Tensor
 
 from tenfold.attend.pasta.attention_share import attention_mass
-from tenfold.attend.pasta.heads import batches_of, margins
+from tenfold.attend.pasta.heads import Batch, batches_of, margins
 from tenfold.attend.pasta.profiles import Profile, save_profile
 from tenfold.attend.pasta.profiling import find_profile
 from tenfold.attend.pasta.prompts import chat_prompt, loops, profile_of, uses_template
-from tenfold.attend.pasta.steering import Steered, lifts, steer
 from tenfold.attend.pasta.tasks import Item, items_of, task_items
-from tenfold.attend.text_marks import Marked, encode, from_tags
+from tenfold.attend.text_marks import Marked, MessageSpan, encode, from_tags
 from tenfold.config.pasta import PastaConfig, ProfileConfig
 from tenfold.data.rows import Preference
+from tenfold.engines.requests import Request
+from tenfold.engines.session import Session
 from tenfold.evaluate.choice import share
 from tenfold.evaluate.compare import paired_metric
-from tenfold.models.generation import continue_inputs
 from tenfold.models.inference import input_device
+from tenfold.models.opened import Opened
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Figure, Sample, Series, Table
 from tenfold.stage.results import Metric, Result
@@ -87,26 +87,12 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
     # What can be wrong with profile and prompts shows before the weights are read.
     profile, prompts = profile_of(config, context), [from_tags(prompt, config.tags) for prompt in config.prompts]
     opened = context.model.open()
-    model, tokenizer = opened.model, opened.tokenizer
-    profile.check_model(model)
-    notes: dict[str, None] = {}
-    # these two look at each token's own strength, which a target mass does not have
-    can_lift = lifts(model) and not config.keep_sink and config.generated == "keep"
-    steering = partial(
-        steer,
-        heads=profile.heads,
-        generated=config.generated,
-        keep_sink=config.keep_sink,
-        tell=lambda note: notes.update({note: None}),
-    )
-    scored, chatting = (
-        partial(steering, **config.dose(chat, lifts=can_lift))
-        for chat in (False, uses_template(tokenizer, config.chat))
-    )
-    with scored(model, encode(tokenizer, ["."], device=input_device(model))):
+    profile.check_model(opened.model)
+    asking = _Asking(config, opened, profile)
+    with asking.session().steering(encode(opened.tokenizer, ["."], device=input_device(opened.model))):
         pass  # nothing is marked: this only refuses heads and models that it would refuse later
     tasks: dict[str, list[Item]] = {
-        name: task_items(name, config.samples, TEST_SEED, tokenizer=tokenizer) for name in config.tasks
+        name: task_items(name, config.samples, TEST_SEED, tokenizer=opened.tokenizer) for name in config.tasks
     }
     if context.rows is not None:
         rows = context.rows if config.split == "all" else context.rows.split(config.holdout)[1]
@@ -114,11 +100,18 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
     results: list[Result] = []
     for number, (name, items) in enumerate(tasks.items()):
         context.progress("steering", number, len(tasks), name)
-        results += context.store.get(
-            name, partial(_measured, model, tokenizer, name, items, scored, config), list[Result]
-        )
-    samples, figures, touched = _prompts(model, tokenizer, prompts, config, chatting, context)
-    texts = {f"prompt {number}": sample.outputs["after"] for number, sample in enumerate(samples, 1)}
+        results += context.store.get(name, partial(_measured, asking, name, items), list[Result])
+    samples, figures, touched = _prompts(asking, prompts, context)
+    texts = {
+        f"prompt {number}{subject.removeprefix('after')}": text
+        for number, sample in enumerate(samples, 1)
+        for subject, text in sample.outputs.items()
+        if subject.startswith("after")
+    }
+    told = dict.fromkeys(result.settings["heads"] for result in results if "heads" in result.settings)
+    told |= dict.fromkeys(
+        f"{result.task}, {result.settings['cache']}" for result in results if "cache" in result.settings
+    )
     return StageOutput(
         results=results,
         figures=figures,
@@ -127,10 +120,46 @@ def run_pasta(config: PastaConfig, context: Context) -> StageOutput:
         attached=touched or {"heads": profile.size, "layers": len(profile.heads)},
         notes=[
             "before: the plain model; after: the same model, steered. Nothing of the model is changed.",
-            *notes,
+            *(told | asking.notes),
             *loops(texts),
         ],
     )
+
+
+class _Asking:
+    """The model and what is attached to it for each part of the stage.
+
+    Args:
+        config: of the stage.
+        opened: the model.
+        profile: the heads.
+    """
+
+    def __init__(self, config: PastaConfig, opened: Opened, profile: Profile) -> None:
+        self.config, self.opened, self.profile = config, opened, profile
+        self.chat = uses_template(opened.tokenizer, config.chat)
+        self.notes: dict[str, None] = {}
+        """What is to be said of the prompts."""
+
+    def session(self, kv: str | None = None) -> Session:
+        """A new one, on the exact cache or on a packed one."""
+        config = self.config
+        return Session(
+            self.opened,
+            kv=kv,
+            profile=self.profile,
+            alpha=config.alpha,
+            target_mass=config.target_mass,
+            generated=config.generated,
+            keep_sink=config.keep_sink,
+            batch_size=config.batch_size,
+        )
+
+    def each(self) -> Iterator[tuple[str, Session]]:
+        """A session on the exact cache, and one on the packed cache where that is asked for, by what labels them."""
+        yield "", self.session()
+        if self.config.kv is not None:
+            yield f", {self.config.kv}", self.session(self.config.kv)
 
 
 def _items(rows: Any, tags: tuple[str, str]) -> list[Item]:
@@ -141,31 +170,42 @@ def _data(context: Context) -> dict[str, Any]:
     return {} if context.rows is None else {"data": context.rows.source, "data sha256": context.rows.sha256}
 
 
-def _measured(
-    model: Any, tokenizer: Any, name: str, items: Sequence[Item], steering: Callable[..., Any], config: PastaConfig
-) -> list[Result]:
+def _measured(asking: _Asking, name: str, items: Sequence[Item]) -> list[Result]:
     """One task: plain, with marks in the text, steered, and the paired difference of the last to the first."""
+    model, tokenizer, config = asking.opened.model, asking.opened.tokenizer, asking.config
     prepared = batches_of(model, tokenizer, items, config.batch_size)
-    plain = margins(model, prepared)
-    written = margins(model, batches_of(model, tokenizer, [starred(item) for item in items], config.batch_size))
-    steered = torch.cat([_steered(model, batch, steering) for batch in prepared])
     settings = {"items": len(items), **config.dose(chat=False), "marks in the text": "*like this*"}
-    results = [
-        Result(task=name, subject=subject, metrics=_margin_metrics(values), settings=settings)
-        for subject, values in (("before", plain), ("marks in the text", written), ("after", steered))
-    ]
-    pairs = (
-        ("accuracy", (steered > 0).double() - (plain > 0).double(), ""),
-        ("probability", steered.sigmoid().double() - plain.sigmoid().double(), ""),
-        ("margin", (steered - plain).double(), "nats"),
-    )
-    metrics = tuple(paired_metric(f"{metric}_difference", change, unit) for metric, change, unit in pairs)
-    return [*results, Result(task=name, subject="after - before", metrics=metrics, settings=settings)]
+    results = []
+    for label, session in asking.each():
+        notes: dict[str, None] = {}
+        with session.caches() as make_cache:
+            options: dict[str, Any] = {} if session.kv is None else {"make_cache": make_cache}
+            plain = margins(model, prepared, **options)
+            found = {"before": plain}
+            if session.kv is None:
+                texts = [starred(item) for item in items]
+                found["marks in the text"] = margins(model, batches_of(model, tokenizer, texts, config.batch_size))
+            steered = torch.cat([_steered(session, batch, notes, options) for batch in prepared])
+            found["after"] = steered
+        here = settings | ({"heads": "; ".join(notes)} if notes else {})
+        here |= {} if session.kv is None else {"kv": session.kv, "cache": session.notes[0]}
+        results += [
+            Result(task=name, subject=subject + label, metrics=_margin_metrics(values), settings=here)
+            for subject, values in found.items()
+        ]
+        pairs = (
+            ("accuracy", (steered > 0).double() - (plain > 0).double(), ""),
+            ("probability", steered.sigmoid().double() - plain.sigmoid().double(), ""),
+            ("margin", (steered - plain).double(), "nats"),
+        )
+        metrics = tuple(paired_metric(f"{metric}_difference", change, unit) for metric, change, unit in pairs)
+        results.append(Result(task=name, subject=f"after - before{label}", metrics=metrics, settings=here))
+    return results
 
 
-def _steered(model: Any, batch: Any, steering: Callable[..., Any]) -> Tensor:
-    with steering(model, batch.marks):
-        return margins(model, [batch])
+def _steered(session: Session, batch: Batch, notes: dict[str, None], options: dict[str, Any]) -> Tensor:
+    with session.steering(batch.marks, tell=notes.setdefault):
+        return margins(session.model, [batch], **options)
 
 
 def starred(item: Item) -> Item:
@@ -193,37 +233,52 @@ def _margin_metrics(margin: Tensor) -> tuple[Metric, ...]:
 
 
 def _prompts(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Marked],
-    config: PastaConfig,
-    steering: Callable[..., Any],
-    context: Context,
+    asking: _Asking, prompts: Sequence[Marked], context: Context
 ) -> tuple[list[Sample], list[Figure], dict[str, Any]]:
     """The user's own prompts: texts before and after, and where the attention went."""
     if not prompts:
         return [], [], {}
     context.progress("steering", 0, 1, "prompts")
-    marked = [chat_prompt(tokenizer, prompt, config.chat) for prompt in prompts]
-    texts: dict[str, list[str]] = {"before": [], "after": []}
-    touched: dict[str, Any] = {}
-    figures = []
-    for start in range(0, len(marked), config.batch_size):
-        marks = encode(tokenizer, marked[start : start + config.batch_size], device=input_device(model))
-        for subject in texts:
-            with ExitStack() as stack:
-                if subject == "after":
-                    found: Steered = stack.enter_context(steering(model, marks))
-                    counts = found.report()
-                    touched = counts | {key: counts[key] + touched.get(key, 0) for key in counts if "tokens" in key}
-                if start == 0:
-                    figures.append(mass_map(attention_mass(model, marks), subject))
-                texts[subject] += continue_inputs(model, tokenizer, marks.inputs, max_new_tokens=config.max_new_tokens)
+    texts: dict[str, list[str]] = {}
+    for label, session in asking.each():
+        for subject in ("before", "after"):
+            requests = [_request(prompt, asking, subject == "after") for prompt in prompts]
+            replies = session.generate(requests)
+            texts[subject + label] = [reply.text for reply in replies]
+            asking.notes |= dict.fromkeys(note for reply in replies for note in reply.notes)
+        asking.notes |= dict.fromkeys(session.notes)
     samples = [
         Sample(prompt=prompt, outputs={subject: written[index] for subject, written in texts.items()})
-        for index, prompt in enumerate(config.prompts)
+        for index, prompt in enumerate(asking.config.prompts)
     ]
-    return samples, figures, touched
+    return samples, *_looked_at(asking, prompts)
+
+
+def _request(prompt: Marked, asking: _Asking, steered: bool) -> Request:
+    """A prompt as what a user says, where there is a chat template and it is wanted."""
+    length = asking.config.max_new_tokens
+    if not asking.chat:
+        return Request(prompt.text, emphasis=prompt.spans if steered else (), max_new_tokens=length)
+    spans = tuple(MessageSpan(0, span.start, span.end, span.strength) for span in prompt.spans)
+    talk = [{"role": "user", "content": prompt.text}]
+    return Request(messages=talk, emphasis=spans if steered else (), max_new_tokens=length)
+
+
+def _looked_at(asking: _Asking, prompts: Sequence[Marked]) -> tuple[list[Figure], dict[str, Any]]:
+    """Where the attention goes in the first batch, plain and steered, and what steering touches in all of them."""
+    model, tokenizer, size = asking.opened.model, asking.opened.tokenizer, asking.config.batch_size
+    marked = [chat_prompt(tokenizer, prompt, asking.config.chat) for prompt in prompts]
+    session, touched, figures = asking.session(), {}, []  # type: Session, dict[str, Any], list[Figure]
+    for start in range(0, len(marked), size):
+        marks = encode(tokenizer, marked[start : start + size], device=input_device(model))
+        if start == 0:
+            figures.append(mass_map(attention_mass(model, marks), "before"))
+        with session.steering(marks, chat=asking.chat, tell=asking.notes.setdefault) as found:
+            counts = found.report()
+            touched = counts | {key: counts[key] + touched.get(key, 0) for key in counts if "tokens" in key}
+            if start == 0:
+                figures.append(mass_map(attention_mass(model, marks), "after"))
+    return figures, touched
 
 
 def mass_map(mass: Tensor, subject: str) -> Figure:
@@ -294,11 +349,11 @@ def _effect_table(results: Sequence[Result]) -> Table:
     rows = tuple(
         (
             result.task,
-            names.get(result.subject, result.subject),
+            names.get(first := result.subject.partition(", ")[0], first) + result.subject.removeprefix(first),
             *(result.metric(name).value for name in ("accuracy", "probability", "margin")),
         )
         for result in results
-        if result.subject != "after - before"
+        if not result.subject.startswith("after - before")
     )
     return Table(
         title="Obedience to the marks",

@@ -27,9 +27,7 @@ from tenfold.attend.attention import base_implementation, installed, self_attent
 from tenfold.attend.pasta.blocks import Block, LayerHook, PromptBias, reading
 from tenfold.attend.pasta.profiles import Profile, load_profile
 from tenfold.attend.reach import Heads, heads_by_layer, sights, split
-from tenfold.attend.text_marks import (
-    Marks,
-)
+from tenfold.attend.text_marks import Marks
 from tenfold.errors import ConfigError, ModelError
 
 LIMIT = 30.0
@@ -150,12 +148,13 @@ def steer(
     steered = Steered(heads_by_layer(groups), tuple(marks.marked.sum(1).tolist()), marks.marked.shape[1], blind)
     if blind:
         tell(note_of(steered))
+    ends = marks.ends
     block, biases = Block(marks), {}  # type: Block, dict[tuple[bool, ...], PromptBias]
     with ExitStack() as stack:
         stack.enter_context(installed(model))
         stack.enter_context(reading(_reader(model, attentions), block))
         for (layer, _), (indices, gone) in groups.items():
-            rows = tuple(place >= marks.marked.shape[1] for place in gone)
+            rows = tuple(place >= end for place, end in zip(gone, ends, strict=True))
             if rows not in biases:
                 biases[rows] = PromptBias(marks, strength, grown, target_mass, marks.marked.new_tensor(rows))
             hook = LayerHook(block, biases[rows], torch.tensor(indices), gone)
@@ -203,8 +202,8 @@ def note_of(steered: Steered) -> str:
 def _out_of_reach(row: int, heads: Heads, marks: Marks) -> ConfigError:
     layer, last = min(heads), int(marks.marked[row].nonzero()[-1])
     return ConfigError(
-        f"row {row}: head {heads[layer][0]} of layer {layer} does not reach a mark that ends "
-        f"{marks.marked.shape[1] - 1 - last} tokens before the prompt does, nor does any other steered head",
+        f"{marks.name(row)}: head {heads[layer][0]} of layer {layer} does not reach a mark that ends "
+        f"{marks.ends[row] - 1 - last} tokens before the prompt does, nor does any other steered head",
         remedy="steer heads with full attention, or move the marked text towards the end",
     )
 

@@ -24,11 +24,13 @@ class Item:
         prompt: the prompt, with the span whose emphasis should help.
         target: the continuation that obeying the mark leads to.
         foils: what else may be said; one or more.
+        name: what an error calls it; by default ``item 1`` and so on.
     """
 
     prompt: Marked
     target: str
     foils: tuple[str, ...]
+    name: str = ""
 
 
 _PEOPLE = (
@@ -193,12 +195,13 @@ def items_of(rows: Iterable[Preference], tags: tuple[str, str] = ("<mark>", "</m
     for row in rows:
         if row.needs_template:
             raise DataError(
-                f"row {row.id}: it has a system message, further turns or tools", remedy="give marked prompts as text"
+                f"row {row.id!r}: it has a system message, further turns or tools",
+                remedy="give marked prompts as text",
             )
         prompt = from_tags(row.prompt, tags)
         if not prompt.spans:
-            raise DataError(f"row {row.id}: its prompt has no {tags[0]}...{tags[1]}", remedy="mark what to emphasise")
-        items.append(Item(prompt, row.chosen, (row.rejected,)))
+            raise DataError(f"row {row.id!r}: its prompt has no {tags[0]}...{tags[1]}", remedy="mark what to emphasise")
+        items.append(Item(prompt, row.chosen, (row.rejected,), f"row {row.id!r}"))
     return items
 
 
