@@ -142,6 +142,8 @@ def from_tags(
     text: str,
     tags: tuple[str, str] | Mapping[tuple[str, str], float] = ("<mark>", "</mark>"),
     strength: float = 1.0,
+    *,
+    name: str = "",
 ) -> Marked:
     """Mark what stands between tags of the user's choice, and take the tags away.
 
@@ -149,6 +151,7 @@ def from_tags(
         text: the prompt with tags.
         tags: what opens and closes a mark; several pairs, each with its strength, as a mapping.
         strength: of the marks, where there is one pair.
+        name: what errors call the text; nothing by default.
 
     Raises:
         DataError: a tag that does not close or was not opened, tags within tags, nothing between them.
@@ -162,7 +165,7 @@ def from_tags(
     known = [tag for pair in pairs for tag in pair]
     if not all(known) or len(set(known)) < len(known):
         raise ConfigError(f"tags: {known} are not all different", remedy="give tags such as <mark> and </mark>")
-    plain, spans, place = "", [], 0
+    plain, spans, place, where = "", [], 0, name and f"{name}: "
     opened: tuple[tuple[str, str], int, int] | None = None
     while True:
         # At one place the longer tag counts: "<m>" may begin with "<".
@@ -175,21 +178,24 @@ def from_tags(
         if opened is None:
             pair = next((pair for pair in pairs if pair[0] == tag), None)
             if pair is None:
-                raise DataError(f"tag {tag!r} at character {at} closes nothing", remedy="open it, or remove it")
+                raise DataError(f"{where}tag {tag!r} at character {at} closes nothing", remedy="open it, or remove it")
             opened = (pair, len(plain), at)
         else:
-            pair, start, where = opened
+            pair, start, begin = opened
             if tag != pair[1]:
                 raise DataError(
-                    f"tag {tag!r} at character {at} stands inside {pair[0]!r} at {where}", remedy="close one first"
+                    f"{where}tag {tag!r} at character {at} stands inside {pair[0]!r} at {begin}",
+                    remedy="close one first",
                 )
             if start == len(plain):
-                raise DataError(f"tag {pair[0]!r} at character {where} marks nothing", remedy="put text between tags")
+                raise DataError(
+                    f"{where}tag {pair[0]!r} at character {begin} marks nothing", remedy="put text between tags"
+                )
             spans.append(TextSpan(start, len(plain), pairs[pair]))
             opened = None
     if opened is not None:
         raise DataError(
-            f"tag {opened[0][0]!r} at character {opened[2]} is not closed", f"write {opened[0][1]} after it"
+            f"{where}tag {opened[0][0]!r} at character {opened[2]} is not closed", f"write {opened[0][1]} after it"
         )
     return from_spans(plain + text[place:], spans)
 

@@ -232,7 +232,7 @@ class PastaConfig(SteeringFields, PackedFields, DataFields):
 
     @model_validator(mode="after")
     def _prompts_are_tagged(self) -> Self:
-        _check_tags(self.tags)
+        check_tags(self.tags)
         for number, prompt in enumerate(self.prompts, 1):
             problem = untagged(prompt, self.tags)
             if problem:
@@ -289,7 +289,7 @@ class ProfileConfig(DataFields):
 
     @model_validator(mode="after")
     def _some_task(self) -> Self:
-        _check_tags(self.tags)
+        check_tags(self.tags)
         if not self.tasks and self.data is None:
             raise ValueError("tasks and data are both empty: heads are found by what steering them does to a task")
         return self
@@ -327,6 +327,11 @@ def _check_tagged(rows: RowsRead, tags: tuple[str, str]) -> None:
             )
 
 
-def _check_tags(tags: tuple[str, str]) -> None:
+def check_tags(tags: tuple[str, str]) -> None:
+    """Refuse tags that are alike or empty, for a validator.
+
+    Raises:
+        ValueError: naming them.
+    """
     if not all(tags) or tags[0] == tags[1]:
         raise ValueError(f"tags {tags!r}: give two different ones, such as <mark> and </mark>")

@@ -206,7 +206,7 @@ class Session:
         return [
             Reply(
                 prompt_tokens=int(marks.attention_mask[row].sum()),
-                log_probabilities=dict(zip(texts, values.tolist(), strict=True)),
+                log_probabilities=dict(zip(texts, values.total.tolist(), strict=True)),
                 seconds=seconds,
                 notes=tuple(notes),
             )

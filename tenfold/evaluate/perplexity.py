@@ -107,8 +107,8 @@ def perplexity(
     keys: Any = {"pad_id": pad_id(tokenizer), "batch_size": batch_size, "progress": progress}
     if steering is not None:
         strengths = [_strengths(tokenizer, text, ids) for text, (ids, _) in zip(marked, documents, strict=True)]
-        cut = [window.ids for values in strengths for window in _windows(values, max_length, stride)]
-        keys["around"] = _steered(steering, cut, [f"text {index + 1}" for index in owner])
+        inside = [window.ids for values in strengths for window in _windows(values, max_length, stride)]
+        keys["around"] = _steered(steering, inside, [f"text {index + 1}" for index in owner])
     scores = score(model, windows, **keys, make_cache=make_cache)
     token_nll = torch.cat(scores)
     token_ids = torch.cat([torch.tensor(window.ids[window.start :]) for window in windows])
@@ -245,7 +245,7 @@ def _strengths(tokenizer: Any, text: Marked, ids: Sequence[int]) -> list[float |
 
 def _steered(
     steering: Callable[[Marks], AbstractContextManager[Any]],
-    strengths: Sequence[Sequence[float | None]],
+    strengths: Sequence[Sequence[Any]],
     names: Sequence[str],
 ) -> Around:
     """Emphasis of what is marked in each window."""

@@ -6,9 +6,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
+from tenfold.attend.autopasta.sentences import sentences
+from tenfold.attend.text_marks import Marked, MessageSpan, from_spans, from_tags
+from tenfold.config.evaluate import Emphasised
 from tenfold.data.rows import Question
 from tenfold.engines.requests import Request
 from tenfold.engines.session import Session
@@ -51,71 +53,138 @@ def question_prompt(question: Question) -> str:
     Question: Who?
     Answer:
     """
-    if isinstance(question.context, str):
-        passages = [question.context] if question.context else []
-    else:
-        passages = [f"[{number}] {passage}" for number, passage in enumerate(question.context, start=1)]
-    source = " from the text" if passages else ""
-    return "\n\n".join(
-        [f"Answer the question with a few words{source}.", *passages, f"Question: {question.question}\nAnswer:"]
-    )
+    return marked_prompt(question).text
+
+
+def marked_prompt(
+    question: Question, emphasise: Emphasised | None = None, tags: tuple[str, str] = ("<mark>", "</mark>")
+) -> Marked:
+    """`question_prompt` with a part that is emphasised.
+
+    Args:
+        question: a row.
+        emphasise: ``question``; ``whole``, all passages; ``gold``, the sentences that hold an answer; ``marks``, what
+            stands between tags, which do not come into the prompt.
+        tags: what begins and ends a mark.
+
+    Raises:
+        DataError: a tag that does not close or was not opened.
+
+    >>> prompt = marked_prompt(Question("1", "Who?", "It rains. Ann did it.", ("Ann",)), "gold")
+    >>> [prompt.text[span.start : span.end] for span in prompt.spans]
+    ['Ann did it.']
+    """
+    passages = passages_of(question) if question.context else []
+    parts = [_emphasised(text, "whole" if emphasise == "whole" else None) for text in passages]
+    ask = _emphasised(question.question, "whole" if emphasise == "question" else None)
+    if emphasise == "marks":
+        name = f"row {question.id!r}"
+        parts = [from_tags(text, tags, name=name) for text in passages]
+        ask = from_tags(question.question, tags, name=name)
+    elif emphasise == "gold":
+        gold = gold_passages(question)
+        parts = [
+            from_spans(text, answering_sentences(text, question.answers) if index in gold else ())
+            for index, text in enumerate(passages)
+        ]
+    numbered = not isinstance(question.context, str)
+    text, spans = f"Answer the question with a few words{' from the text' if parts else ''}.", []
+    for number, part in enumerate([*parts, ask], 1):
+        text += "\n\n" + ("Question: " if number > len(parts) else f"[{number}] " if numbered else "")
+        spans += [replace(span, start=span.start + len(text), end=span.end + len(text)) for span in part.spans]
+        text += part.text
+    return Marked(text + "\nAnswer:", tuple(spans))
+
+
+def _emphasised(text: str, what: str | None) -> Marked:
+    """All of a text but outer white space, or nothing of it."""
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    return from_spans(text, [(start, end)] if what and start < end else ())
+
+
+def passages_of(question: Question) -> list[str]:
+    """The passages of the context."""
+    return [question.context] if isinstance(question.context, str) else list(question.context)
+
+
+def gold_passages(question: Question) -> set[int]:
+    """Which passages hold an answer: those that the row names, or those in which one stands."""
+    found = {index for index, text in enumerate(passages_of(question)) if holds(text, question.answers)}
+    return set(question.gold) or found
+
+
+def answering_sentences(text: str, answers: Sequence[str]) -> list[tuple[int, int]]:
+    """Characters ``[start, end)`` of the sentences in which an answer stands.
+
+    >>> answering_sentences("It rains. Ann did it.", ["ann"])
+    [(10, 21)]
+    """
+    return [(start, end) for start, end in sentences(text) if holds(text[start:end], answers)]
+
+
+def holds(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in the text as whole words."""
+    words = f" {normalise(text)} "
+    return any(f" {normalise(answer)} " in words for answer in answers if normalise(answer))
 
 
 def answer(
-    model: Any,
-    tokenizer: Any,
+    session: Session,
     questions: Sequence[Question],
     *,
     max_new_tokens: int = 32,
-    batch_size: int = 8,
     chat: bool | None = None,
-    prompt: Callable[[Question], str] = question_prompt,
+    prompt: Callable[[Question], str | Marked] = question_prompt,
     subject: str = "model",
-    kv: str | None = None,
 ) -> Answers:
     """Answer greedily and compare with every answer that counts as right; the best one counts.
 
     Of the generated text the first line that is not empty is taken: base models go on with questions of their own.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
+        session: a model with what is attached to it.
         questions: rows of questions.
         max_new_tokens: tokens of an answer.
-        batch_size: prompts at once.
         chat: whether to use the chat template; by default where the tokenizer has one.
-        prompt: how a question is put.
+        prompt: how a question is put; of a marked prompt the marks are emphasised, as with ``partial(marked_prompt,
+            emphasise="gold")``.
         subject: which model this is, for the report.
-        kv: a packed cache that questions are read into, such as ``gear:4``.
 
     Returns:
         ``exact_match`` and ``token_f1`` with standard errors over questions.
 
+    Raises:
+        DataError: no questions; marked prompts of which none has a mark.
+
     Example:
-        >>> answer(model, tokenizer, rows, max_new_tokens=16).result.metric("token_f1").value  # doctest: +SKIP
+        >>> answer(Session(model, tokenizer), rows).result.metric("token_f1").value  # doctest: +SKIP
         0.41
     """
     if not questions:
         raise DataError("no questions to answer", remedy="give at least one")
-    chat = tokenizer.chat_template is not None if chat is None else chat
-    session = Session(model, tokenizer, kv=kv, batch_size=batch_size)
-    requests = [_request(prompt(question), chat, max_new_tokens) for question in questions]
-    texts = [reply.text for reply in session.generate(requests)]
-    predictions = [next((line.strip() for line in text.splitlines() if line.strip()), "") for text in texts]
-    exact = [
-        max(exact_match(prediction, right) for right in question.answers)
-        for prediction, question in zip(predictions, questions, strict=True)
-    ]
-    f1 = [
-        max(token_f1(prediction, right) for right in question.answers)
-        for prediction, question in zip(predictions, questions, strict=True)
-    ]
+    chat = session.tokenizer.chat_template is not None if chat is None else chat
+    prompts = [prompt(question) for question in questions]
+    requests = [_request(text, chat, max_new_tokens) for text in prompts]
+    if any(isinstance(text, Marked) for text in prompts) and not any(request.emphasis for request in requests):
+        raise DataError(
+            f"of {len(prompts)} questions none has anything to emphasise",
+            remedy="give rows whose answers stand in their context, or whose text is tagged; or emphasise the question",
+        )
+    replies = session.generate(requests)
+    predictions = [next((line.strip() for line in r.text.splitlines() if line.strip()), "") for r in replies]
+    pairs = list(zip(predictions, questions, strict=True))
+    exact = [max(exact_match(prediction, right) for right in question.answers) for prediction, question in pairs]
+    f1 = [max(token_f1(prediction, right) for right in question.answers) for prediction, question in pairs]
+    told = dict.fromkeys(note for reply in replies for note in reply.notes)
+    emphasised = sum(bool(request.emphasis) for request in requests)
     settings = {
         "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
+        "batch_size": session.batch_size,
         "chat": chat,
-        "dtype": number_format(model),
-        **({} if kv is None else {"kv": kv, "cache": session.notes[0]}),
+        "dtype": number_format(session.model),
+        **({"emphasised": f"{emphasised} of {len(requests)} questions"} if emphasised else {}),
+        **({"heads": "; ".join(told)} if told else {}),
+        **({} if session.kv is None else {"kv": session.kv, "cache": session.notes[0]}),
     }
     metrics = (share("exact_match", exact), share("token_f1", f1))
     return Answers(
@@ -126,10 +195,13 @@ def answer(
     )
 
 
-def _request(prompt: str, chat: bool, max_new_tokens: int) -> Request:
-    if chat:
-        return Request(messages=[{"role": "user", "content": prompt}], max_new_tokens=max_new_tokens)
-    return Request(prompt, max_new_tokens=max_new_tokens)
+def _request(prompt: str | Marked, chat: bool, max_new_tokens: int) -> Request:
+    marked = Marked(prompt) if isinstance(prompt, str) else prompt
+    if not chat:
+        return Request(marked.text, emphasis=marked.spans, max_new_tokens=max_new_tokens)
+    spans = tuple(MessageSpan(0, span.start, span.end, span.strength) for span in marked.spans)
+    talk = [{"role": "user", "content": marked.text}]
+    return Request(messages=talk, emphasis=spans, max_new_tokens=max_new_tokens)
 
 
 def normalise(text: str) -> str:

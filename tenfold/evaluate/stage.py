@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from tenfold.cache.packing import cache_note, packed_caches
+from tenfold.attend.pasta.prompts import profile_of
+from tenfold.attend.text_marks import from_tags
 from tenfold.cache.spans import own_cache
-from tenfold.config.evaluate import ON_CACHE, EvaluateConfig
+from tenfold.config.evaluate import EvaluateConfig, on_cache
 from tenfold.data.read import Rows
 from tenfold.data.rows import Choice, Question, Text
+from tenfold.engines.session import Session
 from tenfold.errors import ConfigError
 from tenfold.evaluate.choice import multiple_choice
 from tenfold.evaluate.compare import compare
 from tenfold.evaluate.long_context import copying, joined_ids, needle, spread
 from tenfold.evaluate.memory import memory
 from tenfold.evaluate.perplexity import perplexity
-from tenfold.evaluate.qa import answer
+from tenfold.evaluate.qa import answer, marked_prompt
 from tenfold.evaluate.speed import speed
 from tenfold.evaluate.standard import lm_eval_task
 from tenfold.evaluate.subjects import Subjects, open_subjects
@@ -43,7 +46,7 @@ def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
     results: list[Result] = []
     for task in config.tasks:
         results += context.store.get(task, partial(_measure, task, config, context, subjects, rows), list[Result])
-    return StageOutput(results=results, notes=[*_left_out(results), *_on_caches(config, results)])
+    return StageOutput(results=results, notes=[*_left_out(results), *_attached(config, results)])
 
 
 def _left_out(results: Sequence[Result]) -> list[str]:
@@ -60,15 +63,23 @@ def _left_out(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _on_caches(config: EvaluateConfig, results: Sequence[Result]) -> list[str]:
-    """What packed caches came to, and which tasks were measured without."""
-    notes = [
-        f"{result.task}, {result.subject.partition(',')[0]}, {result.settings['cache']}"
-        for result in results
-        if "cache" in result.settings
-    ]
-    exact = [task for task in config.tasks if task not in ON_CACHE]
-    return [*notes, *([f"kv: {', '.join(exact)} are measured on the exact cache."] if config.kv and exact else [])]
+def _attached(config: EvaluateConfig, results: Sequence[Result]) -> list[str]:
+    """What packed caches and emphasis came to, and which tasks were measured without."""
+    notes = []
+    for key in ("cache", "heads"):
+        found = [result for result in results if key in result.settings]
+        for result in found:
+            label = result.subject.removesuffix(f", {config.kv}") if key == "cache" else result.subject
+            notes.append(f"{result.task}, {label}, {result.settings[key]}")
+    exact = [task for task in config.tasks if not on_cache(task)]
+    plain = [task for task in config.tasks if not config.emphasises(task)]
+    if config.kv and exact:
+        notes.append(f"kv: {', '.join(exact)} are measured on the exact cache.")
+    if config.steers and plain:
+        notes.append(
+            f"emphasise: {', '.join(plain)} are measured without, as they have no {config.emphasise} of theirs."
+        )
+    return notes
 
 
 def _measure(
@@ -86,61 +97,63 @@ def _chosen(config: EvaluateConfig, context: Context) -> Rows | None:
 
 
 def _perplexity(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
-    texts = [row.text for row in rows if isinstance(row, Text)]
+    marks = config.emphasise == "marks"
+    chosen = [row for row in rows if isinstance(row, Text)]
+    texts = [from_tags(row.text, config.tags, name=f"row {row.id!r}") if marks else row.text for row in chosen]
     scored, results = {}, []
-    for reading in _readings(subjects, config.kv):
-        name, model = reading.name, reading.model
-        scored[name] = perplexity(
-            model,
-            subjects.tokenizer,
-            texts,
-            max_length=config.max_length or min(1024, max_positions(model) or 1024),
-            stride=config.stride,
-            batch_size=config.batch_size,
-            subject=name,
-            progress=partial(context.progress, f"perplexity, {name}"),
-            make_cache=reading.make_cache,
-        )
-        data = {"data": rows.source, "data sha256": rows.sha256}
-        results.append(reading.noted(scored[name].result, data))
-    if "before" in scored:
-        results.append(compare(scored["before"], scored["after"]).result)
-    packed = [(name, f"{name}, {config.kv}") for name in scored if f"{name}, {config.kv}" in scored]
-    return results + [compare(scored[name], scored[on_cache]).result for name, on_cache in packed]
+    for reading in _readings(task, config, context, subjects):
+        with reading.passes() as passes:
+            scored[reading.name] = perplexity(
+                reading.session.model,
+                subjects.tokenizer,
+                texts,
+                max_length=config.max_length or min(1024, max_positions(reading.session.model) or 1024),
+                stride=config.stride,
+                batch_size=config.batch_size,
+                subject=reading.name,
+                progress=partial(context.progress, f"perplexity, {reading.name}"),
+                **passes,
+            )
+        results.append(reading.noted(scored[reading.name].result, {"data": rows.source, "data sha256": rows.sha256}))
+    pairs = [("before", "after")]
+    for name in subjects.models:
+        pairs += [(name + kv, f"{name}, emphasised{kv}") for kv in ("", f", {config.kv}")]
+        pairs.append((name, f"{name}, {config.kv}"))
+    found = [(scored[one], scored[other]) for one, other in pairs if one in scored and other in scored]
+    return [*results, *(compare(*pair).result for pair in found)]
 
 
 def _copying(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     pieces = _pieces(config, subjects, rows, config.passage)
-    return [
-        reading.noted(
-            copying(
-                reading.model,
-                pieces,
-                config.passage,
-                subject=reading.name,
-                progress=partial(context.progress, f"{task}, {reading.name}"),
-                make_cache=reading.make_cache,
+    results = []
+    for reading in _readings(task, config, context, subjects):
+        tell = partial(context.progress, f"{task}, {reading.name}")
+        with reading.passes() as passes:
+            found = copying(
+                reading.session.model, pieces, config.passage, subject=reading.name, progress=tell, **passes
             )
-        )
-        for reading in _readings(subjects, config.kv)
-    ]
+        results.append(reading.noted(found))
+    return results
 
 
 def _needle(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     pieces = _pieces(config, subjects, rows, room=64)
-    return [
-        reading.noted(
-            needle(
-                reading.model,
+    results = []
+    for reading in _readings(task, config, context, subjects):
+        tell = partial(context.progress, f"{task}, {reading.name}")
+        part: dict[str, Any] = {"emphasise": config.emphasise} if reading.emphasised else {}
+        with reading.passes() as passes:
+            found = needle(
+                reading.session.model,
                 subjects.tokenizer,
                 pieces,
                 subject=reading.name,
-                progress=partial(context.progress, f"{task}, {reading.name}"),
-                make_cache=reading.make_cache,
+                progress=tell,
+                **part,
+                **passes,
             )
-        )
-        for reading in _readings(subjects, config.kv)
-    ]
+        results.append(reading.noted(found))
+    return results
 
 
 def _pieces(config: EvaluateConfig, subjects: Subjects, rows: Rows, room: int) -> list[Tensor]:
@@ -212,12 +225,17 @@ def _choice(task: str, config: EvaluateConfig, context: Context, subjects: Subje
 
 def _answer(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     questions = [row for row in rows if isinstance(row, Question)]
-    caches: dict[str, dict[str, Any]] = {"": {}} | ({f", {config.kv}": {"kv": config.kv}} if config.kv else {})
-    return [
-        answer(model, subjects.tokenizer, questions, batch_size=config.batch_size, subject=name + label, **kv).result
-        for name, model in _each(subjects)
-        for label, kv in caches.items()
-    ]
+    results = []
+    for reading in _readings(task, config, context, subjects):
+        put = partial(marked_prompt if reading.emphasised else _unmarked, emphasise=config.emphasise, tags=config.tags)
+        found = answer(reading.session, questions, subject=reading.name, prompt=put)
+        results.append(reading.noted(found.result))
+    return results
+
+
+def _unmarked(question: Question, **how: Any) -> str:
+    """A prompt without its marks and their tags."""
+    return marked_prompt(question, **how).text
 
 
 def _standard(
@@ -225,35 +243,61 @@ def _standard(
 ) -> list[Result]:
     name = task.removeprefix("lm_eval:")
     return [
-        result.model_copy(update={"subject": subject})
-        for subject, model in _each(subjects)
-        for result in lm_eval_task(model, subjects.tokenizer, name, limit=config.limit)
+        result
+        for reading in _readings(task, config, context, subjects)
+        for result in lm_eval_task(reading.session, name, limit=config.limit, subject=reading.name)
     ]
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """A model and the cache that it reads through."""
+    """A model with what is attached to it while it is measured."""
 
     name: str
-    model: Any
-    make_cache: Callable[[], Any] | None = None
-    kv: str = ""
-    made: Sequence[Any] = ()
+    session: Session
+    config: EvaluateConfig
+    emphasised: bool = False
+    told: dict[str, None] = field(default_factory=dict)
+
+    @contextmanager
+    def passes(self) -> Iterator[dict[str, Any]]:
+        """For measurements that read texts themselves: their ``make_cache`` and ``steering``, where there are some."""
+        with self.session.caches() as make_cache:
+            found: dict[str, Any] = {} if self.session.kv is None else {"make_cache": make_cache}
+            if self.emphasised:
+                found["steering"] = partial(self.session.steering, tell=self.told.setdefault)
+            yield found
 
     def noted(self, result: Result, more: Mapping[str, Any] | None = None) -> Result:
-        """A result with what its cache came to among its settings."""
-        cache = {"kv": self.kv, "cache": cache_note(self.kv, self.made)} if self.made else {}
-        return result.model_copy(update={"settings": {**result.settings, **(more or {}), **cache}})
+        """A result with what was emphasised, and what its cache came to, among its settings."""
+        here: dict[str, Any] = {}
+        if self.session.kv is not None:
+            here |= {"kv": self.session.kv, "cache": self.session.notes[0]}
+        if self.emphasised:
+            here |= {"emphasise": self.config.emphasise} | ({"heads": "; ".join(self.told)} if self.told else {})
+        return result.model_copy(update={"settings": {**result.settings, **(more or {}), **here}})
 
 
-def _readings(subjects: Subjects, kv: str | None) -> Iterator[_Reading]:
-    """Each model without a cache, and through a packed one where that is asked for."""
+def _readings(task: str, config: EvaluateConfig, context: Context, subjects: Subjects) -> Iterator[_Reading]:
+    """Each model on the exact cache and on the packed one, plain and emphasised, as far as a task is measured so."""
+    profile = profile_of(config, context) if config.steers else "default"
+    caches = (None, config.kv) if config.kv and on_cache(task) else (None,)
     for name, model in _each(subjects):
-        yield _Reading(name, model)
-        if kv is not None:
-            with packed_caches(model, kv) as (make, made):
-                yield _Reading(f"{name}, {kv}", model, make, kv, made)
+        for kv in caches:
+            for emphasised in (False, True) if config.emphasises(task) else (False,):
+                session = Session(
+                    model,
+                    subjects.tokenizer,
+                    kv=kv,
+                    profile=profile,
+                    alpha=config.alpha,
+                    target_mass=config.target_mass,
+                    generated=config.generated,
+                    keep_sink=config.keep_sink,
+                    batch_size=config.batch_size,
+                )
+                label = ", ".join([name, *(["emphasised"] if emphasised else []), *([kv] if kv else [])])
+                yield _Reading(label, session, config, emphasised)
 
 
 def _each(subjects: Subjects) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from tenfold.engines.session import Session
 from tenfold.errors import ConfigError, DataError, MissingDependencyError
 from tenfold.models.inference import evaluating
 from tenfold.stage.results import Metric, Result
@@ -13,23 +14,20 @@ _BOOTSTRAPS = 1000
 
 
 def lm_eval_task(
-    model: Any,
-    tokenizer: Any,
+    session: Session,
     name: str,
     *,
     limit: int | None = None,
-    batch_size: int = 1,
     task_folder: str | None = None,
     subject: str = "model",
 ) -> list[Result]:
     """Run one task or group of lm-evaluation-harness.
 
     Args:
-        model: a causal language model; adapters and other attachments stay in effect.
-        tokenizer: its tokenizer.
+        session: a causal language model with what is attached to it: adapters, local spans, a packed cache. The
+            harness writes its prompts itself, so nothing in them can be emphasised.
         name: the task's name, as ``lm_eval --tasks`` takes it.
         limit: documents per task; all by default.
-        batch_size: sequences per forward pass.
         task_folder: a folder with task files of your own.
         subject: which model this is, for the report.
 
@@ -42,17 +40,18 @@ def lm_eval_task(
         DataError: when the task's data cannot be loaded.
 
     Example:
-        >>> lm_eval_task(model, tokenizer, "arc_easy", limit=100)[0].metric("acc").value  # doctest: +SKIP
+        >>> lm_eval_task(Session(model, tokenizer), "arc_easy", limit=100)[0].metric("acc").value  # doctest: +SKIP
         0.58
     """
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise MissingDependencyError(
             f"lm_eval:{name}: lm-evaluation-harness is not installed", remedy="pip install 'tenfold[eval]'"
         ) from None
+    from tenfold.evaluate.harness import SessionLM
+
     manager = TaskManager(include_path=task_folder)
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -68,11 +67,12 @@ def lm_eval_task(
             f"lm_eval:{name}: its data cannot be loaded: {type(error).__name__}: {reason}",
             remedy="check the network: tasks fetch their data from the Hugging Face hub, once",
         ) from error
+    tokenizer = session.tokenizer
     pad_token = tokenizer.pad_token
     try:
-        with evaluating(model):
+        with evaluating(session.model):
             found = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                model=SessionLM(session),
                 tasks=[name],
                 limit=limit,
                 task_manager=manager,
@@ -85,7 +85,8 @@ def lm_eval_task(
             )
     finally:
         tokenizer.pad_token = pad_token  # the harness gives the tokenizer one
-    settings = {"harness": f"lm_eval {lm_eval.__version__}", "limit": limit, "batch_size": batch_size}
+    settings = {"harness": f"lm_eval {lm_eval.__version__}", "limit": limit, "batch_size": session.batch_size}
+    settings |= {} if session.kv is None else {"kv": session.kv, "cache": session.notes[0]}
     return [_result(task, found, subject, settings) for task in found["results"]]
 
 

@@ -12,6 +12,7 @@ from tenfold.attend import masformer
 from tenfold.cache.packing import packed_caches
 from tenfold.cache.spans import own_cache
 from tenfold.data.rows import Question
+from tenfold.engines.session import Session
 from tenfold.errors import ConfigError
 from tenfold.evaluate.long_context import copying, needle
 from tenfold.evaluate.perplexity import perplexity
@@ -93,8 +94,8 @@ def test_questions_are_answered_from_the_packed_cache(monkeypatch):
     note = session.cache_note
     monkeypatch.setattr(session, "cache_note", lambda kv, caches: (seen.extend(caches), note(kv, caches))[1])
     rows = [Question("1", "When?", "It opens at nine.", ("nine",)), Question("2", "Who?", "Ann did it.", ("Ann",))]
-    exact = answer(opened.model, opened.tokenizer, rows, max_new_tokens=4)
-    found = answer(opened.model, opened.tokenizer, rows, max_new_tokens=4, kv=KV.format(16))
+    exact = answer(Session(opened), rows, max_new_tokens=4)
+    found = answer(Session(opened, kv=KV.format(16)), rows, max_new_tokens=4)
     assert seen[0].report()["packed tokens"] >= 100
     assert found.result.settings["cache"].startswith(KV.format(16))
     assert "cache" not in exact.result.settings

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tenfold.data.rows import Question
 from tenfold.engines.requests import Reply
+from tenfold.engines.session import Session
 from tenfold.errors import DataError
-from tenfold.evaluate import qa
 from tenfold.evaluate.qa import answer, exact_match, question_prompt, token_f1
 
 
@@ -47,8 +47,8 @@ QUESTIONS = [
 
 def test_best_answer_counts_and_the_first_line_is_taken(monkeypatch, model, tokenizer):
     texts = ["\n Ann Lee \nQuestion: next", "Milan", "in May"]
-    monkeypatch.setattr(qa.Session, "generate", lambda *_: [Reply(text) for text in texts])
-    found = answer(model, tokenizer, QUESTIONS)
+    monkeypatch.setattr(Session, "generate", lambda *_: [Reply(text) for text in texts])
+    found = answer(Session(model, tokenizer), QUESTIONS)
     assert found.predictions == ("Ann Lee", "Milan", "in May")
     assert found.exact == (1.0, 0.0, 0.0)
     assert found.f1 == pytest.approx((1.0, 0.0, 2 / 3))
@@ -57,7 +57,7 @@ def test_best_answer_counts_and_the_first_line_is_taken(monkeypatch, model, toke
 
 
 def test_generation_is_asked_with_passages_and_question(model, tokenizer):
-    found = answer(model, tokenizer, QUESTIONS, max_new_tokens=3, batch_size=2)
+    found = answer(Session(model, tokenizer, batch_size=2), QUESTIONS, max_new_tokens=3)
     assert len(found.predictions) == 3
     assert found.result.settings["chat"] is True
     assert question_prompt(QUESTIONS[1]).startswith("Answer the question with a few words.\n\nQuestion: Where?")
@@ -66,4 +66,4 @@ def test_generation_is_asked_with_passages_and_question(model, tokenizer):
 
 def test_no_questions(model, tokenizer):
     with pytest.raises(DataError, match="no questions"):
-        answer(model, tokenizer, [])
+        answer(Session(model, tokenizer), [])

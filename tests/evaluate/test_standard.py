@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tenfold.data.rows import Choice
+from tenfold.engines.session import Session
 from tenfold.errors import ConfigError, DataError, MissingDependencyError
 from tenfold.evaluate.choice import multiple_choice
 from tenfold.evaluate.standard import lm_eval_task
@@ -58,7 +59,7 @@ def test_agrees_with_our_own_multiple_choice(folder, model, tokenizer):
     model.train()
     tokenizer.pad_token = None
     state = torch.random.get_rng_state()
-    (found,) = lm_eval_task(model, tokenizer, "tenfold_toy", task_folder=folder, batch_size=2, subject="after")
+    (found,) = lm_eval_task(Session(model, tokenizer, batch_size=2), "tenfold_toy", task_folder=folder, subject="after")
     items = [Choice(str(i), f"The sky {i} is", ("blue", "a fish"), i % 2) for i in range(5)]
     ours = multiple_choice(model, tokenizer, items).result
     for theirs, name in (("acc", "accuracy"), ("acc_norm", "accuracy_normalised")):
@@ -73,15 +74,15 @@ def test_agrees_with_our_own_multiple_choice(folder, model, tokenizer):
 
 
 def test_limit(folder, model, tokenizer):
-    (found,) = lm_eval_task(model, tokenizer, "tenfold_toy", task_folder=folder, limit=2)
+    (found,) = lm_eval_task(Session(model, tokenizer), "tenfold_toy", task_folder=folder, limit=2)
     assert found.metric("acc").count == 2
 
 
 def test_unknown_task_and_missing_data(folder, model, tokenizer):
     with pytest.raises(ConfigError, match="did you mean lm_eval:tenfold_toy"):
-        lm_eval_task(model, tokenizer, "tenfold_tyo", task_folder=folder)
+        lm_eval_task(Session(model, tokenizer), "tenfold_tyo", task_folder=folder)
     with pytest.raises(DataError, match="lm_eval:tenfold_gone: its data cannot be loaded"):
-        lm_eval_task(model, tokenizer, "tenfold_gone", task_folder=folder)
+        lm_eval_task(Session(model, tokenizer), "tenfold_gone", task_folder=folder)
 
 
 def test_without_the_harness_the_remedy_is_one_command(monkeypatch, model, tokenizer):
@@ -94,4 +95,4 @@ def test_without_the_harness_the_remedy_is_one_command(monkeypatch, model, token
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(MissingDependencyError, match=r"pip install 'tenfold\[eval\]'"):
-        lm_eval_task(model, tokenizer, "arc_easy")
+        lm_eval_task(Session(model, tokenizer), "arc_easy")

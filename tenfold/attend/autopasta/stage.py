@@ -11,7 +11,6 @@ import torch
 from tenfold.attend.autopasta.answering import Answer, AutoPasta
 from tenfold.attend.autopasta.embed import hidden_states
 from tenfold.attend.autopasta.quote_matching import MIN_RARE, rare_words
-from tenfold.attend.autopasta.sentences import sentences
 from tenfold.attend.pasta.profiles import Profile
 from tenfold.attend.pasta.prompts import profile_of
 from tenfold.attend.pasta.tasks import colour_questions
@@ -21,7 +20,7 @@ from tenfold.data.rows import Question
 from tenfold.errors import DataError
 from tenfold.evaluate.choice import share
 from tenfold.evaluate.compare import paired_metric
-from tenfold.evaluate.qa import exact_match, normalise, token_f1
+from tenfold.evaluate.qa import answering_sentences, exact_match, gold_passages, holds, passages_of, token_f1
 from tenfold.models.inference import max_positions
 from tenfold.models.opened import Opened
 from tenfold.stage.context import Context, StageOutput
@@ -45,16 +44,16 @@ def run_autopasta(config: AutoPastaConfig, context: Context) -> StageOutput:
     room = (max_positions(opened.model) or 2**20) - max(config.max_quote_tokens, config.max_answer_tokens) - SPARE
     room = min(room, config.max_prompt_tokens or room)
     found: dict[str, dict[str, list[float]]] = {}
-    results, packed = [], []
+    results, packed = [], {}  # type: list[Result], dict[int, str]
     exact: AbstractContextManager[Any] = nullcontext((None, []))
     with packed_caches(opened.model, config.kv) if config.kv else exact as (make_cache, made):
         ask = _asking(config, opened, profile, make_cache)
         asked = [Asked.of(row, ask, room) for row in rows]
         for number, mode in enumerate(config.modes):
             context.progress("autopasta", number, len(config.modes), mode)
-            found[mode] = _mode(ask, asked, mode, config, context)
+            found[mode], caches = _mode(ask, asked, mode, config, context, made)
+            packed |= caches
             results.append(_result(found[mode], SUBJECTS.get(mode, mode), config))
-        packed += [cache_note(config.kv, made)] if config.kv and made else []
     if {"direct", "autopasta"} <= set(found):
         results.append(_difference(found["direct"], found["autopasta"]))
     dropped = sum(item.dropped for item in asked)
@@ -65,7 +64,7 @@ def run_autopasta(config: AutoPastaConfig, context: Context) -> StageOutput:
         notes=[
             "before: mode direct; after: mode autopasta. Nothing of the model is changed.",
             *ask.notes,
-            *packed,
+            *([packed[max(packed)]] if packed else []),  # of the longest cache
             *([f"{dropped} passages were left out so that prompts fit into {room} tokens"] if dropped else []),
         ],
     )
@@ -109,8 +108,7 @@ class Asked:
         Raises:
             DataError: the passages with an answer alone do not fit.
         """
-        passages = [row.context] if isinstance(row.context, str) else list(row.context)
-        gold = set(row.gold) or {index for index, text in enumerate(passages) if _holds(text, row.answers)}
+        passages, gold = passages_of(row), gold_passages(row)
         kept = list(range(len(passages)))
         while len(ask.tokenizer(ask.identifying(row.question, _join(passages, kept)).text)["input_ids"]) > room:
             spare = [index for index in kept if index not in gold]
@@ -124,8 +122,8 @@ class Asked:
         spans, begin = [], 0
         for index in kept:
             if index in gold:
-                inside = sentences(passages[index])
-                spans += [(begin + lo, begin + hi) for lo, hi in inside if _holds(passages[index][lo:hi], row.answers)]
+                inside = answering_sentences(passages[index], row.answers)
+                spans += [(begin + lo, begin + hi) for lo, hi in inside]
             begin += len(passages[index]) + len(_GAP)
         return cls(row.question, context, row.answers, spans, len(passages) - len(kept))
 
@@ -137,12 +135,6 @@ def _join(passages: Sequence[str], kept: Sequence[int]) -> str:
     return _GAP.join(passages[index] for index in kept)
 
 
-def _holds(text: str, answers: Sequence[str]) -> bool:
-    """Whether one of the answers stands in the text as whole words."""
-    words = f" {normalise(text)} "
-    return any(f" {normalise(answer)} " in words for answer in answers if normalise(answer))
-
-
 def _questions(config: AutoPastaConfig, context: Context) -> list[Question]:
     if context.rows is None:
         return colour_questions(config.samples, context.seed)
@@ -150,21 +142,29 @@ def _questions(config: AutoPastaConfig, context: Context) -> list[Question]:
 
 
 def _mode(
-    ask: AutoPasta, asked: Sequence[Asked], mode: Any, config: AutoPastaConfig, context: Context
-) -> dict[str, list[float]]:
-    """One value for each question and figure; finished batches are kept, so that a killed run goes on."""
+    ask: AutoPasta, asked: Sequence[Asked], mode: Any, config: AutoPastaConfig, context: Context, made: Sequence[Any]
+) -> tuple[dict[str, list[float]], dict[int, str]]:
+    """One value for each question and figure, and what packed caches came to, by tokens.
+
+    Finished batches are kept with both, so that a killed run goes on and tells the same.
+    """
     size = config.batch_size
+
+    def work(some: Sequence[Asked]) -> dict[str, Any]:
+        values, longest = measure(ask, some, mode), max((cache.get_seq_length() for cache in made), default=0)
+        return {"values": values, "cache": [longest, cache_note(config.kv, made)] if config.kv and made else None}
+
     batches = {f"{mode} {start}": asked[start : start + size] for start in range(0, len(asked), size)}
     parts = context.store.map(
         batches,
-        lambda some: measure(ask, some, mode),
+        work,
         tell=lambda done, _: context.progress(f"autopasta, {mode}", min(done * size, len(asked)), len(asked)),
     )
     found: dict[str, list[float]] = {}
     for part in parts.values():
-        for name, values in part.items():
+        for name, values in part["values"].items():
             found.setdefault(name, []).extend(values)
-    return found
+    return found, dict(part["cache"] for part in parts.values() if part["cache"])
 
 
 def measure(ask: AutoPasta, asked: Sequence[Asked], mode: Any) -> dict[str, list[float]]:
@@ -197,7 +197,7 @@ def _evidence_found(answers: Sequence[Answer], asked: Sequence[Asked], mode: str
     for answer, item in zip(answers, asked, strict=True):
         quoted = [answer.quote or ""] if mode == "iterative" else []
         parts = [*(item.context[lo:hi] for lo, hi in answer.spans), *quoted]
-        found.append(float(any(_holds(part, item.answers) for part in parts)))
+        found.append(float(any(holds(part, item.answers) for part in parts)))
     return found
 
 

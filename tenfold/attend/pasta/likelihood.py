@@ -21,6 +21,13 @@ class Scores(NamedTuple):
     first: Tensor
 
 
+class Alternatives(NamedTuple):
+    """Continuations of one prompt: log-probabilities, float32, and whether greedy decoding would write them, bool."""
+
+    total: Tensor
+    greedy: Tensor
+
+
 def continuation(tokenizer: Any, prompt: Marked, text: str) -> list[int]:
     """The tokens of a text where it stands after the tokens of its prompt.
 
@@ -64,9 +71,9 @@ def likelihood(
     tail, there = _right_padded(tails, marks.input_ids.device)
     with evaluating(model):
         if make_cache is None:
-            chosen = _in_one_pass(model, marks, tail, there)
+            chosen, _ = _in_one_pass(model, marks, tail, there)
         else:
-            chosen = _after_the_prompt(model, marks, tail, there, make_cache())
+            chosen, _ = _after_the_prompt(model, marks, tail, there, make_cache())
     return Scores((chosen * there).sum(1).cpu(), chosen[:, 0].cpu())
 
 
@@ -76,8 +83,8 @@ def alternatives(
     tails: Sequence[Sequence[Sequence[int]]],
     *,
     make_cache: Callable[[], Any] = lambda: None,
-) -> list[Tensor]:
-    """Log-probabilities of several continuations of each prompt, which is read once.
+) -> list[Alternatives]:
+    """How likely several continuations of each prompt are, which is read once.
 
     Args:
         model: a causal language model.
@@ -86,13 +93,13 @@ def alternatives(
         make_cache: makes the cache that the prompts are read into; None is the model's own.
 
     Returns:
-        For each prompt ``[continuations]``, float32, on the CPU.
+        For each prompt its continuations, each ``[continuations]``, on the CPU.
 
     >>> from tenfold.attend.text_marks import encode
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")
     >>> found = alternatives(opened.model, encode(opened.tokenizer, ["It is"]), [[[40], [41, 42]]])
-    >>> found[0].shape
+    >>> found[0].total.shape
     torch.Size([2])
     """
     most = max(map(len, tails))
@@ -100,11 +107,12 @@ def alternatives(
     tail, there = _right_padded(flat, marks.input_ids.device)
     with evaluating(model):
         if takes_cache(model):
-            chosen = _after_the_prompt(model, marks, tail, there, make_cache())
+            chosen, top = _after_the_prompt(model, marks, tail, there, make_cache())
         else:
-            chosen = _in_one_pass(model, _repeated(marks, most), tail, there)
-    totals = (chosen * there).sum(1).cpu().unflatten(0, (len(tails), most))
-    return [row[: len(texts)] for row, texts in zip(totals, tails, strict=True)]
+            chosen, top = _in_one_pass(model, _repeated(marks, most), tail, there)
+    parts = ((chosen * there).sum(1), (top | (there == 0)).all(1))
+    totals, greedy = (part.cpu().unflatten(0, (len(tails), most)) for part in parts)
+    return [Alternatives(totals[row, : len(texts)], greedy[row, : len(texts)]) for row, texts in enumerate(tails)]
 
 
 def _right_padded(tails: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
@@ -120,8 +128,8 @@ def _repeated(marks: Marks, count: int) -> Marks:
     return Marks(ids, mask, marked, strength)
 
 
-def _in_one_pass(model: Any, marks: Marks, tail: Tensor, there: Tensor) -> Tensor:
-    """Log-probabilities of the tokens of the tails, ``[rows, tokens]``."""
+def _in_one_pass(model: Any, marks: Marks, tail: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the tokens of the tails, and whether they are the most probable, ``[rows, tokens]``."""
     most = tail.shape[1]
     mask = torch.cat([marks.attention_mask, there.to(marks.attention_mask.dtype)], 1)
     keep = {"logits_to_keep": most + 1} if takes_logits_to_keep(model) else {}
@@ -130,7 +138,7 @@ def _in_one_pass(model: Any, marks: Marks, tail: Tensor, there: Tensor) -> Tenso
     return _chosen(logits[:, -most - 1 : -1], tail)
 
 
-def _after_the_prompt(model: Any, marks: Marks, tail: Tensor, there: Tensor, cache: Any) -> Tensor:
+def _after_the_prompt(model: Any, marks: Marks, tail: Tensor, there: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
     """The same with the prompts in a cache; there may be several tails for each, one after the other."""
     repeats, mask = len(tail) // len(marks.input_ids), marks.attention_mask
     keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
@@ -147,12 +155,14 @@ def _after_the_prompt(model: Any, marks: Marks, tail: Tensor, there: Tensor, cac
     logits = model(
         tail[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
     ).logits
-    return torch.cat([first, _chosen(logits, tail[:, 1:])], 1)
+    rest = _chosen(logits, tail[:, 1:])
+    return torch.cat([first[0], rest[0]], 1), torch.cat([first[1], rest[1]], 1)
 
 
 def _positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _chosen(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+def _chosen(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    chosen = logits.float().log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    return chosen, logits.argmax(-1) == tokens

@@ -198,7 +198,7 @@ def items_of(rows: Iterable[Preference], tags: tuple[str, str] = ("<mark>", "</m
                 f"row {row.id!r}: it has a system message, further turns or tools",
                 remedy="give marked prompts as text",
             )
-        prompt = from_tags(row.prompt, tags)
+        prompt = from_tags(row.prompt, tags, name=f"row {row.id!r}")
         if not prompt.spans:
             raise DataError(f"row {row.id!r}: its prompt has no {tags[0]}...{tags[1]}", remedy="mark what to emphasise")
         items.append(Item(prompt, row.chosen, (row.rejected,), f"row {row.id!r}"))
