@@ -39,12 +39,14 @@ from tenfold.cache.gear import GearCache
 from tenfold.cache.gear.measure import measure_decoding, measure_quality
 from tenfold.compat import quiet_upstream
 from tenfold.config.gear import parse_kv
+from tenfold.engines.requests import Request
+from tenfold.engines.session import Session
 from tenfold.evaluate.compare import t_quantile
-from tenfold.models.generation import generate
 from tenfold.models.head_sizes import head_dim, kv_heads
 from tenfold.models.inference import evaluating, prompt_ids
 from tenfold.models.memory import peak_growth
 from tenfold.models.open import open_model
+from tenfold.models.opened import Opened
 
 RESULTS = Path(__file__).parent / "results" / "gear.jsonl"
 DATA = Path(os.environ.get("TENFOLD_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -221,17 +223,14 @@ def quality(source: str = "demo") -> None:
 def agreement(source: str = "demo", count: int = 32, new: int = 96) -> None:
     """Greedy texts after GSM8K questions: tokens before the first that differs from the exact cache's."""
     opened = open_model(source, device="cpu")
-    model, tokenizer = opened.model.eval(), opened.tokenizer
+    tokenizer = opened.tokenizer
     with gzip.open(DATA / "math_gsm8k.jsonl.gz", "rt", encoding="utf-8") as file:
         asked = [row["question"] for row in map(json.loads, file) if row["split"] == "test"][:count]
-    write = partial(generate, model, tokenizer, asked, max_new_tokens=new, batch_size=16)
-    exact = [tokenizer(text)["input_ids"] for text in write()]
+    exact = [tokenizer(text)["input_ids"] for text in _written(opened, asked, new)]
     for name in ("gear:2", "gear:3", "gear:K4V3", "gear:4", "gear-full:2", "gear-full:4", "plain:2", "plain:4"):
         if done(part="agreement", model=called(source), cache=name):
             continue
-        settings = parse_kv(f"{name},buffer=64")
-        with installed(model):
-            texts = write(make_cache=partial(GearCache, model.config, settings))
+        texts = _written(opened, asked, new, f"{name},buffer=64")
         same = []
         for text, reference in zip(texts, exact, strict=True):
             ids = tokenizer(text)["input_ids"]
@@ -241,19 +240,24 @@ def agreement(source: str = "demo", count: int = 32, new: int = 96) -> None:
         keep({"part": "agreement", "model": called(source), "cache": name, "same": same})
 
 
+def _written(opened: Opened, prompts: Sequence[str], new: int, kv: str | None = None) -> list[str]:
+    """Greedy answers to what a user says, on the exact cache or on a packed one."""
+    chat = opened.tokenizer.chat_template is not None
+    asked: Any = [{"messages": [{"role": "user", "content": text}]} if chat else {"text": text} for text in prompts]
+    requests = [Request(**prompt, max_new_tokens=new) for prompt in asked]
+    return [reply.text for reply in Session(opened, kv=kv, batch_size=16).generate(requests)]
+
+
 def cot(source: str = "demo", count: int = 50, new: int = 256) -> None:
     """Worked GSM8K problems, greedily: is the last number of the text the answer?"""
     opened = open_model(source, device="cpu")
-    model, tokenizer = opened.model.eval(), opened.tokenizer
     with gzip.open(DATA / "math_gsm8k.jsonl.gz", "rt", encoding="utf-8") as file:
         asked = [row for row in map(json.loads, file) if row["split"] == "test"][:count]
     prompts = [f"{row['question']}\nThink step by step, and end with the number alone." for row in asked]
     for name in ("exact", "gear:4", "gear:3", "gear:2", "gear-full:2", "plain:2"):
         if done(part="cot", model=called(source), cache=name):
             continue
-        make = None if name == "exact" else partial(GearCache, model.config, parse_kv(f"{name},buffer=64"))
-        with installed(model):
-            texts = generate(model, tokenizer, prompts, max_new_tokens=new, batch_size=10, make_cache=make)
+        texts = _written(opened, prompts, new, None if name == "exact" else f"{name},buffer=64")
         right = []
         for row, text in zip(asked, texts, strict=True):
             numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)

@@ -175,7 +175,7 @@ def test_what_an_engine_lacks_it_refuses_by_name_and_what_it_has_works(engine, c
     if capability in engine.capabilities:
         assert engine.generate([request])[0].error is None
         return
-    with pytest.raises(ConfigError, match=f"request 1: {engine.name} has no {capability}") as caught:
+    with pytest.raises(ConfigError, match=f"request 2: {engine.name} has no {capability}") as caught:
         engine.generate([Request(PROMPTS[0]), request])
     assert caught.value.remedy == REMEDIES[capability]
 

@@ -10,7 +10,7 @@ from tenfold.engines.requests import Evidence, Request
 from tenfold.engines.session import Session
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.kernels.local import AttentionWindow
-from tenfold.models.generation import generate
+from tenfold.models.generation import continue_inputs
 from tenfold.models.memory import stored_bytes
 from tenfold.models.tiny import tiny_model
 
@@ -27,18 +27,19 @@ def opened():
     return opened
 
 
-def test_greedy_texts_are_those_of_generate(opened):
+def test_greedy_texts_are_those_of_transformers(opened):
     prompts = ["a", "a much longer prompt than the first", "bb"]
     opened.model.double()
-    right = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8, chat=False)
-    found = Session(opened, batch_size=2).generate([Request(prompt, max_new_tokens=8) for prompt in prompts])
-    assert [reply.text for reply in found] == right
     talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    right = generate(opened.model, opened.tokenizer, prompts, max_new_tokens=8)
-    found = Session(opened.model, opened.tokenizer).generate(
-        [Request(messages=talk, max_new_tokens=8) for talk in talks]
-    )
-    assert [reply.text for reply in found] == right
+    chats = [opened.tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in talks]
+    for texts, asked in ((prompts, [{"text": text} for text in prompts]), (chats, [{"messages": t} for t in talks])):
+        right = []
+        for text in texts:
+            inputs = opened.tokenizer(text, return_tensors="pt", add_special_tokens=texts is prompts)
+            right += continue_inputs(opened.model, opened.tokenizer, inputs, max_new_tokens=8)
+        requests = [Request(**prompt, max_new_tokens=8) for prompt in asked]
+        found = Session(opened, batch_size=2).generate(requests)
+        assert [reply.text for reply in found] == right
 
 
 def test_sampling_follows_the_distribution_at_its_temperature(opened):

@@ -114,6 +114,27 @@ def test_every_mode_answers_the_same_questions(tmp_path):
     assert subjects["gold"].metric("probability").count == 3
 
 
+def test_a_resumed_run_tells_of_its_packed_cache(tmp_path, monkeypatch):
+    """All was measured when the run was killed: what the caches came to is told by the one that goes on."""
+    from tenfold.attend.autopasta import stage as module
+
+    stage = {"use": "autopasta", "profile": "heads.json", "max_answer_tokens": 2, "max_quote_tokens": 2}
+    stage |= {"data": str(_questions(tmp_path)), "modes": ["direct", "gold"], "kv": "gear:4,buffer=16,kernel=torch"}
+    right = execute(stage, out="whole")[0].notes
+    assert any("tokens are packed" in note for note in right)
+    table = module._table
+
+    def killed(found):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        execute(stage)
+    monkeypatch.setattr(module, "_table", table)
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured again"))
+    assert execute(stage)[0].notes == right
+
+
 def test_passages_without_an_answer_go_first(tmp_path):
     from tenfold.attend.autopasta.answering import AutoPasta
     from tenfold.data.rows import Question
