@@ -32,7 +32,7 @@ from benchmarks.pasta import DATA, interval, keep_steered, shipped
 from tenfold.attend.autopasta.answering import AutoPasta
 from tenfold.attend.autopasta.quote_matching import MIN_RARE, bag_of_words, locate_quote, rare_words
 from tenfold.attend.autopasta.sentences import sentences
-from tenfold.attend.autopasta.stage import Asked, _holds, measure
+from tenfold.attend.autopasta.stage import Asked, measure
 from tenfold.attend.pasta.heads import batches_of, margins
 from tenfold.attend.pasta.profiles import load_profile
 from tenfold.attend.pasta.tasks import Item, colour_questions, evidence_items
@@ -41,6 +41,7 @@ from tenfold.compat import quiet_upstream
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Question
 from tenfold.errors import DataError
+from tenfold.evaluate.qa import holds
 from tenfold.models.open import open_model
 
 RESULTS = Path(__file__).parent / "results" / "autopasta.jsonl"
@@ -92,7 +93,7 @@ def words(count: int = 200) -> None:
             found: dict[str, list[float]] = {}
             for number, row in enumerate(chosen):
                 texts = [passage["text"] for passage in row["context"]]
-                gold = next((s for s in _parts(texts[row["gold"][0]]) if _holds(s, row["answers"])), None)
+                gold = next((s for s in _parts(texts[row["gold"][0]]) if holds(s, row["answers"])), None)
                 if gold is None:
                     continue
                 other = chosen[(number + 37) % len(chosen)]["context"][0]["text"]
@@ -109,7 +110,7 @@ def words(count: int = 200) -> None:
                         if foreign not in context
                         else ()
                     )
-                    right = any(_holds(context[hit.start : hit.end], row["answers"]) for hit in hits)
+                    right = any(holds(context[hit.start : hit.end], row["answers"]) for hit in hits)
                     found.setdefault(f"{name}, marked", []).append(float(bool(hits)))
                     found.setdefault(f"{name}, right", []).append(float(right))
             shares = {name: round(100 * statistics.mean(values), 1) for name, values in found.items()}

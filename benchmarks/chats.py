@@ -28,8 +28,9 @@ import torch
 
 from benchmarks import rows_in, section
 from benchmarks.pasta import interval, keep_steered, shipped
+from tenfold.attend.chat_marks import MessageSpan, in_chat
 from tenfold.attend.pasta import steer
-from tenfold.attend.text_marks import Marks, MessageSpan, encode, in_chat
+from tenfold.attend.text_marks import Marks, encode
 from tenfold.compat import quiet_upstream
 from tenfold.data.text_checks import json_valid, repeats
 from tenfold.models.generation import decoding

@@ -34,13 +34,14 @@ from transformers import DynamicCache
 from benchmarks import keep_in, rows_in, section
 from benchmarks.adalora import alternate, quotient, spread
 from tenfold.attend.attention import self_attentions
+from tenfold.attend.chat_marks import MessageSpan, in_chat
 from tenfold.attend.pasta import steer
 from tenfold.attend.pasta.heads import batches_of, effects, gradients, margins, rank, steerable
 from tenfold.attend.pasta.profiles import Profile, load_profile, save_profile
 from tenfold.attend.pasta.profiling import find_profile
 from tenfold.attend.pasta.steering import log_strength
 from tenfold.attend.pasta.tasks import Item, task_items
-from tenfold.attend.text_marks import Marked, MessageSpan, encode, from_spans, in_chat
+from tenfold.attend.text_marks import Marked, encode, from_spans
 from tenfold.compat import quiet_upstream
 from tenfold.config.pasta import profile_path
 from tenfold.data.text_checks import fluency, json_contains, json_valid, pronouns_changed

@@ -14,7 +14,8 @@ from tenfold.config.autopasta import Mode
 from tenfold.errors import ConfigError
 
 if TYPE_CHECKING:  # what they come from loads torch
-    from tenfold.attend.text_marks import MessageSpan, TextSpan
+    from tenfold.attend.chat_marks import MessageSpan
+    from tenfold.attend.text_marks import TextSpan
 
 Finish = Literal["stop", "length", "error"]
 """Why a text ends: a stop string or the end of the model's turn; ``max_new_tokens``; the engine failed."""
@@ -63,7 +64,7 @@ class Request:
         max_new_tokens: longest text, 1 or more.
         temperature: 0 takes the most probable token each time, 1 samples from the model's distribution.
         emphasis: parts of the prompt to emphasise (PASTA): a text stands for all its occurrences, a `TextSpan` of
-            ``text`` or a `MessageSpan` of ``messages`` (`tenfold.attend.text_marks`) for one place, with a strength.
+            ``text`` or a `MessageSpan` of ``messages`` (`tenfold.attend.chat_marks`) for one place, with a strength.
         evidence: a question over a context instead of a prompt.
 
     Raises:

@@ -20,10 +20,11 @@ from typing import Any, Literal
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from tenfold.attend.autopasta.answering import Answer, AutoPasta
+from tenfold.attend.chat_marks import MessageSpan, in_chat
 from tenfold.attend.pasta.likelihood import alternatives, continuation
 from tenfold.attend.pasta.profiles import Profile
 from tenfold.attend.pasta.steering import Steered, lifts, steer
-from tenfold.attend.text_marks import Marked, Marks, MessageSpan, TextSpan, encode, from_substrings, in_chat
+from tenfold.attend.text_marks import Marked, Marks, TextSpan, encode, from_substrings
 from tenfold.cache.packing import cache_note, packed_caches
 from tenfold.cache.spans import own_cache
 from tenfold.config.gear import parse_kv

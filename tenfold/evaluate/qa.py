@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tenfold.attend.autopasta.sentences import sentences
-from tenfold.attend.text_marks import Marked, MessageSpan, from_spans, from_tags
+from tenfold.attend.chat_marks import MessageSpan
+from tenfold.attend.text_marks import Marked, from_spans, from_tags
 from tenfold.config.evaluate import Emphasised
 from tenfold.data.rows import Question
 from tenfold.engines.requests import Request

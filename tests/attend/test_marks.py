@@ -8,18 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from tenfold.attend.text_marks import (
-    Marked,
-    MessageSpan,
-    TextSpan,
-    encode,
-    from_messages,
-    from_spans,
-    from_substrings,
-    from_tags,
-    in_chat,
-    tokens_of,
-)
+from tenfold.attend.chat_marks import MessageSpan, from_messages, in_chat
+from tenfold.attend.text_marks import Marked, TextSpan, encode, from_spans, from_substrings, from_tags, tokens_of
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.tiny import tiny_tokenizer
 

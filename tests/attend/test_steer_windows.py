@@ -161,7 +161,7 @@ def test_rows_of_a_batch_are_steered_as_each_alone():
         with steer(model, one, heads=HEADS, tell=lambda note: None):
             alone = logits(model, one.input_ids, one.attention_mask)
         assert (together[row] - alone[0]).abs().max() < 1e-5
-    with pytest.raises(ConfigError, match="row 0: head 1 of layer 0 does not reach"):
+    with pytest.raises(ConfigError, match="prompt 1: head 1 of layer 0 does not reach"):
         steer(model, marks, heads={0: [1]}).__enter__()
 
 

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from tenfold import cli, gear, pasta
+from tenfold.attend.chat_marks import said_by_user
 from tenfold.attend.pasta.heads import batches_of, margins
 from tenfold.attend.pasta.tasks import conflict_items
-from tenfold.attend.text_marks import from_tags, said_by_user
+from tenfold.attend.text_marks import from_tags
 from tenfold.models import tiny
 from tenfold.models.generation import continue_inputs
 from tenfold.models.open import open_model

@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from tenfold.attend import masformer
+from tenfold.attend.chat_marks import MessageSpan
+from tenfold.attend.text_marks import TextSpan
 from tenfold.engines import session as module
 from tenfold.engines.requests import Evidence, Request
 from tenfold.engines.session import Session
@@ -136,6 +138,32 @@ def test_heads_that_see_no_mark_are_named_in_the_reply():
     felt, plain = session.generate([Request(prompt, emphasis=("red",), max_new_tokens=2), Request(prompt)])
     assert "layer 0 heads 1" in felt.notes[0]
     assert plain.notes == ()
+
+
+def test_a_place_is_emphasised_and_an_error_names_the_prompt_by_its_place(opened):
+    """One occurrence of several, in a text and in a message; counted over all requests, not within a batch."""
+    session = Session(opened, heads=HEADS, alpha=0.001, batch_size=1)
+    text, at = "red or blue or red?", len("red or blue or ")
+    talk = [{"role": "system", "content": "red"}, {"role": "user", "content": text}]
+    requests = [
+        Request(text, emphasis=(TextSpan(at, at + 3),)),
+        Request(text, emphasis=("red",)),
+        Request(messages=talk, emphasis=(MessageSpan(1, at, at + 3, 0.5),)),
+    ]
+    found = [session._prompt(request, index) for index, request in enumerate(requests)]
+    assert [len(prompt.spans) for prompt in found] == [1, 2, 1]
+    assert [found[2].text[span.start : span.end] for span in found[2].spans] == ["red"]
+    assert found[2].text[found[2].spans[0].end] == "?"
+    assert found[2].spans[0].strength == 0.5
+    one, all_of_them = session.score(requests[:2], [" It"])
+    assert one.log_probabilities != all_of_them.log_probabilities
+    with pytest.raises(ConfigError, match="give a TextSpan of a text, a MessageSpan of messages"):
+        Request(text, emphasis=(MessageSpan(0, 0, 3),))
+    with pytest.raises(DataError, match=r"prompt 2: the span \[0, 99\)"):
+        session.generate([requests[0], Request(text, emphasis=(TextSpan(0, 99),))])
+    far = Session(tiny_model("gemma3"), heads={0: [1]}, batch_size=1)
+    with pytest.raises(ConfigError, match="prompt 2: head 1 of layer 0 does not reach"):
+        far.generate([Request("red"), Request("red" + " and so on" * 9, emphasis=("red",))])
 
 
 def test_evidence_and_prompts_may_be_asked_together(opened):

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
-from tenfold.attend.text_marks import Marked, from_spans, said_by_user
+from tenfold.attend.chat_marks import said_by_user
+from tenfold.attend.text_marks import Marked, from_spans
 from tenfold.errors import ConfigError
 
 IDENTIFY_PROMPT = (

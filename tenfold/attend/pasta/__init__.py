@@ -9,20 +9,10 @@
 * `tasks`, `likelihood`, `attention_share`: what steering is measured on.
 """
 
+from tenfold.attend.chat_marks import MessageSpan, from_messages, in_chat
 from tenfold.attend.pasta.profiles import Profile, load_profile, save_profile
 from tenfold.attend.pasta.steering import Steered, lifts, steer
-from tenfold.attend.text_marks import (
-    Marked,
-    Marks,
-    MessageSpan,
-    TextSpan,
-    encode,
-    from_messages,
-    from_spans,
-    from_substrings,
-    from_tags,
-    in_chat,
-)
+from tenfold.attend.text_marks import Marked, Marks, TextSpan, encode, from_spans, from_substrings, from_tags
 
 __all__ = [
     "Marked",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tenfold.attend.chat_marks import said_by_user
 from tenfold.attend.pasta.profiles import Profile, load_profile
-from tenfold.attend.text_marks import Marked, said_by_user
+from tenfold.attend.text_marks import Marked
 from tenfold.config.pasta import SteeringFields
 from tenfold.data.text_checks import repeats
 from tenfold.stage.context import Context

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.attend.chat_marks import MessageSpan
 from tenfold.attend.pasta.attention_share import attention_mass
 from tenfold.attend.pasta.heads import Batch, batches_of, margins
 from tenfold.attend.pasta.profiles import Profile, save_profile
 from tenfold.attend.pasta.profiling import find_profile
 from tenfold.attend.pasta.prompts import chat_prompt, loops, profile_of, uses_template
 from tenfold.attend.pasta.tasks import Item, items_of, task_items
-from tenfold.attend.text_marks import Marked, MessageSpan, encode, from_tags
+from tenfold.attend.text_marks import Marked, encode, from_tags
 from tenfold.config.pasta import PastaConfig, ProfileConfig
 from tenfold.data.rows import Preference
 from tenfold.engines.requests import Request

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tenfold.attend.text_marks import Marked, from_spans, from_tags, said_by_user
+from tenfold.attend.chat_marks import said_by_user
+from tenfold.attend.text_marks import Marked, from_spans, from_tags
 from tenfold.data.rows import Preference, Question
 from tenfold.errors import ConfigError, DataError
 
