@@ -237,10 +237,10 @@ def test_refused_without_template(opened, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"question": " "}, "question 0 is blank"),
+        ({"question": " "}, "question 1 is blank"),
         ({"mode": "best"}, "'best'"),
         ({"mode": "gold"}, "gold: missing"),
-        ({"mode": "gold", "gold": [(0, 99)]}, r"\(0, 99\) of question 0 .* 63 characters"),
+        ({"mode": "gold", "gold": [(0, 99)]}, r"\(0, 99\) of question 1 .* 63 characters"),
         ({"mode": "gold", "gold": [(5, 5)]}, r"\(5, 5\)"),
         ({"context": CONTEXT * 8}, r"a prompt of \d+ tokens and 4 to write .* 512 positions"),
         ({"context": CONTEXT * 8, "mode": "direct"}, r"a prompt of \d+ tokens and 5 to write .* 512 positions"),
