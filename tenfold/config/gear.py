@@ -215,7 +215,7 @@ class PackedFields(StageConfig):
     """A packed cache beside the exact one."""
 
     kv: str | None = None
-    """A packed KV cache (GEAR) such as ``gear:4``."""
+    """A packed KV cache (GEAR) such as ``gear:4``. Give it to see what packing costs."""
 
     def applied_to(self, shape: Shape) -> Shape:
         """There must be layers to pack."""
