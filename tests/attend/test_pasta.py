@@ -258,7 +258,8 @@ def test_sliding_windows():
     model = model_of("gemma3")  # layer 0 sees 32 tokens, layer 1 all
     far, near = marks_of(40, [(5, 8)]), marks_of(40, [(5, 9)])
     for marks, row in ((far, 0), (marks_of(40, [(30, 31)], [(5, 8)]), 1)):
-        refused = pytest.raises(ConfigError, match=f"prompt {row + 1}: head 2 of layer 0 does not reach .* nor does any other")
+        said = f"prompt {row + 1}: head 2 of layer 0 does not reach .* nor does any other"
+        refused = pytest.raises(ConfigError, match=said)
         with refused, steer(model, marks, heads={0: [2, 3]}):
             pass
     with steer(model, far, heads={1: [0]}) as found:  # a layer without window
