@@ -5,12 +5,14 @@
     python -m benchmarks.r3m bandit    # recovery of true rewards against pairs and wrong labels
     python -m benchmarks.r3m embed     # hidden states of real pairs, kept outside the repository; needs TENFOLD_DATA
     python -m benchmarks.r3m heads     # reward heads on them, labels flipped; needs `embed`
+    python -m benchmarks.r3m ranking   # which labels to doubt first: length beside the rows of `heads`
     python -m benchmarks.r3m dpo       # a tiny policy on StepAudit
     python -m benchmarks.r3m adapter   # the embedded model with an adapter on real pairs; slow
     python -m benchmarks.r3m table     # what docs/results/r3m.md shows
 
-`python -m benchmarks.r3m_choose` is a part of its own: the choice of the cap, on the same heads. All of it is resumable
-row by row. Times are of the CPU (one thread, ``process_time``), since the machine was shared.
+`ranking` stands in `benchmarks.r3m_ranking`. `python -m benchmarks.r3m_choose` is a part of its own: the choice of the
+cap, on the same heads. All of it is resumable row by row. Times are of the CPU (one thread, ``process_time``), since
+the machine was shared.
 """
 
 from __future__ import annotations
@@ -725,6 +727,9 @@ def table() -> None:
     _cost_tables()
     _bandit_table()
     _heads_table()
+    from benchmarks import r3m_ranking  # it takes its pairs from here
+
+    r3m_ranking.table()
     _rest_tables()
 
 
@@ -868,12 +873,15 @@ def _rest_tables() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
+    from benchmarks.r3m_ranking import ranking
+
     parts: dict[str, Callable[[], None]] = {
         "audit": audit,
         "overhead": overhead,
         "bandit": bandit,
         "embed": embed,
         "heads": heads,
+        "ranking": ranking,
         "dpo": dpo,
         "adapter": adapter,
         "table": table,
