@@ -10,6 +10,7 @@ import pytest
 from tenfold.align.margins import pair_lengths, pair_tokens
 from tenfold.data.encode import encode
 from tenfold.data.read import read_rows
+from tenfold.data.rows import Completion
 from tests.tokenizers import byte_level, template_of_trl
 
 trl = pytest.importorskip("trl")
@@ -173,5 +174,14 @@ def test_real_transcripts_have_the_tokens_of_trl_as_texts_and_as_turns(shared_da
             line = row.conversations() if template else row.columns()
             reward = prepared(trl.RewardTrainer, tokenizer, line)
             assert pair_tokens(row, tokenizer) == (reward["chosen_ids"], reward["rejected_ids"])
+            *asked, told = (completion := Completion(row.id, row.prompt, row.chosen)).messages
+            line = (
+                {"prompt": asked, "completion": [told]}
+                if template
+                else {"prompt": row.prompt, "completion": row.chosen}
+            )
+            sft = prepared(trl.SFTTrainer, tokenizer, line, completion_only_loss=True, chat_template=None)
+            (ours,) = encode([completion], tokenizer, max_length=99999, packing=False).examples
+            assert (ours["input_ids"], ours["labels"]) == (sft["input_ids"], sft["labels"])
     assert sum(len(row.turns) > 1 for row in rows) > 10
     assert all(turn["content"] == turn["content"].strip() for row in rows for turn in row.turns)

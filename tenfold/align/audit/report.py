@@ -137,7 +137,7 @@ def _about(pairs: Sequence[Preference], source: Rows | None) -> dict[str, dict[s
     for row in pairs:
         place, others = read.get(row.id, ("", {}))
         said = {"place": place, "prompt": _asked(row), "chosen": row.chosen, "rejected": row.rejected}
-        about[row.id] = {**{name: value for name, value in others.items() if name not in said}, **said}
+        about[row.id] = {**said, **{name: value for name, value in others.items() if name not in said}}
     return about
 
 
