@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.installed
 	$(call pip,--editable '.[test$(COMMA)baselines]')
 # Compiled for some machines only; without one of them its tests skip.
-	@for name in xllamacpp; do \
+	@for name in xllamacpp bitsandbytes; do \
 		$(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt --only-binary $$name $$name \
 			>$(VENV)/pip.log 2>&1 || echo "no $$name for this machine: its tests skip"; done
 	@touch $@
