@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from docs import measured, pictures, reference
+from docs import architectures, measured, pictures, reference
 
 DOCS = Path(__file__).parent
 
@@ -23,6 +23,7 @@ def pages() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         "reference/command-line.md": reference.command_line,
         "reference/recipe.md": reference.recipe,
+        "models.md": architectures.page,
     }
     found |= {f"options/{name}.md": partial(reference.options, name) for name in reference.described()}
     found |= {f"results/{name}.md": partial(measured.results, name) for name in measured.TABLES}

@@ -25,6 +25,8 @@ _COMMON = {
 }
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
             "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}  # fmt: skip
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_d_conv": 4}
 
 
@@ -37,7 +39,7 @@ class Architecture:
         model_type: of its configuration.
         fields: of the configuration, beside those that all tiny models share.
         kind: dense, with experts, recurrent, or a hybrid of recurrent layers and attention.
-        refused: operation -> what its refusal says; all others work.
+        refused: operation -> the reason, of `REASONS`; all others work.
     """
 
     name: str
@@ -47,66 +49,95 @@ class Architecture:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-NO_ATTENTION = {}
+OPERATIONS = {
+    "open": "opens by its folder; a batch of unequal texts scores and writes as each alone",
+    "lora": "`tenfold adapt --method lora`",
+    "adalora": "`tenfold adapt`",
+    "full": "`tenfold adapt --method full`",
+    "export": "`tenfold export` of the adapter, merged; its logits are those of the adapter in PEFT",
+    "evaluate": "`tenfold evaluate --tasks perplexity speed memory`",
+    "generate": "`tenfold generate`",
+    "steer": "`tenfold generate --emphasise`",
+    "gear": "`tenfold generate --kv gear:4`",
+    "lengthen": "`tenfold lengthen`",
+    "reward": "`tenfold align --target reward`",
+}
+"""What is tried, and how one would do it."""
+
+REASONS = {
+    "off the interface": "no causal self-attention that uses transformers' attention interface",
+    "own spans": "some of its layers have spans of their own",
+    "no full attention": "no layer of full attention alone",
+    "latent attention": "its cache holds what keys and values are made of",
+    "no head": "have no head for task 'reward'",
+}
+"""Why something is refused, in short, and what the refusal says."""
+
+OFF = dict.fromkeys(("steer", "gear", "lengthen"), "off the interface")
+SPANS = {"lengthen": "own spans"}
+HEADLESS = {"reward": "no head"}
 
 TABLE = (
     Architecture("Llama, SmolLM2", "llama"),
     Architecture("Mistral", "mistral", {"sliding_window": None}),
     Architecture("Qwen2", "qwen2"),
     Architecture("Qwen3", "qwen3", {"head_dim": 8}),
-    Architecture("Gemma 2", "gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
-    Architecture("Gemma 3", "gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    Architecture("Gemma 2", "gemma2", {**_WINDOWS, "head_dim": 8, "query_pre_attn_scalar": 8}, refused=SPANS),
+    Architecture("Gemma 3", "gemma3_text", {**_WINDOWS, "head_dim": 8, "query_pre_attn_scalar": 8}, refused=SPANS),
     Architecture("Phi-2", "phi", {"partial_rotary_factor": 0.5}),
     Architecture("Phi-3", "phi3"),
     Architecture("OLMo", "olmo"),
     Architecture("OLMo 2", "olmo2"),
     Architecture("OPT", "opt", {"ffn_dim": 48, "word_embed_proj_dim": 16}),
-    Architecture("BLOOM", "bloom", {"n_layer": 2, "n_head": 4}),
+    Architecture("BLOOM", "bloom", {"n_layer": 2, "n_head": 4}, refused=OFF),
     Architecture("GPT-NeoX, Pythia", "gpt_neox", {"rotary_pct": 0.5}),
-    Architecture("GPT-2", "gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
-    Architecture("GPT-J", "gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 4}),
-    Architecture("CodeGen", "codegen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 4}),
-    Architecture("StarCoder", "gpt_bigcode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    Architecture("GPT-2", "gpt2", _GPT2),
+    Architecture("GPT-J", "gptj", {**_GPT2, "rotary_dim": 4}, refused=OFF),
+    Architecture("CodeGen", "codegen", {**_GPT2, "rotary_dim": 4}, refused={**OFF, **HEADLESS}),
+    Architecture("StarCoder", "gpt_bigcode", _GPT2),
     Architecture("StarCoder2", "starcoder2"),
-    Architecture("Falcon", "falcon"),
-    Architecture("MPT", "mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}),
-    Architecture("Command R", "cohere"),
-    Architecture("Command R7B", "cohere2"),
-    Architecture("Granite", "granite"),
+    Architecture("Falcon", "falcon", refused=OFF),
+    Architecture("MPT", "mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}, refused=OFF),
+    Architecture("Command R", "cohere", refused=HEADLESS),
+    Architecture("Command R7B", "cohere2", _WINDOWS, refused={**SPANS, **HEADLESS}),
+    Architecture("Granite", "granite", refused=HEADLESS),
     Architecture("StableLM", "stablelm"),
     Architecture("Nemotron", "nemotron", {"head_dim": 8}),
     Architecture("GLM-4", "glm4", {"head_dim": 8}),
     Architecture("SmolLM3", "smollm3"),
-    Architecture("EXAONE 4", "exaone4"),
-    Architecture("InternLM3", "internlm3"),
+    Architecture("EXAONE 4", "exaone4", _WINDOWS, refused=SPANS),
+    Architecture("InternLM3", "internlm3", refused=HEADLESS),
     Architecture("Mixtral", "mixtral", _EXPERTS, "experts"),
     Architecture("Qwen3-MoE", "qwen3_moe", {**_EXPERTS, "head_dim": 8}, "experts"),
     Architecture("DeepSeek-V3", "deepseek_v3", {**_EXPERTS, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
                  "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
-                 "num_key_value_heads": 4}, "experts"),
-    Architecture("gpt-oss", "gpt_oss", {**_EXPERTS, "head_dim": 8}, "experts"),
-    Architecture("Granite-MoE", "granitemoe", _EXPERTS, "experts"),
-    Architecture("OLMoE", "olmoe", _EXPERTS, "experts"),
-    Architecture("Mamba", "mamba", {"state_size": 8}, "recurrent"),
+                 "num_key_value_heads": 4}, "experts", {"gear": "latent attention"}),
+    Architecture("gpt-oss", "gpt_oss", {**_EXPERTS, **_WINDOWS, "head_dim": 8}, "experts", SPANS),
+    Architecture("Granite-MoE", "granitemoe", _EXPERTS, "experts", HEADLESS),
+    Architecture("OLMoE", "olmoe", _EXPERTS, "experts", HEADLESS),
+    Architecture("Mamba", "mamba", {"state_size": 8}, "recurrent", {**OFF, **HEADLESS}),
     Architecture("Mamba-2", "mamba2", {"state_size": 8, "num_heads": 4, "head_dim": 16, "expand": 2, "n_groups": 1,
-                 "chunk_size": 16}, "recurrent"),
-    Architecture("Falcon-Mamba", "falcon_mamba", {"state_size": 8}, "recurrent"),
+                 "chunk_size": 16}, "recurrent", {**OFF, **HEADLESS}),
+    Architecture("Falcon-Mamba", "falcon_mamba", {"state_size": 8}, "recurrent", {**OFF, **HEADLESS}),
     Architecture("RecurrentGemma", "recurrent_gemma", {"num_hidden_layers": 3, "lru_width": 32, "head_dim": 8,
-                 "attention_window_size": 512, "num_key_value_heads": 1}, "hybrid"),
+                 "attention_window_size": 512, "num_key_value_heads": 1}, "hybrid",
+                 {"gear": "no full attention", **SPANS, **HEADLESS}),
     Architecture("Jamba", "jamba", {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1,
                  "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8}, "hybrid"),
     Architecture("Qwen3-Next", "qwen3_next", {**_EXPERTS, "head_dim": 8,
                  "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
                  "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, "hybrid"),
-    Architecture("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48}, "hybrid"),
-    Architecture("Falcon-H1", "falcon_h1", {**_MAMBA, "mamba_d_ssm": 64, "head_dim": 8}, "hybrid"),
-    Architecture("Bamba", "bamba", {**_MAMBA, "attn_layer_indices": [1]}, "hybrid"),
+    Architecture("LFM2", "lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48}, "hybrid",
+                 HEADLESS),
+    Architecture("Falcon-H1", "falcon_h1", {**_MAMBA, "mamba_d_ssm": 64, "head_dim": 8}, "hybrid",
+                 {"gear": "no full attention", **HEADLESS}),
+    Architecture("Bamba", "bamba", {**_MAMBA, "attn_layer_indices": [1]}, "hybrid", HEADLESS),
     Architecture("Granite 4", "granitemoehybrid", {**_EXPERTS, **_MAMBA, "layer_types": ["mamba", "attention"],
-                 "shared_intermediate_size": 48}, "hybrid"),
+                 "shared_intermediate_size": 48}, "hybrid", HEADLESS),
     Architecture("Zamba2", "zamba2", {"num_hidden_layers": 4, "hybrid_layer_ids": [1, 3], "mamba_d_state": 8,
                  "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "num_mem_blocks": 1,
                  "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "adapter_rank": 4, "chunk_size": 16},
-                 "hybrid"),
+                 "hybrid", OFF),
 )  # fmt: skip
 
 

@@ -42,8 +42,8 @@ def self_attentions(model: nn.Module) -> dict[int, Any]:
     """The causal self-attention modules of a model by layer index: not its cross-attention, not its vision tower.
 
     Raises:
-        ModelError: there is none that goes through transformers' attention interface (GPT-J, Falcon, Bloom, ...); a
-            model of encoder and decoder.
+        ModelError: there is none that goes through transformers' attention interface (GPT-J, Falcon, Bloom, Mamba), or
+            none that is of one layer alone (Zamba2); a model of encoder and decoder.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> sorted(self_attentions(tiny_model("llama").model))
@@ -59,12 +59,14 @@ def self_attentions(model: nn.Module) -> dict[int, Any]:
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         causal = getattr(module, "is_causal", False) is True and not getattr(module, "is_cross_attention", False)
-        if isinstance(index, int) and causal and hasattr(module, "config") and _on_interface(module):
+        # Zamba2 runs one module in several layers and numbers it -1.
+        if isinstance(index, int) and index >= 0 and causal and hasattr(module, "config") and _on_interface(module):
             found.setdefault(index, module)
     if not found:
         raise ModelError(
             f"{type(model).__name__}: no causal self-attention that uses transformers' attention interface",
-            remedy="take a decoder such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2; GPT-J and Falcon are not on it",
+            remedy="leave steering, packed caches and local spans out (adapt, evaluate and generate need none), or "
+            "take a model such as Llama, Qwen, Mistral, Gemma, Phi or GPT-2",
         )
     return found
 

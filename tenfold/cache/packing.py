@@ -8,6 +8,7 @@ from typing import Any
 
 from tenfold.attend.attention import installed
 from tenfold.cache.gear import CacheConfig, GearCache
+from tenfold.cache.gear.cache import check_readable
 from tenfold.cache.spans import SpanCache, own_cache
 from tenfold.config.gear import parse_kv
 
@@ -28,6 +29,7 @@ def packed_caches(model: Any, kv: str) -> Iterator[tuple[Callable[[], Any], list
         made.append(_packed_cache(model, parse_kv(kv)))
         return made[-1]
 
+    check_readable(model.config.get_text_config(decoder=True))
     with installed(model):
         yield make, made
 

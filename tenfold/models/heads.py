@@ -71,5 +71,7 @@ def auto_class(config: Any, task: str, name: str) -> Any:
         return builder
     possible = [other for other, (_, names) in heads.items() if config.model_type in names]
     remedy = f"open it with task={possible[0]!r}" if possible else "open a model of another architecture"
-    others = f"; it has {', '.join(possible)}" if possible else ""
-    raise ModelError(f"{name}: a {config.model_type} model has no head for task {task!r}{others}", remedy=remedy)
+    if task == "reward" and "causal" in possible:
+        remedy = "align it on pairs with target dpo, which needs no such head, or take a model of another architecture"
+    others = f"; they have {', '.join(possible)}" if possible else ""
+    raise ModelError(f"{name}: {config.model_type} models have no head for task {task!r}{others}", remedy=remedy)

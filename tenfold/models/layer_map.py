@@ -168,6 +168,8 @@ class LayerMap:
         known = [*roles, *groups, *dict.fromkeys(slot.name.rsplit(".", 1)[-1] for slot in matrices)]
         near = difflib.get_close_matches(target, known, n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
+        if self.stacked:
+            hint += f"; stacked in parameters, and not adapted: {_patterns(self.stacked)}"
         return ConfigError(
             f"targets: {target!r} matches nothing in this {self.model_type} model{hint}",
             remedy=f"roles here: {', '.join(roles)}; groups: {', '.join(groups)}; or part of a module name",
@@ -298,10 +300,10 @@ def _fixed(model: Any, modules: dict[str, Any]) -> dict[str, str]:
         parent, _, child = name.rpartition(".")
         kind: type = type(modules[parent])
         if reads_weight(kind, child):
-            found[name] = "the model reads its weight without calling the layer, so an adapter would not be seen"
+            found[name] = "the model reads the weight without calling the layer, so no adapter would be seen"
     shared = [name for names in owners.values() if len(names) > 1 for name in names]
-    found |= dict.fromkeys(shared, "several layers share its weight, so an adapter could not be merged")
-    taken = "PEFT takes its name for the stacked experts of this model, so no adapter folder can mean this layer"
+    found |= dict.fromkeys(shared, "several layers share the weight, so no adapter could be merged")
+    taken = "PEFT takes the name for the stacked experts of this model, so no adapter folder can mean the layer"
     return found | dict.fromkeys(_taken_by_peft(model, [name for names in owners.values() for name in names]), taken)
 
 

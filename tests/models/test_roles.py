@@ -113,8 +113,8 @@ def test_all_linear_is_that_of_peft(model_type):
     [
         ("mixtral", "stacked experts are not adapted: model.layers.*.mlp.experts.gate_up_proj, "),
         ("qwen3_next", "routers are not adapted: model.layers.*.mlp.shared_expert_gate"),
-        ("mamba", "mixer.dt_proj, backbone.layers.*.mixer.out_proj: the model reads its weight without calling"),
-        ("zamba2", "several layers share its weight"),
+        ("mamba", "mixer.dt_proj, backbone.layers.*.mixer.out_proj: the model reads the weight without calling"),
+        ("zamba2", "several layers share the weight"),
     ],
 )
 def test_what_is_left_out_is_said(model_type, said):
@@ -132,13 +132,14 @@ def test_stacked_experts_are_counted():
 @pytest.mark.parametrize(
     ("model_type", "target", "said"),
     [
-        ("mamba", "out_proj", "reads its weight without calling the layer"),
+        ("mamba", "out_proj", "reads the weight without calling the layer"),
         ("mixtral", "mlp.experts.down_proj", "no linear layer in this mixtral model"),
         ("bloom", "k", "'k' is fused into 'qkv'"),
         ("gpt_bigcode", "v", "'v' is fused into 'qkv'"),
-        ("zamba2", r".*shared_transformer\.self_attn\.q_proj", "share its weight"),
+        ("zamba2", r".*shared_transformer\.self_attn\.q_proj", "share the weight"),
         ("mixtral", "mlp", "matches nothing in this mixtral model"),
-        ("deepseek_v3", r".*shared_experts.*", "PEFT takes its name for the stacked experts"),
+        ("qwen3_moe", "gate_proj", "stacked in parameters, and not adapted: model.layers.*.mlp.experts.gate_up_proj"),
+        ("deepseek_v3", r".*shared_experts.*", "PEFT takes the name for the stacked experts"),
     ],
 )
 def test_targets_that_cannot_be_are_refused_by_name(model_type, target, said):

@@ -60,9 +60,10 @@ class GearCache(WholeCalls):
         layers = list(DynamicCache(config=config).layers)
         full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
+            kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
             raise ModelError(
-                f"{decoder.model_type}: no layer of full attention, so there is nothing to pack",
-                remedy="keep the model's own cache: it is small already",
+                f"{decoder.model_type}: no layer of full attention alone ({kinds}), so there is nothing to pack",
+                remedy="keep the model's own cache",
             )
         if local := [index for index in full if set(head_spans(decoder, index)) != {FULL}]:
             raise ModelError(
@@ -174,6 +175,22 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
     return {index: GearLayer(settings, index, reads) for index in full}
 
 
+def check_readable(decoder: Any) -> None:
+    """Refuse attention that works on what its cache hands over before it attends, as latent attention does.
+
+    Args:
+        decoder: the configuration of the model's decoder.
+
+    Raises:
+        ModelError: latent attention (DeepSeek and its kin).
+    """
+    if getattr(decoder, "kv_lora_rank", None):
+        raise ModelError(
+            f"{decoder.model_type}: its cache holds what keys and values are made of, so none is packed",
+            remedy="keep the model's own cache, which is small already (leave kv out)",
+        )
+
+
 @contextmanager
 def attach(model: Any, settings: CacheConfig | str | None = None, **keys: Any) -> Iterator[GearCache]:
     """A cache for the model, whose attention reads the packed form while the block runs.
@@ -189,7 +206,7 @@ def attach(model: Any, settings: CacheConfig | str | None = None, **keys: Any) -
         The cache.
 
     Raises:
-        ModelError: the model is on flex attention, or off the attention interface.
+        ModelError: the model is on flex attention, or off the attention interface, or has latent attention (DeepSeek).
 
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")
@@ -200,8 +217,10 @@ def attach(model: Any, settings: CacheConfig | str | None = None, **keys: Any) -
     torch.Size([1, 13])
     """
     cache = GearCache(model.config, settings, **keys)
+    decoder = model.config.get_text_config(decoder=True)
+    check_readable(decoder)
     with installed(model):
-        if reader(model.config.get_text_config(decoder=True)) is None:
+        if reader(decoder) is None:
             raise ModelError(
                 "flex attention reads no packed cache", remedy="open the model with 'sdpa', or use a bare GearCache"
             )
