@@ -128,7 +128,7 @@ def unknown_kind(record: RawRow, values: Mapping[str, Any]) -> DataError:
     table = "\n".join(f"  {kind}: {', '.join(spec.needed)}" for kind, spec in KINDS.items())
     needed = dict.fromkeys(column for spec in KINDS.values() for column in spec.needed)
     guesses = {column: difflib.get_close_matches(column, list(record.values), n=1, cutoff=0.8) for column in needed}
-    for ours, names in _KNOWN_AS.items():
+    for ours, names in KNOWN_AS.items():
         guesses[ours] = guesses[ours] or [name for name in names if name in record.values]
     mapping = ", ".join(f"{ours}: {near[0]}" for ours, near in guesses.items() if near and ours not in values)
     # Alpaca's input belongs to the prompt, and a mapping cannot join the two.
@@ -141,7 +141,7 @@ def unknown_kind(record: RawRow, values: Mapping[str, Any]) -> DataError:
     )
 
 
-_KNOWN_AS = {
+KNOWN_AS = {
     "prompt": ("instruction", "question", "query", "input"),
     "completion": ("output", "response", "answer", "solution"),
 }

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from tenfold.data.check import kind_of, wrong
+from tenfold.data.check import KNOWN_AS, kind_of, wrong
 from tenfold.data.messages import is_turns
 from tenfold.data.rows import is_plain
 from tenfold.data.sources import RawRow
@@ -57,13 +57,16 @@ def in_our_form(record: RawRow, values: Mapping[str, Any], told: Counter[str] | 
         found = _from_conversations(record, found, told)
     elif "completion" in found and is_turns(found.get("prompt")):
         found = _completion(record, found)
-    told["transcript"] += isinstance(found.get("prompt"), str) and bool(turns_of(found["prompt"]))
+    if isinstance(found.get("prompt"), str) and turns_of(found["prompt"]):
+        told["transcript"] += 1
     return found
 
 
 def _with_system(values: dict[str, Any], told: Counter[str]) -> dict[str, Any]:
     """The columns with that of a system message as the first message of the conversation."""
     name = next((name for name in _SYSTEM if isinstance(values.get(name), str) and values[name].strip()), None)
+    if name is None:
+        return values
     prompt = values.get("prompt")
     holders = [
         column
@@ -72,7 +75,7 @@ def _with_system(values: dict[str, Any], told: Counter[str]) -> dict[str, Any]:
     ]
     if not holders and isinstance(prompt, str) and ("completion" in values or "chosen" in values):
         holders = ["prompt"]
-    if name is None or not holders:
+    if not holders:
         return values
     told["system"] += 1
     found = {column: value for column, value in values.items() if column != name}
@@ -115,7 +118,8 @@ def _from_conversations(record: RawRow, values: Mapping[str, Any], told: Counter
         before = shared if shared[: len(given)] == given else [*given, *shared]
     elif isinstance(given, str):
         questions = [str(turn.get("content")).split() for turn in shared if turn["role"] == "user"]
-        told["differs"] += bool(questions) and given.split() not in questions
+        if questions and given.split() not in questions:
+            told["differs"] += 1
     return {**values, **own, **({"prompt": before} if before else {})}
 
 
@@ -126,6 +130,8 @@ def _has_implicit_prompt(values: Mapping[str, Any]) -> bool:
         return False
     if ANSWER in _beginning(*both):
         return True
+    if any(values.get(name) for name in KNOWN_AS["prompt"]):
+        return False
     # A single word (a source, a language) is no prompt.
     others = (value for name, value in values.items() if name not in ("id", "split", "chosen", "rejected"))
     return all(not value or isinstance(value, int | float) or len(str(value).split()) < 2 for value in others)

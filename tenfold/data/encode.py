@@ -102,7 +102,7 @@ def encode(
     if packing and isinstance(rows[0], Text):
         examples = _pack([ids for ids, _, _ in found], max_length, boundaries)
         return _count(rows, examples, truncated=0, cut=0, left_out=0)
-    examples, cuts, left_out = [], [], 0
+    examples, cuts, left_out, silent = [], [], 0, sum(not any(row.learned) for row in found)
     for ids, learned, _ in found:
         if len(ids) > max_length:
             cuts.append(len(ids) - max_length)
@@ -112,7 +112,14 @@ def encode(
         else:
             left_out += 1
     notes = template_notes([row.talk for row in found if row.talk is not None])
-    return _count(rows, examples, truncated=len(cuts), cut=sum(cuts), left_out=left_out, notes=notes)
+    if silent:
+        notes.append(f"{silent} of {len(rows)} rows were left out: they have no answer of the assistant to learn.")
+    if silent == len(rows):
+        raise DataError(
+            f"none of the {len(rows)} rows has an answer of the assistant to learn (first: row {rows[0].id!r})",
+            remedy="give conversations that end with one, or prompt and completion",
+        )
+    return _count(rows, examples, truncated=len(cuts), cut=sum(cuts), left_out=left_out, silent=silent, notes=notes)
 
 
 def _count(
@@ -122,6 +129,7 @@ def _count(
     truncated: int,
     cut: int,
     left_out: int,
+    silent: int = 0,
     notes: Sequence[str] = (),
 ) -> Encoded:
     if not examples:
@@ -131,8 +139,9 @@ def _count(
     notes = list(notes)
     if truncated:
         notes.append(f"{truncated} of {len(rows)} rows were longer than max_length and lost {cut} tokens at their end.")
-    if left_out:
-        notes.append(f"{left_out} of {len(rows)} rows were left out: nothing to learn stood within max_length.")
+    if left_out > silent:
+        lost = left_out - silent
+        notes.append(f"{lost} of {len(rows)} rows were left out: nothing to learn stood within max_length.")
     return Encoded(
         examples=examples,
         rows=len(rows),

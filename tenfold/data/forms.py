@@ -217,7 +217,7 @@ def why_no_lesson(values: Mapping[str, Any]) -> tuple[Why, str] | None:
             if isinstance(values.get(name), str) and values[name].strip().lower() in _TIES:
                 return "tie", f"{name} is {values[name].strip()!r}"
         for name, value in values.items():
-            other = _counterpart(name) if any(word in _SCORES for word in name.split("_")) else None
+            other = _counterpart(name) if any(word in name for word in _SCORES) else None
             if other is not None and _is_number(value) and _same(value, values.get(other)):
                 return "tie", f"{name} and {other} are both {value}"
     elif "completion" in values or is_turns(values.get("messages")):
@@ -236,6 +236,11 @@ def is_unpaired(values: Mapping[str, Any]) -> bool:
     """Whether a row is an unpaired preference: one answer, and whether it is wanted."""
     single = "completion" in values or any(name in values for name in ("messages", *CONVERSATIONS))
     return single and any(str(values.get(name)).strip().lower() in ("true", "false") for name in _UNPAIRED)
+
+
+def has_unused_flag(values: Mapping[str, Any]) -> bool:
+    """Whether a completion has a label 0 or 1, which may say that it is wanted, or be a class."""
+    return "completion" in values and str(values.get("label")).strip() in ("0", "1")
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, overload
 from tenfold.config.stage import Kind, OnBadRow
 from tenfold.data.check import build, kind_of, unknown_kind, wrong
 from tenfold.data.conversations import in_our_form
-from tenfold.data.forms import is_unpaired, under_our_names, why_no_lesson
+from tenfold.data.forms import has_unused_flag, is_unpaired, under_our_names, why_no_lesson
 from tenfold.data.groups import DIVIDED, kept_together, places, subject, twin
 from tenfold.data.labels import with_labels
 from tenfold.data.left_out import LeftOut, Why, left_out_notes, reason_of
@@ -278,8 +278,9 @@ class _Reading:
         told: Counter[str] = Counter()
         values = in_our_form(record, in_messages(record, under_our_names(record, named, told)), told)
         no_lesson = why_no_lesson(values)
-        self.told += told
-        self.told["unpaired"] += is_unpaired(values)
+        told["unpaired"] += is_unpaired(values)
+        told["flag"] += has_unused_flag(values)
+        self.told.update(told)
         if no_lesson is not None:
             self.leave_out(record, *no_lesson)
         elif blank and _is_blank_text(values):
@@ -351,6 +352,8 @@ _TOLD = {
     "transcript": "prompts are transcripts of Human and Assistant: with a chat template they are read as turns.",
     "alpaca": "rows in Alpaca's form: instruction and input, on lines of their own, are the prompt.",
     "labelled": "rows with two answers and a label, which says which of them is chosen.",
+    "flag": "completions have a label 0 or 1, which is not used: if it says whether the answer is wanted, write true "
+    "or false.",
     "system": "rows have a column with a system message, which comes first.",
 }
 """What is said of forms that were read, by what counts them."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tenfold.config.stage import Kind
@@ -239,7 +239,7 @@ OUR_COLUMNS = (*dict.fromkeys(c for spec in KINDS.values() for c in spec.needed 
 
 def content(row: Row) -> str:
     """A row without its id, as canonical JSON: equal for equal rows whatever file they came from."""
-    fields = {name: value for name, value in asdict(row).items() if name != "id" and value is not None}
+    fields = {name: value for name, value in vars(row).items() if name != "id" and value is not None}
     for name in ("history", "given", "tools", "chat_template_kwargs"):
         if not fields.get(name):
             fields.pop(name, None)  # rows without one keep their ids

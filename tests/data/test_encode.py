@@ -178,3 +178,14 @@ def test_rows_kept_apart_give_the_loss_of_each_alone(kind):
                 total += opened.model(input_ids=ids, labels=ids).loss.item() * (end - start - 1)
     loss = opened.model(**batch, use_cache=False).loss.item()
     assert loss == pytest.approx(total / encoded.trained_tokens, rel=1e-5)
+
+
+def test_conversations_without_an_answer_are_told_from_those_that_were_cut(tokenizer):
+    asked, answered = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [Chat("1", (asked,)), Chat("2", (asked, answered)), Chat("3", ({**asked, "content": "q" * 99}, answered))]
+    found = encode(rows, tokenizer, max_length=60, packing=False)
+    assert (found.sequences, found.left_out) == (1, 2)
+    assert "1 of 3 rows were left out: they have no answer of the assistant to learn." in found.notes
+    assert "1 of 3 rows were left out: nothing to learn stood within max_length." in found.notes
+    with pytest.raises(DataError, match="none of the 1 rows has an answer of the assistant"):
+        encode(rows[:1], tokenizer, max_length=60, packing=False)

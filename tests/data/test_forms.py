@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from tenfold.align.preferences import flipped
 from tenfold.config.stage import check_kind
 from tenfold.data.forms import exchanged
 from tenfold.data.read import read_rows
@@ -109,6 +110,8 @@ def test_preferences_keep_prompts_and_answers_that_are_more_than_texts(tmp_path)
     assert row.rejected == "b"
     ends = read(tmp_path, prompt=[user("q"), call, {"role": "tool", "content": "2"}], chosen="a", rejected="b")
     assert (ends.prompt, len(ends.turns), ends.replies) == ("", 3, ([answer("a")], [answer("b")]))
+    turned = flipped(row)
+    assert (turned.chosen, turned.replies) == (row.rejected, row.replies[::-1])
     for one in (row, ends):
         assert read(tmp_path, **one.columns()) == one
 
@@ -177,6 +180,9 @@ def test_unpaired_preferences_teach_their_wanted_answers_and_are_no_pairs(tmp_pa
 
 
 def test_a_completion_with_another_label_is_a_completion(tmp_path):
+    rows = read_rows(write(tmp_path, *({"prompt": f"{n}", "completion": "a", "label": n} for n in (0, 1))))
+    assert len(rows) == 2
+    assert any("2 completions have a label 0 or 1, which is not used" in note for note in rows.notes)
     assert read(tmp_path, prompt="q", completion="a", label="greeting") == Completion("7", "q", "a")
 
 
@@ -185,6 +191,7 @@ def test_a_completion_with_another_label_is_a_completion(tmp_path):
     [
         ({"prompt": "q", "response_a": "b", "response_b": "a", "label": "c"}, "'c' names neither response_a nor"),
         ({"prompt": "q", "response_a": "b", "response_b": "a", "label": 0}, "0 names neither"),
+        ({"question": "q", "chosen": "Sky: a", "rejected": "Sky: b"}, "fit no known kind of row"),
         ({"instruction": 3, "output": "b"}, "column 'instruction': '3', expected text"),
         ({"instruction": "q", "output": "b", "history": "x"}, "column 'history'"),
         ({"messages": [user("q"), answer("a")], "tools": "add"}, "column 'tools': text \"add\", expected a list"),

@@ -64,6 +64,7 @@ PAIRS = {
     "prompt": {"prompt": QUESTION, "chosen": [answer("blue")], "rejected": [answer("red")]},
     "after a tool": {"prompt": WORKED, "chosen": [answer("3")], "rejected": [answer("4")], "tools": TOOLS},
     "calls": {"prompt": WORKED[:1], "chosen": [call(a=1, b=2)], "rejected": [call(c=3)], "tools": json.dumps(TOOLS)},
+    "another call": {"prompt": WORKED[:1], "chosen": [call(c="3")], "rejected": [answer("3")], "tools": TOOLS},
     "several turns": {
         "chosen": [user("q"), answer("x"), user("r"), answer("a")],
         "rejected": [user("q"), answer("y"), user("s"), answer("b")],
@@ -77,6 +78,17 @@ PAIRS = {
     "texts": {"prompt": "the sky is", "chosen": " blue", "rejected": " red"},
     "transcripts": {"chosen": "\n\nHuman: sky?\n\nAssistant: blue", "rejected": "\n\nHuman: sky?\n\nAssistant: red"},
 }
+
+
+def fitting(forms, *templates):
+    """Texts without a template, conversations with one, those with tools with one that knows them."""
+    return [
+        (template, form)
+        for template in templates
+        for form, line in forms.items()
+        if (template is None) == all(isinstance(value, str) for value in line.values())
+        and not (str(template).startswith("llama3") and "tools" in line)
+    ]
 
 
 def rows_of(tmp_path, line):
@@ -104,11 +116,10 @@ def prepared(trainer, tokenizer, line, **host):
     return next(iter(trainer._prepare_dataset(itself, data, tokenizer, args, *further, "train")))
 
 
-@pytest.mark.parametrize("form", CHATS)
-@pytest.mark.parametrize("template", ["qwen3_training", "qwen2_5_training", "llama3", "llama3_training"])
+@pytest.mark.parametrize(
+    ("template", "form"), fitting(CHATS, "qwen3_training", "qwen2_5_training", "llama3", "llama3_training")
+)
 def test_what_is_learned_of_a_conversation_is_what_trl_learns_of_the_assistant_alone(template, form, tmp_path):
-    if template.startswith("llama3") and "tools" in form:
-        pytest.skip("this template has no tools")
     tokenizer = tokenizer_with(template)
     theirs = prepared(trl.SFTTrainer, tokenizer, CHATS[form], assistant=True, completion_only_loss=False,
                       chat_template=template_of_trl(template.removesuffix("_training") + "_training"))  # fmt: skip
@@ -118,12 +129,9 @@ def test_what_is_learned_of_a_conversation_is_what_trl_learns_of_the_assistant_a
     assert any(label != -100 for label in ours["labels"])
 
 
-@pytest.mark.parametrize("form", COMPLETIONS)
-@pytest.mark.parametrize("template", ["qwen3", "qwen2_5", "llama3", None])
+@pytest.mark.parametrize(("template", "form"), fitting(COMPLETIONS, "qwen3", "qwen2_5", "llama3", None))
 def test_what_is_learned_of_a_completion_is_what_trl_learns(template, form, tmp_path):
     line = COMPLETIONS[form]
-    if (template is None) != (form == "text") or (template == "llama3" and "tools" in line):
-        pytest.skip("text without a template, conversations with one that knows tools")
     tokenizer = tokenizer_with(template)
     theirs = prepared(trl.SFTTrainer, tokenizer, line, completion_only_loss=True, chat_template=None)
     (ours,) = encode(rows_of(tmp_path, line), tokenizer, max_length=9999, packing=False).examples
@@ -131,12 +139,9 @@ def test_what_is_learned_of_a_completion_is_what_trl_learns(template, form, tmp_
     assert ours["labels"] == theirs["labels"]
 
 
-@pytest.mark.parametrize("form", PAIRS)
-@pytest.mark.parametrize("template", ["qwen3", "qwen2_5", "llama3", None])
+@pytest.mark.parametrize(("template", "form"), fitting(PAIRS, "qwen3", "qwen2_5", "llama3", None))
 def test_tokens_of_pairs_are_those_of_trl(template, form, tmp_path):
     line = PAIRS[form]
-    if (template is None) != isinstance(line["chosen"], str) or (template == "llama3" and "tools" in line):
-        pytest.skip("text without a template, conversations with one that knows tools")
     if form == "the same question as text":
         line = {name: value for name, value in line.items() if name != "prompt"}  # TRL's trainers would not take both
     tokenizer = tokenizer_with(template)
