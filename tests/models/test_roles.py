@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from tenfold.adapt import adalora
+from tenfold.config.adalora import AdaLoraConfig
 from tenfold.errors import ConfigError
 from tenfold.models.layer_map import layer_map
 from tenfold.models.roles import reads_weight
@@ -202,3 +204,13 @@ def test_a_weight_that_is_read_or_only_looked_at():
     assert reads_weight(Reads, "kernel")
     assert not reads_weight(Reads, "called")
     assert not reads_weight(Reads, "absent")
+
+
+def test_the_rank_map_tells_matrices_of_one_role_apart():
+    model = tiny_model("llama").model
+    for layer in model.model.layers:
+        layer.mlp = Experts(64, 96, 3)
+    with adalora.attach(model, AdaLoraConfig(rank=2)) as adapter:
+        ranks = adapter.report()["ranks"]
+        assert set(ranks) == {*"qkvo"} | {f"mlp.experts.{n}.{name}" for n in range(3) for name in ("w1", "w2", "w3")}
+        assert sum(map(sum, ranks.values())) == sum(adapter.ranks().values())
