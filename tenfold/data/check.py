@@ -220,6 +220,7 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
             raise _UnfitError(
                 f"message {number}: unknown role {message['role']!r}, expected one of {', '.join(ROLES)}{hint}"
             )
+        _check_weight(message, number)
         if message.get("content") in (None, "") and _may_be_silent(message):
             continue
         try:
@@ -227,6 +228,14 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
         except _UnfitError as unfit:
             raise _UnfitError(f"message {number}, 'content': {unfit}") from None
     return tuple(value)
+
+
+def _check_weight(message: Mapping[str, Any], number: int) -> None:
+    """Of messages that say whether they are to be learned: ``weight`` 0 or 1, ``train`` true or false."""
+    for name, expected in (("weight", "0 or 1"), ("train", "true or false")):
+        value = message.get(name)
+        if message["role"] == "assistant" and value is not None and value not in (0, 1):
+            raise _UnfitError(f"message {number}: {name} {value!r}, expected {expected}")
 
 
 def _may_be_silent(message: Mapping[str, Any]) -> bool:

@@ -109,8 +109,9 @@ def _message(record: RawRow, column: str, number: int, message: Any) -> Any:
     found = {name: value for name, value in message.items() if value is not None or name == "content"}
     if "from" in found and "value" in found and "role" not in found:
         found = _from_sender(record, column, number, found)
-    elif isinstance(found.get("role"), str) and found["role"] in _SENDERS:
-        found["role"] = _SENDERS[found["role"]]
+    elif isinstance(found.get("role"), str):
+        name = found["role"].strip().lower()
+        found["role"] = _SENDERS.get(name, name)
     if isinstance(found.get("content"), list) and found["content"]:
         parts = [_part(record, column, f"message {number}, part {at}", part)
                  for at, part in enumerate(found["content"], start=1)]  # fmt: skip
@@ -121,6 +122,7 @@ def _message(record: RawRow, column: str, number: int, message: Any) -> Any:
 def _from_sender(record: RawRow, column: str, number: int, message: dict[str, Any]) -> dict[str, Any]:
     """A message of ShareGPT's form."""
     sender, value = message.pop("from"), message.pop("value")
+    sender = sender.strip().lower() if isinstance(sender, str) else sender
     if sender == _CALL:
         call = read_literal(value) if isinstance(value, str) else value
         calls = call if isinstance(call, list) else [call]

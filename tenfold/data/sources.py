@@ -250,6 +250,14 @@ def _csv(path: Path, delimiter: str) -> Generator[RawRow]:
 
 def _header(fields: list[str], place: str) -> list[str]:
     names = [name.strip() for name in fields]
+    other = next((mark for mark in ";\t" if len(names) == 1 and mark in names[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{place}: the header has one column, {shorten(repr(names[0]), 60)}, in which {other!r} separates names",
+            remedy="name a file with tabs .tsv"
+            if other == "\t"
+            else "write commas, as CSV UTF-8 of a spreadsheet has them, or tabs in a .tsv file",
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or "" in names:
         wrong = f"names {twice[0]!r} twice" if twice else "has a column without a name"

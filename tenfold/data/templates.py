@@ -32,7 +32,7 @@ class Conversation:
         spans: characters ``[start, end)`` that the assistant writes, what ends its turns included, in order.
         history: turns of the assistant that stand otherwise in ``text`` than the model writes them when asked.
         cue: what the template ends a prompt with and leaves out of the conversation, such as an opened thought.
-        lost: whether words of the assistant's turns in ``spans`` are not in the text.
+        lost: whether words or calls of tools of the assistant's turns are not in the text.
     """
 
     text: str
@@ -101,7 +101,8 @@ def converse(tokenizer: Any, messages: Messages, place: str, *, given: int = 0, 
     begins where the prompt ends that asks for it, and ends with what the template writes after it. If that prompt ends
     with something that the conversation lacks (an opened thought), the turn begins where the two part. If the turn's
     words stand otherwise in the conversation, as templates of reasoning models drop earlier thoughts, the turn is
-    context only; the last turn never is.
+    context only; the last turn never is. A message with ``weight`` 0 (OpenAI) or ``train`` false (axolotl) is context
+    only, too.
 
     Args:
         tokenizer: with a chat template.
@@ -127,8 +128,9 @@ def converse(tokenizer: Any, messages: Messages, place: str, *, given: int = 0, 
     if _GENERATION.search(template):
         spans = _generated(tokenizer, messages, template, place, options)
         begun = shared(text, write(messages[:given], ask=True)) if given else 0
+        spans = _wanted_spans(spans, messages, place)
         return Conversation(text, tuple((start, end) for start, end in spans if end > begun))
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= given]
+    turns = [index for index, message in enumerate(messages) if index >= given and _is_wanted(message)]
     found = [_turn(write, messages, index, text) for index in turns]
     told = [turn for turn in found if turn is not None]
     if turns and not told and turns[-1] < len(messages) - 1:
@@ -162,7 +164,35 @@ def _turn(write: Write, messages: Messages, index: int, text: str) -> Conversati
     said = [part for field in _WORDS if isinstance(part := messages[index].get(field), str)]
     # The prompt may have begun with the words, as with <think>; white space is the template's.
     lost = any(_dense(part) not in _dense(after[max(0, start - len(part)) :]) for part in said)
-    return Conversation(after, ((start, end),), cue=cue, lost=lost)
+    calls = [name for call in messages[index].get("tool_calls") or () if (name := _called(call))]
+    silent = bool(calls) and not any(name in after[start:] for name in calls)
+    # Of a call that the template drops, an answer without a word would be learned.
+    spans = () if silent and not any(part.strip() for part in said) else ((start, end),)
+    return Conversation(after, spans, cue=cue, lost=lost or silent)
+
+
+def _called(call: Any) -> str:
+    """The name of the tool that is called."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    return str(function.get("name") or "") if isinstance(function, Mapping) else ""
+
+
+def _is_wanted(message: Mapping[str, Any]) -> bool:
+    """Whether a message is one of the assistant that is to be learned (OpenAI's ``weight``, axolotl's ``train``)."""
+    return message["role"] == "assistant" and message.get("weight") != 0 and message.get("train") not in (False, 0)
+
+
+def _wanted_spans(spans: tuple[tuple[int, int], ...], messages: Messages, place: str) -> tuple[tuple[int, int], ...]:
+    """Of what the template marks as the assistant's, that of messages which are to be learned."""
+    told = [message for message in messages if message["role"] == "assistant"]
+    if all(_is_wanted(message) for message in told):
+        return spans
+    if len(spans) != len(told):
+        raise DataError(
+            f"{place}: a message has weight 0, and the chat template does not mark each answer by itself",
+            remedy="set a tokenizer.chat_template without {% generation %}, or leave the weight out",
+        )
+    return tuple(span for span, message in zip(spans, told, strict=True) if _is_wanted(message))
 
 
 def _dense(text: str) -> str:
@@ -234,6 +264,7 @@ def template_notes(found: Sequence[Conversation]) -> list[str]:
     if lost:
         notes.append(
             f"In {lost} of {len(found)} rows the chat template leaves out or rewrites words of the assistant, as "
-            "thoughts: they are not learned. A template that keeps them is set as tokenizer.chat_template."
+            "thoughts or calls of tools: they are not learned. A template that keeps them is set as "
+            "tokenizer.chat_template."
         )
     return notes

@@ -47,7 +47,7 @@ def auto_class(config: Any, task: str, name: str) -> Any:
         name: the model, as the error should call it.
 
     Raises:
-        ModelError: the architecture has no such head; names the tasks that it has.
+        ModelError: the architecture has no such head, or cannot do the task; names the tasks that it can do.
 
     >>> from transformers import T5Config
     >>> auto_class(T5Config(), "seq2seq", "t5").__name__
@@ -67,7 +67,10 @@ def auto_class(config: Any, task: str, name: str) -> Any:
     heads["reward"] = heads["classification"]
     builder, table = heads[task]
     remote = getattr(config, "auto_map", None) or {}
-    if config.model_type in table or builder.__name__ in remote:
+    if builder.__name__ in remote:
+        return builder
+    if config.model_type in table:
+        _check_direction(config, task, name)
         return builder
     possible = [other for other, (_, names) in heads.items() if config.model_type in names]
     remedy = f"open it with task={possible[0]!r}" if possible else "open a model of another architecture"
@@ -75,3 +78,23 @@ def auto_class(config: Any, task: str, name: str) -> Any:
         remedy = "align it on pairs with target dpo, which needs no such head, or take a model of another architecture"
     others = f"; they have {', '.join(possible)}" if possible else ""
     raise ModelError(f"{name}: {config.model_type} models have no head for task {task!r}{others}", remedy=remedy)
+
+
+def _check_direction(config: Any, task: str, name: str) -> None:
+    """Refuse what ``transformers`` opens with a warning: encoders that predict tokens which they see."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        if task in ("causal", "reward"):
+            raise ModelError(
+                f"{name}: {kind} has an encoder beside its decoder, which task {task!r} has no use for",
+                remedy="open it with task='seq2seq', or take a decoder such as Llama, Qwen or GPT-2",
+            )
+        return
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if task == "causal" and kind in MASKED and not decodes:
+        raise ModelError(
+            f"{name}: {kind} is an encoder: its attention sees the tokens that it would have to predict",
+            remedy="take a decoder such as Llama, Qwen or GPT-2, or open it with task='classification'",
+        )

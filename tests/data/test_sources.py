@@ -88,6 +88,8 @@ def test_long_rows_are_shortened(tmp_path):
         ('text,label\n"a\nb",1\n"c" d,2\n', ["d.csv, line 4: malformed CSV"]),
         ('text,label\n"a,1\n', ["d.csv, line 2: malformed CSV"]),
         ("text,text\na,b\n", ["line 1: the header names 'text' twice"]),
+        ("prompt;completion\na;b\n", ["line 1: the header has one column", "';' separates names", "write commas"]),
+        ("prompt\tcompletion\na\tb\n", ["line 1: the header has one column", "name a file with tabs .tsv"]),
         ("text,label\n", ["has no rows"]),
         ('text,label\n"a\nb",1\n,2\n', ["d.csv, line 4, column 'text': empty text"]),
         ("prompt,completion\na,b\n,c\n", ["line 3, column 'prompt': empty text"]),

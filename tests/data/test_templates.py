@@ -256,3 +256,32 @@ def test_a_template_that_refuses_names_the_row_and_says_why():
     with pytest.raises(DataError, match=r"row 1: .*NoneType") as caught:
         converse(tokenizer, TALK, "row 1")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("unwanted", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3_training"])
+def test_messages_that_say_so_are_context(name, unwanted):
+    """OpenAI's weight and axolotl's train; the tokens stay those of the whole conversation."""
+    tokenizer = having(tiny_tokenizer(), template_of_trl(name))
+    talk = (user("q"), assistant("bad") | unwanted, user("r"), assistant("good") | {"weight": 1, "train": True})
+    (example,) = encoded(tokenizer, talk).examples
+    assert example["input_ids"] == whole(tokenizer, (user("q"), assistant("bad"), user("r"), assistant("good")))
+    (learned,) = [tokenizer.decode(run) for run in runs(tokenizer, example)]
+    assert "good" in learned
+    assert "bad" not in learned
+    with pytest.raises(DataError, match="none of the 1 rows has an answer of the assistant to learn"):
+        encoded(tokenizer, talk[:2])
+
+
+def test_a_call_that_the_template_drops_is_not_learned_as_an_empty_answer():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    talk = (user("q"), {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "2"}, assistant("it is 2"))  # fmt: skip
+    tokenizer = tiny_tokenizer()
+    found = encoded(tokenizer, talk)
+    assert [tokenizer.decode(run) for run in runs(tokenizer, found.examples[0])] == ["it is 2<|im_end|>\n"]
+    assert "calls of tools: they are not learned" in found.notes[0]
+    talk[1]["content"] = "Let me see."
+    found = encoded(tokenizer, talk)
+    assert tokenizer.decode(runs(tokenizer, found.examples[0])[0]) == "Let me see.<|im_end|>\n"
+    assert "calls of tools: they are not learned" in found.notes[0]

@@ -196,6 +196,20 @@ def test_a_completion_may_be_a_conversation(tmp_path):
         read(tmp_path, prompt=[user("q")], completion=[user("b")])
 
 
+def test_names_of_speakers_in_any_case(tmp_path):
+    talk = [system("s"), user("q"), answer("a")]
+    named = [{"role": name, "content": text} for name, text in (("System", "s"), ("USER", "q"), ("Assistant ", "a"))]
+    sent = [from_value(name, text) for name, text in (("SYSTEM", "s"), ("Human", "q"), ("GPT", "a"))]
+    for row in ({"messages": named}, {"conversations": sent}):
+        assert list(read(tmp_path, **row)) == [Chat("7", tuple(talk))]
+
+
+def test_weights_that_are_neither_0_nor_1_are_refused(tmp_path):
+    assert read(tmp_path, messages=[user("q"), answer("a") | {"weight": 0}])
+    with pytest.raises(DataError, match=r"message 2: weight 0\.5, expected 0 or 1"):
+        read(tmp_path, messages=[user("q"), answer("a") | {"weight": 0.5}])
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -9,9 +9,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from transformers import AutoConfig
 
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.export import save_model
+from tenfold.models.heads import auto_class
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model
 
@@ -54,8 +56,27 @@ def test_tasks(tmp_path, folder):
     t5 = tiny_model("t5")
     saved = save_model(t5.model, t5.tokenizer, tmp_path / "t5")
     assert open_model(saved, "seq2seq", device="cpu").model.config.is_encoder_decoder
-    with pytest.raises(ModelError, match="no head for task 'causal'; it has seq2seq"):
+    with pytest.raises(ModelError, match="no head for task 'causal'; they have seq2seq"):
         open_model(saved, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "task", "said"),
+    [
+        ("bert", "ForMaskedLM", "causal", "bert is an encoder: its attention sees the tokens"),
+        ("roberta", "ForMaskedLM", "causal", "roberta is an encoder"),
+        ("bart", "ForConditionalGeneration", "causal", "bart has an encoder beside its decoder"),
+        ("bart", "ForConditionalGeneration", "reward", "bart has an encoder beside its decoder"),
+    ],
+)
+def test_what_transformers_opens_for_a_task_that_it_cannot_do_is_refused(kind, head, task, said):
+    """An encoder's loss would be that of tokens that it sees."""
+    config = AutoConfig.for_model(kind, architectures=[head])
+    with pytest.raises(ModelError, match=said) as caught:
+        auto_class(config, task, "theirs")
+    assert "open it with task=" in caught.value.remedy
+    assert auto_class(AutoConfig.for_model("bert", is_decoder=True), "causal", "theirs")
+    assert auto_class(AutoConfig.for_model("bert"), "classification", "theirs")
 
 
 def test_dtype(folder):
