@@ -20,7 +20,7 @@ from tenfold.config.base import yes_or_no
 from tenfold.config.data import DataFields
 from tenfold.config.gear import PackedFields
 from tenfold.config.shape import Shape
-from tenfold.config.stage import ArtefactKind, RowsRead, StageConfig, Takes, check_kind
+from tenfold.config.stage import ArtefactKind, Needs, RowsRead, StageConfig, Takes, check_kind
 from tenfold.errors import ConfigError, DataError
 
 UseTemplate = Annotated[Literal["auto", "yes", "no"], BeforeValidator(yes_or_no)]
@@ -252,6 +252,7 @@ class ProfileConfig(DataFields):
     examples = ("tenfold steer profile demo --out runs/heads",)
     reads: ClassVar[tuple[str, ...]] = ("preference",)
     data_pool: ClassVar[str | None] = "tagged prompts"
+    needs: ClassVar[Needs] = Needs(full_attention=True)  # gradients of weights that only masks give
     learns: ClassVar[bool] = True
     makes: ClassVar[Mapping[str, ArtefactKind]] = {"profile": "profile"}
     run = "tenfold.attend.pasta.stage:run_profile"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tenfold.models.changes import prepare_opening
 from tenfold.models.gguf import converted
 from tenfold.models.heads import auto_class
 from tenfold.models.open import explain, resolve_device, resolve_dtype
@@ -51,6 +52,7 @@ def _plain(ref: ModelRef) -> Any:
         raise explain(located, folder, error) from error
     if ref.task == "reward":
         config.num_labels = 1
+    prepare_opening(config)
     dtype = resolve_dtype(ref.dtype, resolve_device(ref.device), ref.load)
     with torch.device("meta"):
         return auto_class(config, ref.task, folder).from_config(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import prepare_model_for_kbit_training
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -155,7 +155,10 @@ def _materialise(model: nn.Module) -> None:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations have made and that are still referenced."""
+    """Counts the bytes of all storages that operations have made and that are still referenced.
+
+    Code that asks for a content, such as whether documents are packed, is told no: fake tensors have none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +169,10 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        try:
+            out = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            return False
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()

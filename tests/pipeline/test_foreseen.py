@@ -5,7 +5,10 @@ import json
 import pytest
 
 from tenfold import cli
+from tenfold.attend.masformer import convert
 from tenfold.errors import ConfigError, ModelError, TenfoldError
+from tenfold.kernels.local import AttentionWindow
+from tenfold.models.export import save_model
 from tenfold.models.reference import ModelRef
 from tenfold.models.shape import shape_from, shape_of
 from tenfold.models.tiny import tiny_model
@@ -52,6 +55,7 @@ CASES = {
     ),
     "sinks": ([SPANS, {"use": "export", "form": "native"}], "sinks is 4"),
     "blocks": ([{**SPANS, "pattern": "block", "sinks": 0}, {"use": "export", "form": "native"}], "not pattern block"),
+    "heads of spans": ([SPANS, {"use": "profile"}], "02-profile: tiny:llama has local spans, and profile needs full"),
     "nothing to pack": ([NOWHERE, {"use": "gear", "context": 64}], "02-gear: caches: .* nothing to pack"),
     "nothing to pack for a text": ([NOWHERE, {"use": "generate", "kv": "gear:4"}], "kv: .* nothing to pack"),
     "bits of a layer": (
@@ -170,6 +174,19 @@ def folder(tmp_path):
 def test_a_folder_is_looked_at(folder, number_rows):
     with pytest.raises(ConfigError, match="01-lora: max_length: 600 is above the 512"):
         runner.check(plan_of([{**TRAIN, "max_length": 600}], number_rows, model=str(folder)))
+
+
+def test_a_converted_folder_is_looked_at_and_estimated(tmp_path, number_rows):
+    opened = tiny_model("llama")
+    convert(opened.model, full_layers=[0], span=AttentionWindow("sliding", 16))
+    save_model(opened.model, opened.tokenizer, tmp_path / "model")
+    model = str(tmp_path / "model")
+    with pytest.raises(ConfigError, match="targets: 'fc1' matches nothing"):
+        runner.check(plan_of([{**TRAIN, "targets": ["fc1"]}], number_rows, model=model))
+    [_, found] = estimate(plan_of([TRAIN], number_rows, model=model))
+    [_, plain] = estimate(plan_of([TRAIN], number_rows))
+    assert found.amounts["trainable parameters"] == plain.amounts["trainable parameters"]
+    assert found.amounts["activations"] == pytest.approx(plain.amounts["activations"], rel=0.5)
 
 
 def test_a_saved_reward_model_needs_no_reference(tmp_path, number_rows):
