@@ -25,7 +25,7 @@ from tenfold.compat import quiet_upstream
 from tenfold.config.base import Config
 from tenfold.config.stage import StageConfig
 from tenfold.errors import ConfigError, TenfoldError
-from tenfold.flags import flags_of, in_our_words, readable_help
+from tenfold.flags import flags_of, in_our_words, readable_help, with_flags
 
 EXAMPLES = {
     "run": (
@@ -144,7 +144,7 @@ def _parse(
 class _RefusedError(Exception):
     """Carries what is wrong with the flags past tyro, which would show pydantic's words for it."""
 
-    def __init__(self, error: ConfigError) -> None:
+    def __init__(self, error: TenfoldError) -> None:
         super().__init__(str(error))
         self.error = error
 
@@ -169,8 +169,7 @@ def _checked(config_class: Any, where: str, group: str = "") -> Any:
             try:
                 config_class.parse(values, where)
             except ConfigError as error:
-                problem = error.problem.replace(f"{where}: ", f"{where}: {group}")
-                raise _RefusedError(ConfigError(problem, error.remedy)) from None
+                raise _RefusedError(with_flags(error, where, where, config_class, group)) from None
             super().__init__(**values)
 
     for key, field in Checked.model_fields.items():
@@ -335,8 +334,8 @@ def _stage_verb(verb: str, arguments: list[str]) -> int:
         settings = hashlib.sha256(plan.to_yaml().encode()).hexdigest()[:6]
         try:
             return _execute(plan, out or Path("runs") / f"{use}-{settings}")
-        except ConfigError as error:  # names the stage and its key, and here are a verb and its flags
-            raise ConfigError(_with_flag(error.problem, verb, plan.steps[0].folder, cls), error.remedy) from error
+        except TenfoldError as error:  # names the stage and its key, and here are a verb and its flags
+            raise with_flags(error, plan.steps[0].folder, f"tenfold {verb}", cls) from error
 
     command.__annotations__ = {
         "model": Annotated[model_class, OmitArgPrefixes],
@@ -350,21 +349,6 @@ def _stage_verb(verb: str, arguments: list[str]) -> int:
     note = f"\n\n--method: {', '.join(methods)} (these flags are those of {use})" if len(methods) > 1 else ""
     classes = (cls, model_fields)
     return _parse(command, verb, arguments, note, classes, _elsewhere(classes))
-
-
-def _with_flag(problem: str, verb: str, folder: str, cls: type[Config]) -> str:
-    """What is wrong with the only stage of a command, in the words of the command line.
-
-    >>> from tenfold.config.lora import LoraConfig
-    >>> _with_flag("01-lora: max_length: too long", "adapt", "01-lora", LoraConfig)
-    'tenfold adapt: --max-length: too long'
-    """
-    if not problem.startswith(f"{folder}: "):
-        return problem
-    said = problem.removeprefix(f"{folder}: ")
-    key, colon, rest = said.partition(": ")
-    flag = f"--{key.replace('_', '-')}" if key in cls.model_fields else key
-    return f"tenfold {verb}: {flag}{colon}{rest}"
 
 
 def _method(verb: str, methods: list[str], arguments: list[str]) -> tuple[str, list[str]]:

@@ -6,13 +6,13 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 from tenfold.config.base import Config
 from tenfold.config.reading import read_yaml
-from tenfold.errors import ConfigError
+from tenfold.errors import ConfigError, TenfoldError
 
 FREE_TEXT = {"generate": "--prompts", "steer": "--prompts", "run": "--set", "validate": "--set", "estimate": "--set"}
 """Verb -> the flag that a word without one was probably meant for; of all others it is the data."""
@@ -33,6 +33,33 @@ def flags_of(classes: Iterable[type[Config]], group: str = "") -> dict[str, tupl
             elif key != "model":
                 found[f"--{group}{key.replace('_', '-')}"] = (key, cls)
     return found
+
+
+def with_flags(error: TenfoldError, where: str, place: str, cls: type[Config], group: str = "") -> TenfoldError:
+    """The error in the words of the command line: a verb and its flags in place of a stage and its keys.
+
+    Args:
+        error: what is wrong, with keys in front of problems and remedies.
+        where: what stands in front of its problems.
+        place: what is to stand there.
+        cls: the configuration that has the keys.
+        group: of the keys, with its dot.
+
+    >>> from tenfold.config.lora import LoraConfig
+    >>> print(with_flags(ConfigError("01-lora: max_length: too long"), "01-lora", "tenfold adapt", LoraConfig))
+    tenfold adapt: --max-length: too long
+    """
+    key = re.compile(rf"^( *)({'|'.join(cls.model_fields)})(?=: )", re.M)
+
+    def flagged(text: str) -> str:
+        return key.sub(lambda found: f"{found[1]}--{group}{found[2].replace('_', '-')}", text)
+
+    said = []
+    for line in error.problem.splitlines():
+        rest = line.removeprefix(f"{where}: ")
+        named = flagged(rest)
+        said.append(line if rest == line else f"{place}: {named if named != rest else group + rest}")
+    return type(error)("\n".join(said), error.remedy and flagged(error.remedy))
 
 
 @contextmanager
@@ -73,9 +100,10 @@ def in_our_words(
             return
         flag = argument.lowered.name_or_flags[-1]
         if kind == "InvalidChoice":
-            near = difflib.get_close_matches(event.value, event.choices, n=1)
+            choices = sorted(set(event.choices) - {"None"}, key=_order(flag, fields))  # None is no flag at all
+            near = difflib.get_close_matches(event.value, choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            _refuse(verb, f"{flag}: must be one of {', '.join(event.choices)}, got {event.value!r}{hint}")
+            _refuse(verb, f"{flag}: must be one of {', '.join(choices)}, got {event.value!r}{hint}")
         if kind == "BadValue":
             _refuse(verb, f"{flag}: a value is asked for behind it")
         values = _values(flag, arguments)
@@ -99,6 +127,13 @@ def in_our_words(
 
     with on_parse_error(refuse):
         yield
+
+
+def _order(flag: str, fields: Mapping[str, tuple[str, type[Config]]]) -> Callable[[str], int]:
+    """The order in which the field names its choices."""
+    key, cls = fields[flag] if flag in fields else ("", Config)
+    named = str(cls.model_fields[key].annotation) if key else ""
+    return lambda choice: named.find(repr(choice))
 
 
 def _refuse(verb: str, problem: str) -> NoReturn:

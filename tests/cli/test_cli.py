@@ -99,7 +99,8 @@ def test_validate_says_what_it_read(recipe):
         (["adapt", "demo", "--steps", "1e3"], "--steps: digits are asked for, got '1e3'"),
         (["adapt", "demo", "--steps"], "--steps: a value is asked for"),
         (["adapt", "demo", "--schedule", "fast"], "--schedule: must be one of linear, cosine, constant, got 'fast'"),
-        (["adapt", "demo", "--learning-rate", "nan"], "learning_rate: a finite number is asked for"),
+        (["evaluate", "demo", "--emphasise", "mark"], "one of marks, question, gold, whole, got 'mark'; did you mean"),
+        (["adapt", "demo", "--learning-rate", "nan"], "tenfold adapt: --learning-rate: a finite number is asked for"),
         (["adapt", "demo", "--columns", "text:body"], "as in --columns prompt question, got 'text:body'"),
         (["adapt", "demo", "--columns", "{text: body}"], "as in --columns prompt question"),
         (["adapt", "demo", "--columns", "text"], "as in --columns prompt question, got 'text'"),
@@ -190,7 +191,7 @@ def test_flags_of_a_group(monkeypatch, capsys):
         assert cli.main([*flags, *wrong]) == 2
         assert message in capsys.readouterr().err
     assert cli.main(["align", "tiny:llama", "--data", "step-audit:20:1", "--paper.smoothing", "0.9"]) == 2
-    assert "tenfold align: paper.smoothing: must be below 0.5, got 0.9" in capsys.readouterr().err
+    assert "tenfold align: --paper.smoothing: must be below 0.5, got 0.9" in capsys.readouterr().err
 
 
 def test_verbs_work_on_what_verbs_made(number_rows, tmp_path, monkeypatch, capsys):
