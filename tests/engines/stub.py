@@ -97,10 +97,10 @@ def serving(stub):
                 for key, value in {**headers, "Content-Length": str(len(said))}.items():
                     self.send_header(key, value)
                 self.end_headers()
-                self.wfile.write(said)
-            finally:
+            finally:  # before the last byte: a client that has it may ask again while this thread waits for its turn
                 with stub.lock:
                     stub.running -= 1
+            self.wfile.write(said)
 
         def log_message(self, *args):
             pass
