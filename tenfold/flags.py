@@ -131,7 +131,7 @@ def in_our_words(
 
 def _order(flag: str, fields: Mapping[str, tuple[str, type[Config]]]) -> Callable[[str], int]:
     """The order in which the field names its choices."""
-    key, cls = fields[flag] if flag in fields else ("", Config)
+    key, cls = fields.get(flag, ("", Config))
     named = str(cls.model_fields[key].annotation) if key else ""
     return lambda choice: named.find(repr(choice))
 
