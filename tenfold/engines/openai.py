@@ -47,7 +47,7 @@ class OpenAIEngine:
         timeout: seconds that the server may stay silent.
         retries: how often a request is tried again after 429, 5xx, silence or no connection, with growing pauses.
         pause: seconds before the first retry.
-        concurrency: requests at once, 1 or more.
+        concurrency: requests at once, 1 or more, also where several threads ask.
         requests_per_minute: limit, each try counted; None for none.
         tokens_per_minute: limit on tokens read and written, estimated before and counted after; None for none.
         options: further fields of every request, such as ``{"top_k": 20}``.
@@ -86,7 +86,7 @@ class OpenAIEngine:
         self.options = dict(options or {})
         self.capabilities = frozenset({"text", "messages", "seed", "score"}) | self.accepts
         rates = {"requests": Rate(requests_per_minute), "tokens": Rate(tokens_per_minute)}
-        self.sender = Sender(url.rstrip("/"), key, timeout, retries, pause, **rates)
+        self.sender = Sender(url.rstrip("/"), key, timeout, retries, pause, **rates, at_once=concurrency)
 
     def generate(self, requests: Sequence[Request]) -> list[Reply]:
         """One text for each request, in their order.

@@ -126,6 +126,7 @@ class Sender:
         pause: seconds before the first of these; each next one is twice as long, up to a minute, and part of it chance.
         requests: per minute, each try counted.
         tokens: per minute, read and written ones.
+        at_once: requests that are under way at one time, whichever threads send them.
     """
 
     url: str
@@ -135,6 +136,10 @@ class Sender:
     pause: float = 1.0
     requests: Rate = field(default_factory=lambda: Rate(None))
     tokens: Rate = field(default_factory=lambda: Rate(None))
+    at_once: int = 8
+
+    def __post_init__(self) -> None:
+        self._room = threading.BoundedSemaphore(self.at_once)
 
     def send(
         self, path: str, payload: Mapping[str, Any], *, expected: float = 0, used: Callable[[Any], float] | None = None
@@ -156,9 +161,10 @@ class Sender:
         for attempt in range(self.retries + 1):
             cost = self.tokens.take(expected)
             self.requests.take(1)
-            began = time.perf_counter()
             try:
-                answer = post(self.url + path, payload, timeout=self.timeout, key=self.key)
+                with self._room:
+                    began = time.perf_counter()
+                    answer = post(self.url + path, payload, timeout=self.timeout, key=self.key)
             except TransportError as error:
                 cost[1] = 0.0
                 if not error.again or attempt == self.retries:

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -73,20 +74,34 @@ def test_no_more_at_once_than_asked_for(stub, client):
     stub.delay = 0.05
     client(concurrency=3).generate([ASK] * 9)
     assert stub.most == 3
+    engine = client(concurrency=2)
+    stub.most = 0
+    with ThreadPoolExecutor(3) as pool:  # as agents and judges share an engine
+        list(pool.map(engine.generate, [[ASK] * 3] * 3))
+    assert stub.most == 2
+
+
+class NotedRate(Rate):
+    """Remembers when each request was let through: when it reaches the server is the machine's business."""
+
+    def take(self, amount):
+        entry = super().take(amount)
+        self.times = [*getattr(self, "times", []), entry[0]]
+        return entry
 
 
 def test_rates_are_kept(stub, client):
     engine = client(concurrency=4)
-    engine.sender.requests = Rate(2, window=0.4)
+    engine.sender.requests = rate = NotedRate(2, window=0.4)
     engine.generate([ASK] * 5)
-    times = sorted(seen[0] for seen in stub.seen)
-    assert all(later - earlier >= 0.38 for earlier, later in zip(times, times[2:], strict=False))
-    stub.seen.clear()
+    times = sorted(rate.times)
+    assert len(times) == 5
+    assert all(later - earlier >= 0.4 for earlier, later in zip(times, times[2:], strict=False))
     engine = client(concurrency=1)
     engine.sender.tokens = Rate(15, window=0.4)  # each costs 13, as the server says: 10 read, 3 written
     began = time.monotonic()
     engine.generate([ASK] * 3)
-    assert 0.8 <= time.monotonic() - began < 2
+    assert time.monotonic() - began >= 0.8
     assert [round(entry[1]) for entry in engine.sender.tokens._taken] == [13]
 
 
