@@ -115,6 +115,11 @@ class CacheConfig(Config):
             raise ValueError("kernel: simulate has no packed form that a kernel could read; leave kernel out")
         return self
 
+    @property
+    def exact_tokens(self) -> int:
+        """First tokens that stay exact."""
+        return self.sinks if self.sinks is not None else 4 if self.variant == "best" else 0
+
 
 VARIANTS: dict[str, Variant] = {
     "gear": "best",
@@ -299,6 +304,14 @@ class GearConfig(DataFields):
             checked_kv("caches", cache)
         if len(set(self.named())) < len(self.caches):
             raise ValueError(f"caches: {', '.join(self.caches)} names one twice")
+        for cache in self.named():
+            known = parse_kv(cache)
+            needed = known.buffer + known.exact_tokens
+            if self.context < needed and known.prefill != "compress":
+                raise ValueError(
+                    f"context: {cache} packs nothing of {self.context} tokens, only from {needed} on: give a context "
+                    f"of {needed} or more, or {cache},buffer=64"
+                )
         for key in self.paper.model_dump(exclude_defaults=True):
             if not any(key in _PARTS[parse_kv(cache).variant] for cache in self.caches):
                 raise ValueError(f"paper.{key}: none of the caches has such a part: add gear-full:2 to caches, for one")

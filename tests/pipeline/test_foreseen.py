@@ -56,7 +56,11 @@ CASES = {
     "sinks": ([SPANS, {"use": "export", "form": "native"}], "sinks is 4"),
     "blocks": ([{**SPANS, "pattern": "block", "sinks": 0}, {"use": "export", "form": "native"}], "not pattern block"),
     "heads of spans": ([SPANS, {"use": "profile"}], "02-profile: tiny:llama has local spans, and profile needs full"),
-    "nothing to pack": ([NOWHERE, {"use": "gear", "context": 64}], "02-gear: caches: .* nothing to pack"),
+    "nothing to pack": ([NOWHERE, {"use": "gear", "context": 192}], "02-gear: caches: .* nothing to pack"),
+    "nothing packed yet": (
+        [{"use": "gear", "context": 131}],
+        "context: gear:2 packs nothing of 131 tokens, only from 132",
+    ),
     "nothing to pack for a text": ([NOWHERE, {"use": "generate", "kv": "gear:4"}], "kv: .* nothing to pack"),
     "bits of a layer": (
         [{"use": "generate", "kv": "gear:4,layer_bits={2: [8, 8]}"}],

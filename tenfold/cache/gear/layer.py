@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tenfold.cache.gear.handle import PackedHandle
 from tenfold.cache.gear.recipe import Format, compress
-from tenfold.cache.gear.settings import KEYS, VALUES, LayerFormats, layer_formats, rotates, sinks_of
+from tenfold.cache.gear.settings import KEYS, VALUES, LayerFormats, layer_formats, rotates
 from tenfold.cache.layer import CacheLayer, Change
 from tenfold.config.gear import CacheConfig
 from tenfold.core.formats import half_or_float
@@ -203,7 +203,7 @@ class GearLayer(CacheLayer):
 
     def _missing_sinks(self) -> int:
         """First tokens that are to stay exact and lie in the buffer yet."""
-        return 0 if self.packed else max(0, sinks_of(self.config) - self.first[0].shape[2])
+        return 0 if self.packed else max(0, self.config.exact_tokens - self.first[0].shape[2])
 
     def _plan(self, tokens: int) -> list[tuple[int, int, tuple[Format, Format]]]:
         """What of so many tokens is packed: tokens, number of blocks, formats.

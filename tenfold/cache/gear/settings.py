@@ -98,11 +98,6 @@ def within_budget(config: CacheConfig, *, layers: int, channels: int, kv_heads: 
     )
 
 
-def sinks_of(config: CacheConfig) -> int:
-    """First tokens that stay exact."""
-    return config.sinks if config.sinks is not None else 4 if config.variant == "best" else 0
-
-
 def rotates(config: CacheConfig) -> bool:
     """Whether heads are rotated before packing."""
     return config.rotate if config.rotate is not None else config.variant == "best"

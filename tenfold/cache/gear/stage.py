@@ -14,7 +14,6 @@ from transformers import DynamicCache, StaticCache
 from tenfold.cache.gear import CacheConfig
 from tenfold.cache.gear.layer import GearLayer
 from tenfold.cache.gear.measure import Quality, measure_decoding, measure_quality
-from tenfold.cache.gear.settings import sinks_of
 from tenfold.cache.packing import _packed_cache
 from tenfold.cache.spans import SpanCache, own_cache
 from tenfold.config.gear import GearConfig, parse_kv
@@ -76,7 +75,7 @@ _SPANS_NOTE = (
 
 
 def _check_lengths(model: Any, config: GearConfig) -> None:
-    """What a model cannot read, and what no cache would pack."""
+    """Refuse texts that are longer than what the model can read."""
     limit = max_positions(model)
     asked = {"context": config.context + config.scored}
     if getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) is None:  # learned positions end
@@ -86,14 +85,6 @@ def _check_lengths(model: Any, config: GearConfig) -> None:
             raise ConfigError(
                 f"{key}: {tokens} tokens with what follows are more than the {limit} of the model",
                 remedy=f"give a smaller {key}",
-            )
-    for name in config.named():
-        settings = parse_kv(name)
-        needed = settings.buffer + sinks_of(settings)
-        if config.context < needed and settings.prefill != "compress":
-            raise ConfigError(
-                f"context: {name} packs nothing of {config.context} tokens, only from {needed} on",
-                remedy=f"give a context of {needed} or more, or {name},buffer=64",
             )
 
 
