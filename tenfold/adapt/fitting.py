@@ -47,7 +47,12 @@ def prepare(config: TextTrainingFields, context: Context) -> tuple[Opened, Encod
             remedy="leave boundaries out, or give packing: false",
         )
     encoded = encode(
-        rows, opened.tokenizer, max_length=config.max_length, packing=config.packing, boundaries=config.boundaries
+        rows,
+        opened.tokenizer,
+        max_length=config.max_length,
+        packing=config.packing,
+        boundaries=config.boundaries,
+        on_bad_row=config.on_bad_row,
     )
     return opened, dataclasses.replace(encoded, notes=(*opened.notes, *encoded.notes))
 

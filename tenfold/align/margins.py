@@ -345,7 +345,9 @@ def _uses_chat(tokenizer: Any, chat: bool | None) -> bool:
     if chat:
         require_chat_template(tokenizer)
     elif tokenizer.eos_token is None:
-        raise ModelError("the tokenizer has no end-of-text token", remedy="set tokenizer.eos_token")
+        raise ModelError(
+            "the tokenizer has no end-of-text token", remedy="name one as eos_token in its tokenizer_config.json"
+        )
     return chat
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tenfold.config.stage import OnBadRow
 from tenfold.data.rows import Chat, Completion, Row, Text
 from tenfold.data.templates import Conversation, converse, template_notes
 from tenfold.data.tokens import tokens, tokens_within
@@ -59,6 +60,7 @@ def encode(
     packing: bool,
     boundaries: bool = False,
     chat: bool | None = None,
+    on_bad_row: OnBadRow = "stop",
 ) -> Encoded:
     """Turn rows of text, completions or conversations into token examples.
 
@@ -82,6 +84,7 @@ def encode(
         packing: join rows of text.
         boundaries: keep joined rows apart: a token sees those of its own row only.
         chat: whether completions use the chat template; by default where the tokenizer has one.
+        on_bad_row: ``stop`` at the first row that the chat template refuses, or ``skip`` such rows; a note counts them.
 
     Raises:
         DataError: for rows of other kinds, rows that the chat template refuses, or when nothing to learn remains.
@@ -97,8 +100,10 @@ def encode(
         raise DataError("no rows to encode", remedy="give at least one row")
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ModelError("the tokenizer has no end-of-text token", remedy="set tokenizer.eos_token")
-    found = [_tokens(row, tokenizer, eos, chat) for row in rows]
+        raise ModelError(
+            "the tokenizer has no end-of-text token", remedy="name one as eos_token in its tokenizer_config.json"
+        )
+    found, refused = _all_tokens(rows, tokenizer, eos, chat, on_bad_row)
     if packing and isinstance(rows[0], Text):
         examples = _pack([ids for ids, _, _ in found], max_length, boundaries)
         return _count(rows, examples, truncated=0, cut=0, left_out=0)
@@ -111,10 +116,10 @@ def encode(
             examples.append(example)
         else:
             left_out += 1
-    notes = template_notes([row.talk for row in found if row.talk is not None])
+    notes = [*refused, *template_notes([row.talk for row in found if row.talk is not None])]
     if silent:
         notes.append(f"{silent} of {len(rows)} rows were left out: they have no answer of the assistant to learn.")
-    if silent == len(rows):
+    if silent == len(found):
         raise DataError(
             f"none of the {len(rows)} rows has an answer of the assistant to learn (first: row {rows[0].id!r})",
             remedy="give conversations that end with one, or prompt and completion",
@@ -186,19 +191,39 @@ class _Tokens(NamedTuple):
     talk: Conversation | None = None
 
 
-def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None) -> _Tokens:
+def _all_tokens(
+    rows: Sequence[Row], tokenizer: Any, eos: int, chat: bool | None, on_bad_row: OnBadRow
+) -> tuple[list[_Tokens], list[str]]:
+    """The tokens of the rows, and a note on those that the chat template refused."""
+    # Rows that were read know where they stand in their source.
+    places = [record.place for record in getattr(rows, "records", ())] or [f"row {row.id!r}" for row in rows]
+    found, refused = [], []
+    for row, place in zip(rows, places, strict=True):
+        try:
+            found.append(_tokens(row, tokenizer, eos, chat, place))
+        except DataError as error:
+            if on_bad_row == "stop":
+                raise
+            refused.append(error)
+    if refused and not found:
+        raise refused[0]
+    said = f"{len(refused)} of {len(rows)} rows cannot be encoded and were left out (on_bad_row: skip)"
+    return found, [f"{said} (first: {str(refused[0]).splitlines()[0]})."] if refused else []
+
+
+def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None, place: str) -> _Tokens:
     """The tokens of a row and which of them are to be learned."""
     if isinstance(row, Text):
         return _ended(tokens(tokenizer, row.text), None, eos)
     if isinstance(row, Completion):
         if tokenizer.chat_template is not None if chat is None else chat:
-            return _conversation(Chat(row.id, row.messages, given=len(row.messages) - 1), tokenizer)
+            return _conversation(Chat(row.id, row.messages, given=len(row.messages) - 1), tokenizer, place)
         whole = row.prompt + row.completion
         return _ended(*tokens_within(tokenizer, whole, [(len(row.prompt), len(whole))]), eos)
     if isinstance(row, Chat):
-        return _conversation(row, tokenizer)
+        return _conversation(row, tokenizer, place)
     raise DataError(
-        f"row {row.id!r} is a {type(row).__name__.lower()} row, which has no text to continue",
+        f"{place} is a {type(row).__name__.lower()} row, which has no text to continue",
         remedy="give rows of text, completions or conversations",
     )
 
@@ -211,8 +236,8 @@ def _ended(ids: list[int], learned: list[bool] | None, eos: int) -> _Tokens:
     return _Tokens(ids, [*learned[: len(ids) - 1], True])
 
 
-def _conversation(row: Chat, tokenizer: Any) -> _Tokens:
-    talk = converse(tokenizer, row.messages, f"row {row.id!r}", given=row.given, **row.options)
+def _conversation(row: Chat, tokenizer: Any, place: str) -> _Tokens:
+    talk = converse(tokenizer, row.messages, place, given=row.given, **row.options)
     # The template writes the special tokens that are wanted, also that of the beginning.
     return _Tokens(*tokens_within(tokenizer, talk.text, talk.spans, special=False), talk)
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoConfig, DynamicCache, GenerationConfig
 
 from tenfold import gear, pasta
 from tenfold.attend.span_handle import Part, SpanHandle
+from tenfold.cache.gear.cache import check_readable
 from tenfold.cache.gear.handle import PackedHandle
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.cache.gear.settings import LADDER, layer_formats
@@ -548,3 +549,9 @@ def test_settings_in_one_word_or_by_name_but_not_both():
     for wrong in ("gear:4,buffer=[", "gear:\u00b2", "gear:4,bits=8", "gear:3.5bits,layer_bits={0: [8, 8]}"):
         with pytest.raises(ConfigError):
             parse_kv(wrong)
+
+
+def test_models_that_take_their_own_class_of_cache_are_refused():
+    with pytest.raises(ModelError, match="minimax: takes no cache but one of its own class"):
+        check_readable(AutoConfig.for_model("minimax"))
+    check_readable(AutoConfig.for_model("mixtral"))

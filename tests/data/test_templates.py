@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tenfold.data.encode import IGNORED, encode
+from tenfold.data.read import read_rows
 from tenfold.data.rows import Chat, Completion
 from tenfold.data.templates import converse, render_chat
 from tenfold.errors import DataError
@@ -285,3 +288,20 @@ def test_a_call_that_the_template_drops_is_not_learned_as_an_empty_answer():
     found = encoded(tokenizer, talk)
     assert tokenizer.decode(runs(tokenizer, found.examples[0])[0]) == "Let me see.<|im_end|>\n"
     assert "calls of tools: they are not learned" in found.notes[0]
+
+
+def test_what_a_template_refuses_is_named_by_its_line_and_can_be_skipped(tmp_path):
+    talks = [[user(f"q{n}"), assistant("yes")] for n in range(3)]
+    talks[1].insert(0, {"role": "system", "content": "be"})
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    tokenizer = having(tiny_tokenizer(), template_of_trl("gemma"))
+    given = {"max_length": 99, "packing": False}
+    with pytest.raises(DataError, match=r"d\.jsonl, line 2: the chat template refuses .*System role"):
+        encode(read_rows(str(path)), tokenizer, **given)
+    found = encode(read_rows(str(path)), tokenizer, **given, on_bad_row="skip")
+    assert len(found.examples) == 2
+    assert "1 of 3 rows cannot be encoded and were left out (on_bad_row: skip) (first: " in found.notes[0]
+    assert "line 2" in found.notes[0]
+    with pytest.raises(DataError, match="line 2"):
+        encode(read_rows(str(path))[1:2], tokenizer, **given, on_bad_row="skip")

@@ -175,6 +175,10 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
     return {index: GearLayer(settings, index, reads) for index in full}
 
 
+_OWN_CACHES = ("minimax",)
+"""Model types whose forward refuses any other class of cache (transformers 5.23)."""
+
+
 def check_readable(decoder: Any) -> None:
     """Refuse attention that works on what its cache hands over before it attends, as latent attention does.
 
@@ -182,12 +186,17 @@ def check_readable(decoder: Any) -> None:
         decoder: the configuration of the model's decoder.
 
     Raises:
-        ModelError: latent attention (DeepSeek and its kin).
+        ModelError: latent attention (DeepSeek and its kin), or a model that takes its own class of cache only.
     """
     if getattr(decoder, "kv_lora_rank", None):
         raise ModelError(
             f"{decoder.model_type}: its cache holds what keys and values are made of, so none is packed",
             remedy="keep the model's own cache, which is small already (leave kv out)",
+        )
+    if decoder.model_type in _OWN_CACHES:
+        raise ModelError(
+            f"{decoder.model_type}: takes no cache but one of its own class, so none is packed",
+            remedy="keep the model's own cache (leave kv out)",
         )
 
 

@@ -25,7 +25,7 @@ class PackedHandle(CacheHandle):
 
     view: View
 
-    remedy: ClassVar[str] = "use a bare GearCache, outside of attach; and one that was made for this very model"
+    remedy: ClassVar[str] = "leave kv out, or use a bare GearCache of this very model, outside of attach"
 
     @property
     def tokens(self) -> int:
