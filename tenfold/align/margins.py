@@ -345,9 +345,7 @@ def _uses_chat(tokenizer: Any, chat: bool | None) -> bool:
     if chat:
         require_chat_template(tokenizer)
     elif tokenizer.eos_token is None:
-        raise ModelError(
-            "the tokenizer has no end-of-text token", remedy="name one as eos_token in its tokenizer_config.json"
-        )
+        raise ModelError("the tokenizer has no end-of-text token", "name an eos_token in tokenizer_config.json")
     return chat
 
 

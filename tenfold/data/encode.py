@@ -100,9 +100,7 @@ def encode(
         raise DataError("no rows to encode", remedy="give at least one row")
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ModelError(
-            "the tokenizer has no end-of-text token", remedy="name one as eos_token in its tokenizer_config.json"
-        )
+        raise ModelError("the tokenizer has no end-of-text token", "name an eos_token in tokenizer_config.json")
     found, refused = _all_tokens(rows, tokenizer, eos, chat, on_bad_row)
     if packing and isinstance(rows[0], Text):
         examples = _pack([ids for ids, _, _ in found], max_length, boundaries)

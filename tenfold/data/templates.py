@@ -51,8 +51,8 @@ def require_chat_template(tokenizer: Any) -> str:
     if tokenizer.chat_template is None:
         raise ModelError(
             "this tokenizer has no chat template",
-            remedy="take an instruction-tuned model, put the chat_template.jinja of one into the model's folder (in Python "
-            "set tokenizer.chat_template), or give prompts and answers as text",
+            remedy="take an instruction-tuned model, put the chat_template.jinja of one into the model's folder (in "
+            "Python set tokenizer.chat_template), or give prompts and answers as text",
         )
     template: str = tokenizer.get_chat_template()
     return template

@@ -29,7 +29,7 @@ from tenfold.models.source import (
 )
 from tenfold.models.tied import tying_handled, untie
 from tenfold.models.tiny import tiny_model
-from tenfold.models.vocabulary import adapter_tokenizer, fit_embedding
+from tenfold.models.vocabulary import adapter_tokenizer, check_embedding, fit_embedding
 
 
 def open_model(
@@ -130,6 +130,7 @@ def open_model(
         model = merge(model, in_place=True)
     if to_pack:
         model = _packed(model, load, place)
+    check_embedding(model, tokenizer, source)
     settle_padding(model, tokenizer)
     said = tuple(note for note in notes if note is not None)
     for note in said:

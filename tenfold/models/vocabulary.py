@@ -42,6 +42,35 @@ def adapter_tokenizer(folder: Path, tokenizer: Any, config: Any, *, trust_remote
         ) from error
 
 
+def check_embedding(model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer whose ordinary tokens, or those that fill and end texts, have no row in the embedding.
+
+    Added tokens without a row are left alone: some tokenizers have such, and no text of theirs.
+
+    Args:
+        model: a ``transformers`` model, with or without adapters.
+        tokenizer: its tokenizer.
+        name: the model, as the error should call it.
+
+    Raises:
+        ModelError: naming both numbers, or the token.
+    """
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None or weight.ndim != 2:
+        return
+    rows = weight.shape[0]
+    remedy = "take the tokenizer that the model was trained with, or give the model more rows: "
+    remedy += "model.resize_token_embeddings(len(tokenizer)), then save_pretrained"
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, and its embedding has rows for {rows}", remedy
+        )
+    for role in ("pad", "eos", "bos"):
+        token = getattr(tokenizer, f"{role}_token_id", None)
+        if token is not None and token >= rows:
+            raise ModelError(f"{name}: its {role}_token has the number {token}, and its embedding {rows} rows", remedy)
+
+
 def fit_embedding(model: Any, tokenizer: Any, folder: Path) -> str | None:
     """Give the model as many embedding rows as the adapter was trained with, before it is attached.
 

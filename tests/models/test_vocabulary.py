@@ -141,3 +141,16 @@ def test_a_tokenizer_that_cannot_be_read(base, tmp_path):
     (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizerFast"}))
     with pytest.raises(ModelError, match="its tokenizer cannot be read"):
         open_model(tmp_path / "adapter", device="cpu")
+
+
+def test_tokens_without_a_row_are_refused_on_opening(tmp_path):
+    base = tiny_model("llama")
+    base.model.resize_token_embeddings(200)
+    save_model(base.model, base.tokenizer, tmp_path / "small")
+    with pytest.raises(ModelError, match=r"small: its tokenizer has 262 tokens, and its embedding has rows for 200"):
+        open_model(tmp_path / "small", device="cpu")
+    base = tiny_model("llama")
+    base.tokenizer.add_special_tokens({"pad_token": "<fill>"})
+    save_model(base.model, base.tokenizer, tmp_path / "pad")
+    with pytest.raises(ModelError, match=r"pad_token has the number 262, and its embedding 262 rows"):
+        open_model(tmp_path / "pad", device="cpu")
