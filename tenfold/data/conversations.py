@@ -48,7 +48,7 @@ def in_our_form(record: RawRow, values: Mapping[str, Any], told: Counter[str] | 
     {'chosen': ' blue', 'rejected': ' green', 'prompt': 'Sky:'}
     """
     told = Counter() if told is None else told
-    found = dict(values)
+    found = _with_plain_lines(values)
     if _has_implicit_prompt(found):
         told["implicit"] += 1
         found = _from_whole_texts(record, found)
@@ -121,6 +121,14 @@ def _from_conversations(record: RawRow, values: Mapping[str, Any], told: Counter
         if questions and given.split() not in questions:
             told["differs"] += 1
     return {**values, **own, **({"prompt": before} if before else {})}
+
+
+def _with_plain_lines(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns, with the lines of transcripts that come from Windows ended as those of others."""
+    mark = ANSWER.replace("\n", "\r\n")
+    plain = {name: text.replace("\r\n", "\n") for name in ("chosen", "rejected")
+             if isinstance(text := values.get(name), str) and mark in text}  # fmt: skip
+    return {**values, **plain}
 
 
 def _has_implicit_prompt(values: Mapping[str, Any]) -> bool:

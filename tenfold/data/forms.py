@@ -14,6 +14,7 @@ dataset formats (unpaired preferences), LMSYS's Chatbot Arena (``winner``).
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ _ENDS = (("a", "b"), ("0", "1"), ("1", "2"))
 _LABELS = ("label", "winner", "preference", "better_response_id", "preferred")
 _TIES = ("tie", "tied", "tie (bothbad)", "both", "both_bad", "neither", "equal", "same", "draw")
 _SCORES = ("score", "rating", "reward")
+_SIDE = re.compile(r"(?<![^\W_])(chosen|rejected)(?![^\W_])")
+"""As a word of a column's name: ``chosen_score``, ``chosen-rating``."""
 _UNPAIRED = ("label", "kto_tag")
 
 
@@ -127,7 +130,7 @@ def labelled(values: Mapping[str, Any]) -> Labelled | None:
 
 def _better(record: RawRow, value: Any, found: Labelled) -> int | None:
     """Which answer the label names, 0 or 1; None for a tie."""
-    said = str(value).strip().lower()
+    said = _said(value).strip().lower()
     if said in _TIES:
         return None
     for index, (name, end) in enumerate(zip((found.first, found.second), found.names, strict=True)):
@@ -176,17 +179,22 @@ def exchanged(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str
 
 
 def _counterpart(name: str) -> str | None:
-    words = name.split("_")
-    other = "_".join({"chosen": "rejected", "rejected": "chosen"}.get(word, word) for word in words)
+    other = _SIDE.sub(lambda word: "rejected" if word[0] == "chosen" else "chosen", name)
     return None if other == name else other
 
 
 def _other_label(value: Any, found: Labelled) -> Any:
     """The label in the same words, for the other answer."""
-    said = str(value)
-    other = found.names[said[-1].lower() == found.names[0]]
-    text = said[:-1] + (other.upper() if said[-1].isupper() else other)
-    return int(text) if isinstance(value, int) else text
+    said = _said(value)
+    word = said.rstrip()
+    other = found.names[word[-1].lower() == found.names[0]]
+    text = word[:-1] + (other.upper() if word[-1].isupper() else other) + said[len(word) :]
+    return type(value)(text) if isinstance(value, int | float) else text
+
+
+def _said(value: Any) -> str:
+    """A label as text; 1.0 is what pandas makes of 1 where other labels are missing."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def as_flag(value: object) -> bool | None:
@@ -239,8 +247,11 @@ def is_unpaired(values: Mapping[str, Any]) -> bool:
 
 
 def has_unused_flag(values: Mapping[str, Any]) -> bool:
-    """Whether a completion has a label 0 or 1, which may say that it is wanted, or be a class."""
-    return "completion" in values and str(values.get("label")).strip() in ("0", "1")
+    """Whether an answer has a label 0 or 1, which may say that it is wanted, or be a class."""
+    return ("completion" in values or is_turns(values.get("messages"))) and str(values.get("label")).strip() in (
+        "0",
+        "1",
+    )
 
 
 def _is_number(value: Any) -> bool:

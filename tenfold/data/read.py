@@ -352,7 +352,7 @@ _TOLD = {
     "transcript": "prompts are transcripts of Human and Assistant: with a chat template they are read as turns.",
     "alpaca": "rows in Alpaca's form: instruction and input, on lines of their own, are the prompt.",
     "labelled": "rows with two answers and a label, which says which of them is chosen.",
-    "flag": "completions have a label 0 or 1, which is not used: if it says whether the answer is wanted, write true "
+    "flag": "answers have a label 0 or 1, which is not used: if it says whether the answer is wanted, write true "
     "or false.",
     "system": "rows have a column with a system message, which comes first.",
 }

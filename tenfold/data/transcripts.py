@@ -22,6 +22,7 @@ def turns_of(prompt: str) -> list[dict[str, Any]]:
     >>> turns_of("Human: is this a dialogue?")
     []
     """
+    prompt = prompt.replace("\r\n", "\n")
     if not prompt.rstrip().endswith(ANSWER) or not prompt.lstrip().startswith("Human:"):
         return []
     _, *parts = _SPEAKER.split(prompt.rstrip())

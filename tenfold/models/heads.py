@@ -38,6 +38,9 @@ PEFT_TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification"
 """PEFT's name for each task."""
 
 
+_DECODER = "take a decoder such as Llama, Qwen or GPT-2; in Python one may open it with task='seq2seq'"
+
+
 def auto_class(config: Any, task: str, name: str) -> Any:
     """The ``transformers`` auto class that builds ``task``'s head on this configuration.
 
@@ -74,6 +77,8 @@ def auto_class(config: Any, task: str, name: str) -> Any:
         return builder
     possible = [other for other, (_, names) in heads.items() if config.model_type in names]
     remedy = f"open it with task={possible[0]!r}" if possible else "open a model of another architecture"
+    if task == "causal" and possible[:1] == ["seq2seq"]:
+        remedy = _DECODER
     if task == "reward" and "causal" in possible:
         remedy = "align it on pairs with target dpo, which needs no such head, or take a model of another architecture"
     others = f"; they have {', '.join(possible)}" if possible else ""
@@ -89,7 +94,7 @@ def _check_direction(config: Any, task: str, name: str) -> None:
         if task in ("causal", "reward"):
             raise ModelError(
                 f"{name}: {kind} has an encoder beside its decoder, which task {task!r} has no use for",
-                remedy="open it with task='seq2seq', or take a decoder such as Llama, Qwen or GPT-2",
+                remedy=_DECODER,
             )
         return
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)

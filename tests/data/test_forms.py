@@ -182,7 +182,7 @@ def test_unpaired_preferences_teach_their_wanted_answers_and_are_no_pairs(tmp_pa
 def test_a_completion_with_another_label_is_a_completion(tmp_path):
     rows = read_rows(write(tmp_path, *({"prompt": f"{n}", "completion": "a", "label": n} for n in (0, 1))))
     assert len(rows) == 2
-    assert any("2 completions have a label 0 or 1, which is not used" in note for note in rows.notes)
+    assert any("2 answers have a label 0 or 1, which is not used" in note for note in rows.notes)
     assert read(tmp_path, prompt="q", completion="a", label="greeting") == Completion("7", "q", "a")
 
 
@@ -215,6 +215,9 @@ def test_what_cannot_be_read_is_named(tmp_path, line, said):
         ({"prompt": "q", "response_0": "b", "response_1": "a", "better_response_id": 1}, {}),
         ({"prompt": "q", "response_1": "a", "response_2": "b", "label": "1"}, {}),
         ({"prompt": "q", "answer_a": "a", "answer_b": "b", "label": "A"}, {}),
+        ({"prompt": "q", "output_1": "a", "output_2": "b", "preference": "1 "}, {}),
+        ({"prompt": "q", "output_1": "b", "output_2": "a", "preference": 2.0}, {}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": 3, "rejected-rating": 2}, {}),
         ({"chosen": "Sky: a", "rejected": "Sky: b"}, {}),
         (
             {
@@ -236,3 +239,24 @@ def test_the_other_label_in_the_form_of_the_row(tmp_path, values, columns):
     assert list(turned) == list(values)
     assert (pair(values), pair(turned)) == (("a", "b"), ("b", "a"))
     assert exchanged(turned, columns) == values
+
+
+def test_ratings_named_with_hyphens_tie_and_change_places(tmp_path):
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": 3, "rejected-rating": 2}
+    assert exchanged(pair, {})["chosen-rating"] == 2
+    with pytest.raises(DataError, match="chosen-rating and rejected-rating are both 3"):
+        read(tmp_path, **pair | {"rejected-rating": 3})
+
+
+def test_transcripts_with_the_line_ends_of_windows(tmp_path):
+    talk = "\r\n\r\nHuman: q\r\n\r\nAssistant: I say "
+    found = read(tmp_path, chosen=f"{talk}a", rejected=f"{talk}b")
+    assert (found.prompt, found.chosen) == ("\n\nHuman: q\n\nAssistant:", " I say a")
+    assert found.turns == [user("q")]
+    row = read(tmp_path, prompt=talk.removesuffix(" I say "), completion=" a")
+    assert list(row.messages) == [user("q"), answer("a")]
+
+
+def test_a_label_0_beside_a_conversation_is_mentioned(tmp_path):
+    rows = read_rows(write(tmp_path, {"messages": [user("q"), answer("a")], "label": 0}))
+    assert any("answers have a label 0 or 1, which is not used" in note for note in rows.notes)
