@@ -246,7 +246,10 @@ def check_kind(rows: RowsRead | None, kinds: tuple[str, ...], what: str) -> None
             "`tenfold adapt` from the wanted answers",
         )
     if rows.kind not in kinds:
-        raise ConfigError(
-            f"{what} needs {listed} rows, but {rows.source} holds {rows.kind} rows",
-            remedy="choose other tasks or data, or say what the rows are with `rows` and `columns`",
-        )
+        remedy = "choose other tasks or data, or say what the rows are with `rows` and `columns`"
+        if rows.kind == "preference" and "completion" in kinds:
+            remedy = (
+                "`tenfold align` learns from pairs; for the better answers alone say `rows: completion` and "
+                "`columns: {completion: chosen}` (--rows completion --columns completion chosen)"
+            )
+        raise ConfigError(f"{what} needs {listed} rows, but {rows.source} holds {rows.kind} rows", remedy=remedy)

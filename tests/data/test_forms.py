@@ -260,3 +260,12 @@ def test_transcripts_with_the_line_ends_of_windows(tmp_path):
 def test_a_label_0_beside_a_conversation_is_mentioned(tmp_path):
     rows = read_rows(write(tmp_path, {"messages": [user("q"), answer("a")], "label": 0}))
     assert any("answers have a label 0 or 1, which is not used" in note for note in rows.notes)
+
+
+def test_pairs_where_answers_are_learned_get_a_remedy_that_works(tmp_path):
+    path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(ConfigError) as caught:
+        check_kind(read_rows(path), ("text", "completion", "chat"), "training")
+    assert "--rows completion --columns completion chosen" in caught.value.remedy
+    (row,) = read_rows(path, rows="completion", columns={"completion": "chosen"})
+    assert (row.prompt, row.completion) == ("q", "a")
