@@ -32,6 +32,7 @@ _SCORES = ("score", "rating", "reward")
 _SIDE = re.compile(r"(?<![^\W_])(chosen|rejected)(?![^\W_])")
 """As a word of a column's name: ``chosen_score``, ``chosen-rating``."""
 _UNPAIRED = ("label", "kto_tag")
+_WANTED, _UNWANTED = ("true", "desirable"), ("false", "undesirable")
 
 
 class Labelled(NamedTuple):
@@ -237,13 +238,13 @@ def why_no_lesson(values: Mapping[str, Any]) -> tuple[Why, str] | None:
 
 def is_unwanted(value: Any) -> bool:
     """Whether a label of an unpaired preference says that the answer is a bad one."""
-    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
+    return str(value).strip().lower() in _UNWANTED
 
 
 def is_unpaired(values: Mapping[str, Any]) -> bool:
     """Whether a row is an unpaired preference: one answer, and whether it is wanted."""
     single = "completion" in values or any(name in values for name in ("messages", *CONVERSATIONS))
-    return single and any(str(values.get(name)).strip().lower() in ("true", "false") for name in _UNPAIRED)
+    return single and any(str(values.get(name)).strip().lower() in (*_WANTED, *_UNWANTED) for name in _UNPAIRED)
 
 
 def has_unused_flag(values: Mapping[str, Any]) -> bool:

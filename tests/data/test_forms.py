@@ -167,16 +167,17 @@ def test_ties_are_left_out_and_counted(tmp_path, tie, reason):
 
 
 @pytest.mark.parametrize("label", ["label", "kto_tag"])
-def test_unpaired_preferences_teach_their_wanted_answers_and_are_no_pairs(tmp_path, label):
-    lines = [{"prompt": "q", "completion": text, label: wanted} for text, wanted in (("good", True), ("bad", False))]
+@pytest.mark.parametrize(("yes", "no"), [(True, False), ("Desirable", "undesirable")])
+def test_unpaired_preferences_teach_their_wanted_answers_and_are_no_pairs(tmp_path, label, yes, no):
+    lines = [{"prompt": "q", "completion": text, label: wanted} for text, wanted in (("good", yes), ("bad", no))]
     rows = read_rows(write(tmp_path, *lines))
     assert [row.completion for row in rows] == ["good"]
     assert any("1 rows are labelled as unwanted" in note for note in rows.notes)
     with pytest.raises(ConfigError, match="holds unpaired preferences") as caught:
         check_kind(rows, ("preference",), "training")
     assert "KTOTrainer" in caught.value.remedy
-    chats = read_rows(write(tmp_path, *({"messages": [user("q"), answer(str(w))], label: w} for w in (True, False))))
-    assert [row.messages[1]["content"] for row in chats] == ["True"]
+    chats = read_rows(write(tmp_path, *({"messages": [user("q"), answer(str(w))], label: w} for w in (yes, no))))
+    assert [row.messages[1]["content"] for row in chats] == [str(yes)]
 
 
 def test_a_completion_with_another_label_is_a_completion(tmp_path):
