@@ -20,7 +20,7 @@ import torch
 from peft import AdaLoraConfig as PeftAdaLoraConfig
 from peft import get_peft_model
 
-from benchmarks.adalora_defaults import defaults, defaults_table, wide
+from benchmarks.adalora_defaults import defaults, defaults_table, rates, wide
 from benchmarks.adalora_quality import BATCH, GAMMA, LENGTH, quality, table
 from tenfold.adapt import adalora, lora
 from tenfold.compat import quiet_upstream
@@ -135,6 +135,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "cost": cost,
     "table": table,
     "defaults": defaults,
+    "rates": rates,
     "defaults-table": defaults_table,
     "wide": wide,
 }

@@ -1,6 +1,7 @@
 """What `tenfold adapt` and plain LoRA learn with nothing but their defaults, and what decided AdaLoRA's.
 
     python -m benchmarks.adalora defaults   # resumable, one row at a time; 1 to 10 minutes a row on one core
+    python -m benchmarks.adalora rates      # both methods at the rates that people give LoRA, 100 steps
     python -m benchmarks.adalora defaults-table
     python -m benchmarks.adalora wide       # 1,000 steps on a wide random model: does the rate hold?
 
@@ -14,6 +15,7 @@ are reported; no row is in two of the three.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import tempfile
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from transformers import get_linear_schedule_with_warmup, set_seed
 
-from benchmarks import section
+from benchmarks import done_in, keep_in, rows_in, section
 from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
 from tenfold.config.adalora import AdaLoraConfig
@@ -59,6 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """``lora`` at its default, and what AdaLoRA could have as its own; the rates alone have the paper's start."""
 WIDE = (30, 100, 300, 1000)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+"""Those that people give LoRA, and one above."""
+RATES_STEPS = 100
 CHOSEN = "start as lora, 1e-3"
 """What became the default."""
 GRID = (
@@ -133,8 +138,8 @@ def score(model: Any, tokenizer: Any, examples: Sequence[dict[str, list[int]]]) 
     return sums, counts
 
 
-def measure(data: str, steps: int, variant: str) -> dict[str, Any]:
-    """Train one adapter and score it; 0 steps: the model as it is."""
+def measure(data: str, steps: int, method: str, **settings: Any) -> dict[str, Any]:
+    """Train one adapter (``lora``, ``adalora``) and score it; 0 steps: the model as it is."""
     set_seed(SEED)
     opened = open_model("demo", device="cpu")
     sequences = encoded(data, opened.tokenizer)
@@ -142,43 +147,46 @@ def measure(data: str, steps: int, variant: str) -> dict[str, Any]:
     if steps:
         common = {"steps": steps, "batch_size": BATCH, "max_length": SETS[data], "save_every": 10**6}
         handle = None
-        if variant == "lora":
-            config: Any = LoraConfig(**common)
+        if method == "lora":
+            config: Any = LoraConfig(**common, **settings)
             model = lora.attach(opened.model, config)
         else:
-            config = AdaLoraConfig(**common, **VARIANTS[variant])
+            config = AdaLoraConfig(**common, **settings)
             handle = adalora.attach(opened.model, config)
             model = handle.model
         with tempfile.TemporaryDirectory() as folder:
             train(model, opened.tokenizer, sequences["train"], config, folder=Path(folder), seed=SEED)
         seconds = time.perf_counter() - began
         del handle
-    row: dict[str, Any] = {"part": "defaults", "data": data, "steps": steps, "variant": variant}
+    row: dict[str, Any] = {"data": data, "steps": steps}
     for share, count in SCORED.items():
         sums, counts = score(model, opened.tokenizer, sequences[share].examples[:count])
         row |= {f"{share} nll": sum(sums) / sum(counts), f"{share} sums": sums, f"{share} counts": counts}
-    return row | {"training seconds": round(seconds, 1), "torch": torch.__version__}
+    return row | {"training seconds": round(seconds, 1)}
 
 
-def rows() -> list[dict[str, Any]]:
+def rows(part: str) -> list[dict[str, Any]]:
     """What has been measured so far."""
-    lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else [])
-    return [row for row in lines if row.get("part") == "defaults"]
+    return [row for row in rows_in(RESULTS) if row.get("part") == part]
 
 
 def defaults() -> None:
     """All rows that are not there yet, the short runs first."""
-    known = {(row["data"], row["steps"], row["variant"]) for row in rows()}
     wanted = [(data, 0, "none") for data in SETS]
     wanted += [(data, steps, variant) for steps, variants in GRID for data in SETS for variant in variants]
     for data, steps, variant in wanted:
-        if (data, steps, variant) in known:
-            continue
-        row = measure(data, steps, variant)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        found = " ".join(f"{share} {row[f'{share} nll']:.4f}" for share in SCORED)
-        print(f"{data}, {steps} steps, {variant}: {found}, {row['training seconds']} s", flush=True)
+        keys = {"part": "defaults", "data": data, "steps": steps, "variant": variant}
+        if not done_in(RESULTS, **keys):
+            method = "lora" if variant == "lora" else "adalora"
+            keep_in(RESULTS, keys | measure(data, steps, method, **VARIANTS.get(variant, {})))
+
+
+def rates() -> None:
+    """Both methods at each rate, all else at its default."""
+    for data, rate, method in itertools.product(SETS, RATES, ("lora", "adalora")):
+        keys = {"part": "rates", "data": data, "steps": RATES_STEPS, "method": method, "rate": rate}
+        if not done_in(RESULTS, **keys):
+            keep_in(RESULTS, keys | measure(data, RATES_STEPS, method, learning_rate=rate))
 
 
 def paired(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float]:
@@ -190,10 +198,11 @@ def paired(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float]
 
 def defaults_table() -> None:
     """Markdown for docs/results: validation loss of all, test loss of what was chosen."""
-    found = {(row["data"], row["steps"], row["variant"]): row for row in rows()}
+    known = rows("defaults")
+    found = {(row["data"], row["steps"], row["variant"]): row for row in known}
     lengths = sorted({steps for _, steps, _ in found if steps})
     shown = [variant for variant in VARIANTS if any(key[2] == variant for key in found)]
-    section("The default learning rate", "adalora defaults", rows())
+    section("The default learning rate", "adalora defaults", known)
     print("| steps | data | " + " | ".join(shown) + " |")
     print("|---|---|" + "---|" * len(shown))
     for steps in lengths:
@@ -202,7 +211,7 @@ def defaults_table() -> None:
             print(
                 f"| {steps} | {data} | " + " | ".join(f"{c['validation nll']:.3f}" if c else "" for c in cells) + " |"
             )
-    section("The default learning rate: test loss", "adalora defaults", rows())
+    section("The default learning rate: test loss", "adalora defaults", known)
     print(f"| steps | data | untrained | LoRA | AdaLoRA, {CHOSEN} | difference, paired [95 %] |")
     print("|---|---|---|---|---|---|")
     for steps in lengths:
@@ -212,6 +221,21 @@ def defaults_table() -> None:
                 mean, half = paired(ours, plain)
                 losses = " | ".join(f"{row['test nll']:.3f}" for row in (base, plain, ours))
                 print(f"| {steps} | {data} | {losses} | {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] |")
+    _rates_table()
+
+
+def _rates_table() -> None:
+    known = rows("rates")
+    if not known:
+        return
+    section("The rates that people give LoRA", "adalora rates", known)
+    print(f"| data | method | {' | '.join(f'{rate:g}' for rate in RATES)} |\n|---|---|{'---|' * len(RATES)}")
+    for data, method in itertools.product(SETS, ("lora", "adalora")):
+        losses = {row["rate"]: row["test nll"] for row in known if (row["data"], row["method"]) == (data, method)}
+        best = min(losses.values(), default=0.0)
+        cells = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in RATES]
+        marked = [f"**{cell}**" if losses.get(rate) == best else cell for rate, cell in zip(RATES, cells, strict=True)]
+        print(f"| {data} | {method} | {' | '.join(marked)} |")
 
 
 def chains(count: int, seed: int) -> torch.Tensor:
