@@ -1,10 +1,13 @@
 """AdaLoRA: quality against LoRA and PEFT's AdaLoRA, its defaults, and the cost of a step.
 
-python -m benchmarks.adalora quality   # at equal final parameters (adalora_quality.py)
-python -m benchmarks.adalora cost
-python -m benchmarks.adalora table     # what docs/results/adalora.md shows
-python -m benchmarks.adalora defaults  # AdaLoRA's default learning rate against plain LoRA's (adalora_defaults.py)
-python -m benchmarks.adalora defaults-table
+    python -m benchmarks.adalora quality   # at equal final parameters (adalora_quality.py)
+    python -m benchmarks.adalora cost
+    python -m benchmarks.adalora table     # what docs/results/adalora.md shows
+    python -m benchmarks.adalora defaults  # the default learning rate against plain LoRA's (adalora_defaults.py)
+    python -m benchmarks.adalora rates     # both at the rates that people give LoRA (adalora_defaults.py)
+    python -m benchmarks.adalora defaults-table
+
+The files that are named say how each is measured.
 """
 
 from __future__ import annotations
