@@ -306,7 +306,7 @@ def test_marks_are_refused_only_for_heads_that_cannot_see_them():
     plain = logits(opened.model, marks.input_ids)
     with pasta.steer(opened.model, marks, heads={0: [2, 3]}):
         assert not torch.allclose(logits(opened.model, marks.input_ids), plain, atol=1e-4)
-    with pytest.raises(ConfigError, match="row 0: head 1 of layer 0 does not reach"):
+    with pytest.raises(ConfigError, match="prompt 1: head 1 of layer 0 does not reach"):
         pasta.steer(opened.model, marks, heads={0: [1]}).__enter__()
     named = pytest.warns(UserWarning, match="2 heads are steered; 1 see no mark .* layer 0 heads 0")
     with named, pasta.steer(opened.model, marks, heads={1: [0], 0: [3, 0]}) as found:
@@ -316,7 +316,7 @@ def test_marks_are_refused_only_for_heads_that_cannot_see_them():
         assert torch.equal(logits(opened.model, marks.input_ids), alone)
     far_and_near = [pasta.from_tags("Red <mark>it is</mark>"), pasta.from_tags(TEXT)]
     marks = pasta.encode(opened.tokenizer, far_and_near)
-    with pytest.raises(ConfigError, match="row 1: head 1 of layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
+    with pytest.raises(ConfigError, match="prompt 2: head 1 of layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
         pass
     near = pasta.encode(opened.tokenizer, far_and_near[:1])
     with pasta.steer(opened.model, near, heads={0: [1]}):

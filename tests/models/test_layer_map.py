@@ -149,8 +149,8 @@ def test_peft_changes_no_name(kind):
 
 
 def test_classification_and_reward_heads():
-    for kind in ("llama", "gpt2", "deberta-v2", "t5"):
-        roles = [slot.role for slot in layer_map(tiny_model(kind, task="reward").model).slots]
+    for kind, task in (("llama", "reward"), ("gpt2", "reward"), ("deberta-v2", "reward"), ("t5", "classification")):
+        roles = [slot.role for slot in layer_map(tiny_model(kind, task=task).model).slots]
         assert "head" in roles
 
 

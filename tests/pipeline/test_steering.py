@@ -293,7 +293,7 @@ def test_bad_flags_of_generate_are_one_clear_error(flags, message, tmp_path, cap
         (["--prompts", "<mark>b</mark>"], "profile"),  # the embedded model's profile on another model
         (["--prompts", "<mark>b</mark>", "--profile", "heads.json", "--alpha", "-1"], "alpha: must be a number of 0"),
         (["--prompts", "<mark>b</mark>", "--alpha", "0.1", "--target-mass", "0.3"], "takes the place of alpha"),
-        (["--prompts", "<mark>b</mark>", "--target-mass", "1"], "target_mass"),
+        (["--prompts", "<mark>b</mark>", "--target-mass", "1"], "--target-mass: must be below"),
         (["--prompts", "<mark>b</mark>", "--profile", "list.json"], "a list instead of a dictionary"),
     ],
 )
