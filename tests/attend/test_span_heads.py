@@ -316,7 +316,10 @@ def test_marks_are_refused_only_for_heads_that_cannot_see_them():
         assert torch.equal(logits(opened.model, marks.input_ids), alone)
     far_and_near = [pasta.from_tags("Red <mark>it is</mark>"), pasta.from_tags(TEXT)]
     marks = pasta.encode(opened.tokenizer, far_and_near)
-    with pytest.raises(ConfigError, match="prompt 2: head 1 of layer 0"), pasta.steer(opened.model, marks, heads={0: [1]}):
+    with (
+        pytest.raises(ConfigError, match="prompt 2: head 1 of layer 0"),
+        pasta.steer(opened.model, marks, heads={0: [1]}),
+    ):
         pass
     near = pasta.encode(opened.tokenizer, far_and_near[:1])
     with pasta.steer(opened.model, near, heads={0: [1]}):
