@@ -55,7 +55,7 @@ def from_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templ
         for part in parts:
             piece = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
             if not isinstance(piece, str):
-                raise DataError(f"message {number}: a part of its content is no text", remedy="give text parts only")
+                raise DataError(f"message {number}: a part of its content is not text", remedy="give text parts only")
             if isinstance(part, Mapping) and part.get("emphasis") is not None:
                 spans.append(MessageSpan(number, len(text), len(text) + len(piece), part["emphasis"]))
             text += piece
@@ -158,7 +158,9 @@ def _inside(messages: Sequence[Mapping[str, Any]], span: MessageSpan) -> tuple[i
         raise DataError(f"message {span.message}: there are {len(messages)}", remedy="messages count from 0")
     text = messages[span.message].get("content")
     if not isinstance(text, str):
-        raise DataError(f"message {span.message}: its content is no text", remedy="use from_messages for content parts")
+        raise DataError(
+            f"message {span.message}: its content is not text", remedy="use from_messages for content parts"
+        )
     check_span(span.start, span.end, len(text), f"message {span.message}")
     check_strength(span.strength)
     start = max(span.start, len(text) - len(text.lstrip()))

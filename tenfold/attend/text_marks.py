@@ -368,7 +368,7 @@ def check_span(start: int, end: int, length: int, what: str) -> None:
 
 
 def check_strength(strength: Any) -> None:
-    """Refuse what is no strength."""
+    """Refuse a strength that is not a number above 0."""
     number = isinstance(strength, int | float) and not isinstance(strength, bool)
     if not number or not 1e-37 < strength < 1e37:  # what float32 holds
-        raise DataError(f"strength {strength!r} is no number above 0", remedy="1 is full weight, 0.2 a fifth of it")
+        raise DataError(f"strength {strength!r} is not a number above 0", remedy="1 is full weight, 0.2 a fifth of it")

@@ -95,6 +95,14 @@ class SteeringFields(StageConfig):
     steered_by: ClassVar[str] = ""
     """The keys that say what is emphasised, of stages that also work without."""
 
+    def strength(self) -> dict[str, Any]:
+        """The keys that say how strongly, as a session takes them.
+
+        >>> SteeringFields(keep_sink=True).strength()
+        {'alpha': 'auto', 'target_mass': None, 'generated': 'keep', 'keep_sink': True}
+        """
+        return {key: getattr(self, key) for key in ("alpha", "target_mass", "generated", "keep_sink")}
+
     def dose(self, chat: bool, *, lifts: bool = False) -> dict[str, Any]:
         """How strongly to steer, as `tenfold.attend.pasta.steer` takes it.
 

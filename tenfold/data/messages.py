@@ -36,7 +36,7 @@ def in_messages(record: RawRow, values: Mapping[str, Any]) -> dict[str, Any]:
         values: its columns under our names.
 
     Raises:
-        DataError: an unknown ``from``, a part that is not text, or tools that are no list.
+        DataError: an unknown ``from``, a part that is not text, or tools that are not a list.
 
     >>> row = {"conversations": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]}
     >>> in_messages(RawRow("row 1", row), row)["messages"][1]
@@ -96,7 +96,7 @@ def _parsed(record: RawRow, column: str, text: str) -> Any:
         raise wrong(
             record,
             column,
-            f"text {shorten(json.dumps(text), 60)}, which is no list of messages as JSON",
+            f"text {shorten(json.dumps(text), 60)}, which is not a list of messages as JSON",
             "write the list as JSON (json.dumps), in which texts stand in double quotes",
         )
     return text

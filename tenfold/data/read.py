@@ -375,7 +375,7 @@ def _check_columns(columns: dict[str, str]) -> None:
             swapped = " (our name comes first, then yours)" if columns[ours] in OUR_COLUMNS else ""
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"columns: {ours!r} is no column of any kind of row{hint}{swapped}",
+                f"columns: {ours!r} is not a column of any kind of row{hint}{swapped}",
                 remedy=f"ours are: {', '.join(OUR_COLUMNS)}",
             )
 

@@ -49,8 +49,7 @@ def _session(config: GenerateConfig, context: Context, model: object, subjects: 
         subjects.tokenizer,
         kv=kv,
         profile=profile_of(config, context) if config.steers else "default",
-        alpha=config.alpha,
-        target_mass=config.target_mass,
+        **config.strength(),
         chat=CHAT[config.chat],
     )
 

@@ -290,10 +290,7 @@ def _readings(task: str, config: EvaluateConfig, context: Context, subjects: Sub
                     subjects.tokenizer,
                     kv=kv,
                     profile=profile,
-                    alpha=config.alpha,
-                    target_mass=config.target_mass,
-                    generated=config.generated,
-                    keep_sink=config.keep_sink,
+                    **config.strength(),
                     batch_size=config.batch_size,
                 )
                 label = ", ".join([name, *(["emphasised"] if emphasised else []), *([kv] if kv else [])])

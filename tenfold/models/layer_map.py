@@ -161,8 +161,8 @@ class LayerMap:
             return ConfigError(problem, remedy=f"give {fused.role!r} ({fused.name.rsplit('.', 1)[-1]})")
         if stacked := [name for name in self.stacked if f".{name}".endswith(f".{target}") or _fullmatch(target, name)]:
             return ConfigError(
-                f"targets: {target!r} is no linear layer in this {self.model_type} model: {stacked[0]} is a parameter "
-                f"of shape {self.stacked[stacked[0]]}",
+                f"targets: {target!r} is not a linear layer in this {self.model_type} model: {stacked[0]} is a "
+                f"parameter of shape {self.stacked[stacked[0]]}",
                 remedy=f"roles here: {', '.join(roles)}",
             )
         known = [*roles, *groups, *dict.fromkeys(slot.name.rsplit(".", 1)[-1] for slot in matrices)]

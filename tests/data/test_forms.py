@@ -139,7 +139,7 @@ def test_conversations_may_be_texts_in_the_cells_of_a_table(tmp_path):
         ("str", "a", "b"),
     ]
     path.write_text("messages\n\"[{'role': 'user'} {'role': 'assistant'}]\"\n")
-    with pytest.raises(DataError, match="no list of messages as JSON") as caught:
+    with pytest.raises(DataError, match="not a list of messages as JSON") as caught:
         read_rows(str(path))
     assert "json.dumps" in caught.value.remedy
 

@@ -149,10 +149,7 @@ class _Asking:
             self.opened,
             kv=kv,
             profile=self.profile,
-            alpha=config.alpha,
-            target_mass=config.target_mass,
-            generated=config.generated,
-            keep_sink=config.keep_sink,
+            **config.strength(),
             batch_size=config.batch_size,
         )
 
