@@ -135,7 +135,7 @@ def test_stacked_experts_are_counted():
     ("model_type", "target", "said"),
     [
         ("mamba", "out_proj", "reads the weight without calling the layer"),
-        ("mixtral", "mlp.experts.down_proj", "no linear layer in this mixtral model"),
+        ("mixtral", "mlp.experts.down_proj", "not a linear layer in this mixtral model"),
         ("bloom", "k", "'k' is fused into 'qkv'"),
         ("gpt_bigcode", "v", "'v' is fused into 'qkv'"),
         ("zamba2", r".*shared_transformer\.self_attn\.q_proj", "share the weight"),
