@@ -193,7 +193,7 @@ def test_templates_that_escape_keep_the_mark():
 def test_unknown_messages_and_spans_are_refused():
     messages = [{"role": "user", "content": "Hello."}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
     for span, message in ((MessageSpan(2, 0, 1), "there are 2"), (MessageSpan(-1, 0, 1), "there are 2"),
-                          (MessageSpan(0, 0, 9), "outside"), (MessageSpan(1, 0, 1), "no text")):  # fmt: skip
+                          (MessageSpan(0, 0, 9), "outside"), (MessageSpan(1, 0, 1), "is not text")):  # fmt: skip
         with pytest.raises(DataError, match=message):
             in_chat(tokenizer(), messages, [span])
     plain = tokenizer()
@@ -221,7 +221,7 @@ def test_messages_carry_their_emphasis():
     for emphasis in (0, -1, True, "much"):
         with pytest.raises(DataError, match="strength"):
             from_messages(by, [{"role": "user", "content": "a", "emphasis": emphasis}])
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match="is not text"):
         from_messages(by, [{"role": "user", "content": [{"type": "image", "url": "x"}]}])
 
 
@@ -273,7 +273,7 @@ def test_a_message_without_content_is_left_alone():
     found = from_messages(by, messages)
     assert found.text == "[user]Go.[assistant]CALL"
     assert parts(found) == ["Go."]
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match="is not text"):
         from_messages(by, [{"role": "assistant", "content": None, "emphasis": 2}])
 
 
