@@ -1,0 +1,1 @@
+"""Smaller weights: low rank plus kept rows (LoSparse)."""
