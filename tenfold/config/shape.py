@@ -47,6 +47,7 @@ class Shape:
     adapted: bool = False
     spans: Mapping[str, Any] | None = None
     quantised: str | None = None
+    compressed: bool = False
 
     def check_positions(self, key: str, tokens: int, what: str = "") -> None:
         """Refuse more tokens than the model was built for.

@@ -17,6 +17,7 @@ BUILT_IN: Mapping[str, str] = {
     "adalora": "tenfold.config.adalora:AdaLoraConfig",
     "lora": "tenfold.config.lora:LoraConfig",
     "full": "tenfold.config.full:FullConfig",
+    "losparse": "tenfold.config.losparse:LoSparseConfig",
     "masformer": "tenfold.config.masformer:MasformerConfig",
     "r3m": "tenfold.config.r3m:R3MConfig",
     "audit": "tenfold.config.r3m:AuditConfig",
