@@ -18,7 +18,7 @@ from tenfold.errors import ConfigError
 
 
 class LoSparsePaper(Config):
-    """How rows are pruned on a schedule, for ``rows_by: schedule`` and ``gates``."""
+    """How rows are pruned on a schedule, for ``pruning: schedule`` and ``gates``."""
 
     tinit: StepSpan = 0.05
     """Steps before the first row is pruned, :math:`t_i`. The paper's runs: 3 to 10 % of the steps."""
@@ -66,10 +66,16 @@ class LoSparseConfig(TextTrainingFields):
     elastic: bool = False
     """Also keep what rows are made of without them, so that the folder opens with fewer rows as well (not in the
     paper). It costs ``rank`` numbers a row."""
-    rows_by: Literal["oneshot", "schedule", "gates"] = "oneshot"
-    """Who chooses the rows. ``oneshot``: the backward pass before any training. ``schedule``: training, which starts
+    pruning: Literal["oneshot", "schedule", "gates"] = "oneshot"
+    """How the rows that stay are chosen. ``oneshot``: the backward pass before any training. ``schedule``: training, which starts
     with all rows and prunes them by sensitivity (the paper); it needs four times the memory of the weights. ``gates``:
     training, with the rows themselves frozen, for models that do not fit full fine-tuning (not in the paper)."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps of the training; give this, ``epochs`` or ``tokens``. Default: no training."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training rows; for data that is small."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Training tokens, rounded up to whole steps; to compare at the same amount of text."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate of AdamW. The paper's runs: 5e-5 to 9e-5. Lower it where the loss jumps, raise it where the
     loss hardly falls."""
@@ -95,7 +101,7 @@ class LoSparseConfig(TextTrainingFields):
         if shape.compressed:
             raise ConfigError(
                 f"{shape.name} is compressed already",
-                remedy="start from the model before that, with a smaller budget; or export it in one piece (form: dense)",
+                remedy="start from the model before that, with a smaller budget; or export it as dense",
             )
         shape.check_mergeable()
         shape.check_positions("max_length", self.max_length)
@@ -108,8 +114,8 @@ class LoSparseConfig(TextTrainingFields):
             raise ValueError(f"budget: weights are counted or take bytes, got {self.budget}: write 50%, 60M or 120MiB")
         if budget.amount <= 0:
             raise ValueError(f"budget: {self.budget} buys nothing: write 50%, 60M or 120MiB")
-        if self.rows_by != "oneshot" and not self.trains:
-            raise ValueError(f"rows_by: {self.rows_by} chooses rows while training: give steps, epochs or tokens")
+        if self.pruning != "oneshot" and not self.trains:
+            raise ValueError(f"pruning: {self.pruning} chooses rows while training: give steps, epochs or tokens")
         if self.distil and not self.trains:
             raise ValueError("distil: needs a training: give steps, epochs or tokens")
         return self

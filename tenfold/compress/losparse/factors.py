@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -36,6 +35,7 @@ class Factors:
     def dense(self) -> Tensor:
         """The matrix itself, ``[out, in]``.
 
+        >>> import torch
         >>> factors = Factors(torch.ones(3, 1), torch.ones(1, 2), torch.tensor([1]), torch.tensor([[5.0, 6.0]]))
         >>> factors.dense().tolist()
         [[1.0, 1.0], [5.0, 6.0], [1.0, 1.0]]
