@@ -67,9 +67,10 @@ class LoSparseConfig(TextTrainingFields):
     """Also keep what rows are made of without them, so that the folder opens with fewer rows as well (not in the
     paper). It costs ``rank`` numbers a row."""
     pruning: Literal["oneshot", "schedule", "gates"] = "oneshot"
-    """How the rows that stay are chosen. ``oneshot``: the backward pass before any training. ``schedule``: training, which starts
-    with all rows and prunes them by sensitivity (the paper); it needs four times the memory of the weights. ``gates``:
-    training, with the rows themselves frozen, for models that do not fit full fine-tuning (not in the paper)."""
+    """How the rows that stay are chosen. ``oneshot``: by the backward pass, before any training. ``schedule``: while
+    training, which starts with all rows and prunes them by sensitivity (the paper); it needs four times the memory of
+    the weights. ``gates``: while training, with the rows themselves frozen, for models that do not fit full
+    fine-tuning (not in the paper)."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps of the training; give this, ``epochs`` or ``tokens``. Default: no training."""
     epochs: Annotated[float, Field(gt=0)] | None = None
