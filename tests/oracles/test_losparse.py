@@ -1,0 +1,146 @@
+"""The oracles of section 7 of the specification, by number."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from tenfold.compress.losparse.mathematics import rank_for, split
+from tenfold.errors import ConfigError
+from tenfold.models.layer_map import layer_map
+from tenfold.models.tiny import tiny_model
+
+
+def fill(shape, a, c, m, den):
+    values = [((a * i + c) % m - m // 2) / den for i in range(math.prod(shape))]
+    return torch.tensor(values, dtype=torch.float64).view(shape)
+
+
+IDS = torch.arange(5, 29).view(2, 12)
+
+
+class _SplitLayer(torch.nn.Module):
+    """The forward of the paper: y = L (R x) + S x + c."""
+
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.parts, self.bias = split(layer.weight, rank), layer.bias
+
+    def forward(self, x):
+        left, right, rest = self.parts
+        y = x @ right.T @ left.T + x @ rest.T
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_01_exact_start(dtype, tolerance):
+    model = tiny_model("llama", tie_word_embeddings=True).model.to(dtype)
+    replaced = copy.deepcopy(model)
+    for slot in layer_map(model).select(["all-linear"]):
+        parent, _, name = slot.name.rpartition(".")
+        layer = getattr(replaced.get_submodule(parent), name)
+        ours = _SplitLayer(layer, rank_for(0.3, slot.out_features, slot.in_features))
+        x = torch.randn(3, slot.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+        dense = layer(x)
+        assert (ours(x) - dense).abs().max() <= tolerance * dense.abs().max()
+        setattr(replaced.get_submodule(parent), name, ours)
+    with torch.no_grad():
+        dense, compressed = model(IDS).logits, replaced(IDS).logits
+    span = dense.max() - dense.min()
+    # transformers computes the norms of a float64 model in float32: there the layers above are the check.
+    assert (dense - compressed).abs().max() <= max(tolerance, 1e-6) * span
+    assert replaced.lm_head.weight is replaced.model.embed_tokens.weight
+
+
+def test_02_rank():
+    ranks = {
+        0.05: "768x768 20, 3072x768 31, 896x896 23, 128x896 6, 4864x896 38, 896x4864 38, 576x576 15, 192x576 8, "
+        "1536x576 21, 192x960 8, 192x320 6",
+        0.10: "768x768 39",
+        0.15: "768x3072 93",
+        0.35: "1024x1024 180, 4096x1024 287",
+    }
+    for share, shapes in ranks.items():
+        for entry in shapes.split(", "):
+            shape, rank = entry.split()
+            out, inner = map(int, shape.split("x"))
+            assert rank_for(share, out, inner) == rank_for(share, inner, out) == int(rank), entry
+    assert [rank_for(share, 2, 3) for share in (0, 0.5, 1)] == [0, 1, 1]  # the official code: 2, of 167 %
+    assert rank_for(1.0, 4, 4) == 2
+    with pytest.raises(ConfigError, match="must be in"):
+        rank_for(1.1, 4, 4)
+
+
+W3 = torch.tensor([[((7 * i + 3 * j) % 11 - 5) / 10 for j in range(4)] for i in range(6)], dtype=torch.float64)
+
+
+def test_03_svd_split():
+    assert rank_for(0.5, 6, 4) == 2
+    left, right, rest = split(W3, 2)
+    values = torch.tensor(
+        [1.0567822023651727, 0.9288763553644787, 0.6243940512731958, 0.2013260091087697], dtype=torch.float64
+    )
+    torch.testing.assert_close(torch.linalg.svdvals(W3), values, rtol=1e-12, atol=0)
+    assert abs(rest.norm() - 0.6560488497124423) < 1e-12
+    assert abs(rest.norm() - values[2:].square().sum().sqrt()) < 1e-12
+    row = [-0.327407268038277, 0.171211632580720, -0.137762555170547, 0.214056602846282]
+    torch.testing.assert_close(rest[0], torch.tensor(row, dtype=torch.float64), rtol=0, atol=1e-13)
+    torch.testing.assert_close(left.T @ left, torch.diag(values[:2]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(right @ right.T, torch.diag(values[:2]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(left @ right + rest, W3, rtol=0, atol=1e-15)
+
+
+def test_03_rounding_of_the_factors_goes_into_the_rest():
+    weight = W3.to(torch.bfloat16)
+    left, right, rest = split(weight, 2)
+    error = (left.double() @ right.double() + rest.double() - weight.double()).abs().max()
+    assert error <= rest.abs().max() * 2**-8  # one rounding of the rest, none of the factors
+
+
+def test_04_optimality():
+    left, right, rest = split(W3, 2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        scale = 10 ** -(4 * torch.rand((), generator=generator, dtype=torch.float64))
+        noise = [torch.randn(part.shape, generator=generator, dtype=part.dtype) for part in (left, right)]
+        assert (W3 - (left + scale * noise[0]) @ (right + scale * noise[1])).norm() >= rest.norm()
+    zeros = split(torch.zeros(6, 4), 2)
+    assert all(not part.any() and part.isfinite().all() for part in zeros)
+    assert split(torch.outer(W3[:, 0], W3[0]), 1).rest.abs().max() < 1e-14
+    assert split(torch.outer(W3[:, 0], W3[0]), 3).rest.isfinite().all()
+    with pytest.raises(ConfigError, match=r"rank: must be in \[0, 4\]"):
+        split(W3, 5)
+
+
+W15 = fill((8, 6), 7, 3, 11, 10)
+X15 = fill((6, 20), 5, 2, 13, 20) * torch.tensor([10, 3, 1, 0.3, 0.1, 0.03], dtype=torch.float64)[:, None]
+
+
+def test_15_whitened_split():
+    gram = X15 @ X15.T
+    plain, whitened = split(W15, 2), split(W15, 2, gram, ridge=0)
+    assert abs((plain.rest @ X15).norm() - 4.502554206194) < 1e-9
+    assert abs((whitened.rest @ X15).norm() - 0.468592539741) < 1e-9
+    cholesky = torch.linalg.cholesky(gram)
+    u, s, vh = torch.linalg.svd(W15 @ cholesky)
+    assert abs((whitened.rest @ X15).norm() - s[2:].norm()) < 1e-9
+    product = (u[:, :2] * s[:2]) @ torch.linalg.solve_triangular(cholesky, vh[:2], upper=False, left=False)
+    torch.testing.assert_close(whitened.left @ whitened.right, product, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        whitened.left.T @ whitened.left, whitened.right @ whitened.right.T, rtol=0, atol=1e-9
+    )  # balanced
+    for rank in range(7):
+        error = (split(W15, rank, gram, ridge=0).rest @ X15).norm()
+        assert error <= (split(W15, rank).rest @ X15).norm() + 1e-12
+
+
+def test_15_fewer_tokens_than_inputs():
+    few = X15[:, :3]
+    for ridge in (0, 1e-6):
+        parts = split(W15, 3, few @ few.T, ridge=ridge)
+        assert all(part.isfinite().all() for part in parts)
+        assert (parts.rest @ few).norm() < 1e-4
+    assert all(part.isfinite().all() for part in split(W15, 2, torch.zeros(6, 6)))
