@@ -1,0 +1,66 @@
+"""The weight of a compressed layer, for those who ask for it: it is made when it is read, and cannot be written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from tenfold.errors import ModelError
+
+
+class UnmadeWeight(Tensor):
+    """A tensor with the shape, type and device of a weight, whose numbers are made whenever an operation reads them.
+
+    Models ask for the type of a layer's weight (T5, in every call) and PEFT for its device, which costs nothing here.
+    Writing is refused, as nothing would keep what is written.
+
+    >>> weight = UnmadeWeight(lambda: torch.ones(2, 3), (2, 3), torch.float32, torch.device("cpu"))
+    >>> tuple(weight.shape), weight.dtype, float(weight.sum())
+    ((2, 3), torch.float32, 6.0)
+    """
+
+    _make: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(
+        cls, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> UnmadeWeight:
+        """A tensor without numbers."""
+        weight: UnmadeWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        weight._make = make
+        return weight
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The numbers."""
+        return self._make().detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _refusal()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Type and shape, not the numbers."""
+        return f"{type(self).__name__}({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any operation: on the numbers, made for it."""
+        written = [
+            at for at, one in enumerate(func._schema.arguments) if one.alias_info is not None and one.alias_info.is_write
+        ]
+        if any(at < len(args) and isinstance(args[at], cls) for at in written):
+            raise _refusal()
+        args, kwargs = tree_map_only(cls, lambda weight: weight.data, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _refusal() -> ModelError:
+    return ModelError(
+        "the weight of a compressed layer cannot be written: it is made from its parts",
+        remedy="make the model dense first (tenfold.compress.losparse.layer.to_dense, or tenfold export --form dense)",
+    )
