@@ -2,10 +2,14 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from tenfold.compress.losparse.factors import Factors
+from tenfold.compress.losparse.layer import LowRankRowsLinear
 from tenfold.compress.losparse.mathematics import rank_for, split
 from tenfold.errors import ConfigError
 from tenfold.models.layer_map import layer_map
@@ -144,3 +148,86 @@ def test_15_fewer_tokens_than_inputs():
         assert all(part.isfinite().all() for part in parts)
         assert (parts.rest @ few).norm() < 1e-4
     assert all(part.isfinite().all() for part in split(W15, 2, torch.zeros(6, 6)))
+
+
+SHAPES_10 = [(12,), (5, 12), (2, 3, 12), (2, 1, 4, 12), (1, 1, 1, 12), (0, 12)]
+
+
+class _Masked(torch.nn.Module):
+    """The forward of the paper with the mask of its kept rows: y = L (R x) + (mask S) x + c, dense."""
+
+    def __init__(self, left, right, sparse, mask, bias):
+        super().__init__()
+        self.left, self.right, self.sparse, self.bias = map(torch.nn.Parameter, (left, right, sparse, bias))
+        self.mask = mask
+
+    def forward(self, x):
+        return x @ self.right.T @ self.left.T + x @ (self.sparse * self.mask[:, None]).T + self.bias
+
+
+def _masked_10(kept, dtype=torch.float32):
+    torch.manual_seed(10)
+    parts = torch.randn(10, 3), torch.randn(3, 12), torch.randn(10, 12), torch.arange(10) % 7 < kept, torch.randn(10)
+    return _Masked(*[part.to(dtype) if part.is_floating_point() else part for part in parts])
+
+
+def _compact_10(masked):
+    kept = masked.mask.nonzero()[:, 0].flip(0)
+    rows = (masked.left @ masked.right + masked.sparse)[kept]
+    factors = Factors(masked.left.detach(), masked.right.detach(), kept, rows.detach())
+    return LowRankRowsLinear.from_factors(factors, masked.bias.detach())
+
+
+@pytest.mark.parametrize("kept", [0, 2, 7])  # none, some, all
+def test_10_compact_equals_masked(kept):
+    masked, autocast = _masked_10(kept), partial(torch.autocast, "cpu", torch.bfloat16)
+    compact = _compact_10(masked)
+    assert compact.kept == (int(masked.mask.sum()))
+    for shape in (*SHAPES_10, *reversed(SHAPES_10)):
+        x = torch.randn(shape)
+        right = masked(x)
+        torch.testing.assert_close(compact(x), right, rtol=1e-5, atol=1e-5 * 12)
+        with autocast():
+            torch.testing.assert_close(compact(x).float(), masked(x).float(), rtol=0.05, atol=0.3)
+    for x in (torch.randn(12, 5).T, torch.randn(4, 3, 24)[..., ::2], torch.randn(3, 4, 12).transpose(0, 1)):
+        assert not x.is_contiguous()
+        torch.testing.assert_close(compact(x), masked(x), rtol=1e-5, atol=1e-5 * 12)
+
+
+@pytest.mark.parametrize("kept", [0, 2, 7])
+def test_10_gradients_of_compact_equal_those_of_masked(kept):
+    """Of x and the bias as they are; of rows and combinations those of the matrix, by the chain rule."""
+    masked = _masked_10(kept, torch.float64)
+    compact = _compact_10(masked)
+    x = torch.randn(4, 3, 12, dtype=torch.float64)
+    inputs, weights = [], torch.randn(4, 3, 10, dtype=torch.float64)
+    for layer in (masked, compact):
+        inputs.append(x.clone().requires_grad_())
+        (layer(inputs[-1]).tanh() * weights).sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(compact.bias.grad, masked.bias.grad, rtol=1e-9, atol=1e-9)
+    order = compact.place.long().argsort()
+    # (dW)_i = sum over tokens of dy_i x^T, whatever W is made of; S of a kept row has just that gradient.
+    rank, stored_rows = compact.rank, compact.rank + compact.kept
+    w = compact.dense_weight().detach().requires_grad_()
+    ((x @ w.T + masked.bias.detach()).tanh() * weights).sum().backward()
+    dense = w.grad[order]
+    torch.testing.assert_close(masked.sparse.grad[masked.mask], w.grad[masked.mask], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(compact.rows.grad[rank:], dense[rank:stored_rows], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        compact.rows.grad[:rank], dense[:rank] + compact.mix.T @ dense[stored_rows:], rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(compact.mix.grad, dense[stored_rows:] @ compact.rows[:rank].T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("out", "inner", "rank", "kept"), [(10, 12, 3, 2), (48, 64, 9, 5), (64, 48, 0, 7), (40, 30, 6, 0)]
+)
+def test_10_multiply_adds_are_the_formula_less_what_is_shared(out, inner, rank, kept):
+    """Section 2.9 counts r (in + out) + k in. Of the rows of L, those of kept rows are dead (r k), and those of the r
+    rows that span the others are unit vectors (r^2): r (r + k) less."""
+    factors = Factors(torch.randn(out, rank), torch.randn(rank, inner), torch.arange(kept), torch.randn(kept, inner))
+    layer, tokens = LowRankRowsLinear.from_factors(factors), 7
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(tokens, inner))
+    assert counter.get_total_flops() == 2 * tokens * (rank * (inner + out) + kept * inner - rank * (rank + kept))

@@ -39,6 +39,8 @@ class LowRankRowsLinear(nn.Linear):
     (torch.Size([2, 3, 4]), 18)
     """
 
+    place: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -95,10 +97,10 @@ class LowRankRowsLinear(nn.Linear):
             layer.mix.copy_(mix[rest])
             layer.place[order.to(device)] = torch.arange(out, dtype=torch.int32, device=device)
             if bias is not None:
-                layer.bias.copy_(bias.detach())
+                layer.bias.data.copy_(bias.detach())
         return layer
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear has)
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
         out = product(input, self.rows, self.mix, self.place)
         return out if self.bias is None else out + self.bias.to(out.dtype)
@@ -212,6 +214,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _replaceable(model: nn.Module, name: str, matrix: Factors) -> Any:
+    module: Any
     try:
         module = model.get_submodule(name)
     except AttributeError:

@@ -35,7 +35,7 @@ class UnmadeWeight(Tensor):
         return weight
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The numbers."""
         return self._make().detach()
 
@@ -43,16 +43,17 @@ class UnmadeWeight(Tensor):
     def data(self, value: Tensor) -> None:
         raise _refusal()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Type and shape, not the numbers."""
         return f"{type(self).__name__}({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Any operation: on the numbers, made for it."""
-        written = [
-            at for at, one in enumerate(func._schema.arguments) if one.alias_info is not None and one.alias_info.is_write
-        ]
+        places = enumerate(func._schema.arguments)
+        written = [at for at, one in places if one.alias_info is not None and one.alias_info.is_write]
         if any(at < len(args) and isinstance(args[at], cls) for at in written):
             raise _refusal()
         args, kwargs = tree_map_only(cls, lambda weight: weight.data, (args, kwargs or {}))
