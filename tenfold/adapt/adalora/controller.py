@@ -16,13 +16,14 @@ from tenfold.adapt.adalora.attaching import Matrix, set_patterns, trainable
 from tenfold.adapt.adalora.layer import ADAPTER
 from tenfold.adapt.adalora.mathematics import penalty
 from tenfold.adapt.adalora.plan import RankPlan, make_schedule, settings, too_short
-from tenfold.adapt.adalora.shrinking import can_cut, cut
-from tenfold.adapt.adalora.trainer import LogCallback, running_trainer
-from tenfold.adapt.step_hooks import Replaced, StepHooks, family, replace_closure, skips
+from tenfold.adapt.adalora.shrinking import cut
+from tenfold.adapt.cutting import uncuttable
+from tenfold.adapt.running import LogCallback, check_same, find_total, running_trainer
+from tenfold.adapt.step_hooks import Replaced, StepHooks, replace_closure, skips
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.core.importance import Importance, ScoredPart, allocate
 from tenfold.core.schedule import CubicSchedule
-from tenfold.errors import ConfigError, RunError
+from tenfold.errors import RunError
 
 STATE = "tenfold.adalora"
 """Key in the optimizer's state, which torch saves and loads with the moments whatever loop does it."""
@@ -240,13 +241,8 @@ class Controller:
         optimizer = self._steps.optimizer
         if not self.config.shrink or optimizer is None:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.notes.append("dropped triplets were masked, not removed: other processes hold the same shapes")
-            return
-        if len(family(optimizer)) > 1 or not can_cut(optimizer, trainable(self.matrices)):
-            self.notes.append(
-                f"dropped triplets were masked, not removed: what {type(optimizer).__name__} keeps cannot be cut"
-            )
+        if reason := uncuttable(optimizer, trainable(self.matrices)):
+            self.notes.append(f"dropped triplets were masked, not removed: {reason}")
             return
         keep = {}
         for name, mask in self.masks.items():
@@ -272,7 +268,8 @@ class Controller:
     def _bind(self, optimizer: Optimizer) -> None:
         trainer = running_trainer(self._model())
         if self.schedule is None:
-            self.schedule = make_schedule(self.config, self.plan, self._find_total(trainer))
+            total = find_total(trainer, self._total_steps, self.config.steps, "AdaLoRA")
+            self.schedule = make_schedule(self.config, self.plan, total)
             self._importance = self._make_importance()
             if note := too_short(self.config, self.schedule):
                 self.notes.append(note)
@@ -289,21 +286,6 @@ class Controller:
             if decay > 0 and any(id(parameter) in ours for parameter in group["params"]):
                 note = f"weight decay of {decay:g} acts on the adapter, against the orthogonality penalty: set it to 0"
                 self.notes += [note] if note not in self.notes else []
-
-    def _find_total(self, trainer: Any | None) -> int:
-        running = trainer.state.max_steps if trainer is not None else None
-        if self._total_steps is not None and running is not None and self._total_steps != running:
-            raise ConfigError(
-                f"total_steps: {self._total_steps}, but the Trainer makes {running} steps",
-                remedy="leave total_steps out: it is taken from the Trainer",
-            )
-        total = self._total_steps or running or self.config.steps
-        if total is None:
-            raise RunError(
-                "the number of optimizer steps of this run is unknown, and the phases of AdaLoRA depend on it",
-                remedy="attach(model, config, total_steps=...), or set steps in the configuration",
-            )
-        return total
 
     def _make_importance(self) -> Importance:
         parts = {}
@@ -335,13 +317,7 @@ class Controller:
         Raises:
             RunError: when the saved run had another configuration.
         """
-        own, saved = settings(self.config, self.plan, self._running), state["settings"]
-        differ = [f"{key} {saved.get(key)!r}, now {own[key]!r}" for key in own if saved.get(key) != own[key]]
-        if differ:
-            raise RunError(
-                f"the checkpoint was written with another configuration: {'; '.join(differ[:4])}",
-                remedy="resume with the saved configuration, or start a fresh run in another folder",
-            )
+        check_same(settings(self.config, self.plan, self._running), state["settings"])
         device = next(iter(self.matrices.values())).singular.device
         self.step, self._fixed = state["step"], state["fixed"]
         self.masks = {name: mask.to(device) for name, mask in state["masks"].items()}

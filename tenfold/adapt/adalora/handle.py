@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tenfold.adapt.adalora.controller import Controller
 from tenfold.adapt.adalora.exporting import Order, RankLayout, affordable, export
 from tenfold.adapt.adalora.opening import Stored, fill, read_adapter
 from tenfold.adapt.adalora.plan import RankPlan, make_plan, make_schedule, size_plan, too_short
+from tenfold.adapt.role_map import by_role
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.budget import PARAMETER_BYTES
 from tenfold.errors import ModelError, RunError
@@ -105,7 +105,7 @@ class AdaLora:
         start = (0, self.plan.start, sum(self.plan.ranks.values()))
         return {
             "attached": self.attached(),
-            "ranks": self._rank_map(),
+            "ranks": by_role({name: matrix.slot for name, matrix in self.matrices.items()}, self.ranks()),
             "budget": [start] + [(step, budget, int(kept)) for step, budget, kept in self.controller.history],
             "steps": self.controller.step,
             "notes": [*self.controller.notes, *self._above_budget()],
@@ -125,23 +125,6 @@ class AdaLora:
         early = schedule is not None and step <= schedule.total - schedule.cooldown
         when = f" after step {step} of {schedule.total}, before the final phase," if early and schedule else ""
         return [f"the adapter holds {alive} triplets{when} and the budget pays for {written}: an export keeps the best"]
-
-    def _rank_map(self) -> dict[str, list[int | None]]:
-        kept = self.ranks()
-        both = {matrix.slot.stack for matrix in self.matrices.values()} == {"encoder", "decoder"}
-        rows = {
-            name: f"{matrix.slot.stack}.{matrix.slot.role}" if both else matrix.slot.role
-            for name, matrix in self.matrices.items()
-        }
-        places = Counter((row, self.matrices[name].slot.layer) for name, row in rows.items())
-        several = {row for (row, _), count in places.items() if count > 1}  # experts, or two MLPs in a block
-        found: dict[str, dict[int, int]] = {}
-        for name, row in rows.items():
-            layer = self.matrices[name].slot.layer or 0
-            row = name.partition(f".{layer}.")[2] or name if row in several else row
-            found.setdefault(row, {})[layer] = kept[name]
-        layers = 1 + max(layer for row in found.values() for layer in row)
-        return {row: [values.get(layer) for layer in range(layers)] for row, values in found.items()}
 
     def export(
         self,

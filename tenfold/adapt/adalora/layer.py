@@ -11,6 +11,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tenfold.adapt.cutting import replace_data
 from tenfold.errors import ModelError
 
 ADAPTER = "default"
@@ -139,15 +140,3 @@ def initialise(layer: SvdLinear, adapter_name: str, kind: Literal["lora", "norma
             nn.init.normal_(factor, std=0.02)
         else:
             nn.init.orthogonal_(factor)
-
-
-def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of another shape, so that it stays the same object for everyone who holds it.
-
-    A graph that is still alive (a loop's last loss) keeps autograd's accumulator of the old shape; torch drops it when
-    the type changes, hence the detour.
-    """
-    parameter.grad = None
-    other = torch.float32 if data.dtype == torch.float16 else torch.float16
-    parameter.data = torch.empty(0, dtype=other, device=data.device)
-    parameter.data = data

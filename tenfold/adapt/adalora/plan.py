@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tenfold.adapt.running import in_steps
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.budget import trainable_parameters
 from tenfold.core.schedule import CubicSchedule
@@ -143,8 +144,7 @@ def make_schedule(config: AdaLoraConfig, plan: RankPlan, total: int) -> CubicSch
     >>> schedule.warmup, schedule.cooldown, schedule.every
     (100, 500, 5)
     """
-    spans = {name: getattr(config, name) for name in ("tinit", "tfinal", "interval")}
-    steps = {name: round(span * total) if isinstance(span, float) else span for name, span in spans.items()}
+    steps = {name: in_steps(getattr(config, name), total) for name in ("tinit", "tfinal", "interval")}
     steps["tfinal"], steps["interval"] = max(steps["tfinal"], 1), max(steps["interval"], 1)
     if total == 1 and isinstance(config.tinit, float) and isinstance(config.tfinal, float):
         # Nothing to shrink in: the export keeps the best triplets, as after any run that ended early.

@@ -5,25 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tenfold.adapt import cutting
 from tenfold.adapt.adalora.attaching import Matrix
-from tenfold.adapt.adalora.layer import ADAPTER, replace_data
-
-
-def can_cut(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> bool:
-    """Whether the optimizer's memory of these tensors can be sliced along with them.
-
-    It can where each entry is a scalar or has the tensor's shape (Adam, AdamW, SGD, Adagrad, RMSprop, Lion); not where
-    it is factored (Adafactor) or quantised in blocks (8-bit optimizers).
-    """
-    for tensor in tensors:
-        for value in optimizer.state.get(tensor, {}).values():
-            if not isinstance(value, Tensor) or value.numel() <= 1:
-                continue
-            if value.shape != tensor.shape or not value.is_floating_point():
-                return False
-    return True
+from tenfold.adapt.adalora.layer import ADAPTER
 
 
 @torch.no_grad()
@@ -49,17 +35,6 @@ def cut(
         if bool(gone.any()):
             dropped[name] = (matrix.P.detach()[:, gone].clone(), matrix.Q.detach()[gone].clone())
         for parameter, dim in ((matrix.Q, 0), (matrix.singular, 0), (matrix.P, 1)):
-            _slice(parameter, dim, index, optimizer)
+            cutting.cut(parameter, dim, index, optimizer)
         matrix.layer.set_rank(ADAPTER, len(index))
     return dropped
-
-
-def _slice(parameter: nn.Parameter, dim: int, index: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    gradient, shape = parameter.grad, parameter.shape
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == shape:
-            state[key] = value.index_select(dim, index)
-    replace_data(parameter, parameter.data.index_select(dim, index))
-    if gradient is not None:
-        parameter.grad = gradient.index_select(dim, index)
