@@ -9,8 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.compress.losparse.factors import Factors
+from tenfold.compress.losparse.handle import attach
 from tenfold.compress.losparse.layer import LowRankRowsLinear
+from tenfold.compress.losparse.masked import LoSparseLinear
 from tenfold.compress.losparse.mathematics import rank_for, split
+from tenfold.compress.losparse.pruner import Pruner, make_schedule
+from tenfold.config.losparse import LoSparsePaper
+from tenfold.core.importance import Importance, ScoredPart
 from tenfold.errors import ConfigError
 from tenfold.models.layer_map import layer_map
 from tenfold.models.tiny import tiny_model
@@ -231,3 +236,193 @@ def test_10_multiply_adds_are_the_formula_less_what_is_shared(out, inner, rank, 
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(tokens, inner))
     assert counter.get_total_flops() == 2 * tokens * (rank * (inner + out) + kept * inner - rank * (rank + kept))
+
+
+# ---- training: 5 to 9, 12, 13, 16 ------------------------------------------------------------------------------------
+
+ROWS = {"first": fill((4, 3), 7, 3, 11, 10), "second": fill((3, 4), 7, 6, 11, 10)}
+"""The two S of oracles 5 to 8."""
+
+
+def gradients(step):
+    return {"first": fill((4, 3), 5, 2 * (1 + step), 13, 20), "second": fill((3, 4), 5, 2 * (2 + step), 13, 20)}
+
+
+def pruned_by_hand(steps, rows=12):
+    """The scores per number after each step at which rows could be chosen, with given gradients of fixed weights."""
+    layers = {
+        name: LoSparseLinear(rest.new_zeros(len(rest), 1), rest.new_zeros(1, rest.shape[1]), rest.clone())
+        for name, rest in ROWS.items()
+    }
+    model = torch.nn.ModuleDict(layers)
+    costs = {name: layer.in_features for name, layer in layers.items()}
+    config = LoSparsePaper(tinit=steps, tfinal=1, interval=2)
+    pruner = Pruner(model, layers, rows, costs, config, total_steps=steps + 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    found = {}
+    for step in range(steps):
+        for name, gradient in gradients(step).items():
+            layers[name].rest.grad = gradient
+        optimizer.step()
+        found[step] = {name: score / costs[name] for name, score in pruner._importance.scores().items()}
+    pruner.close()
+    return pruner, found
+
+
+def close(scores, first, second):
+    wanted = {"first": first, "second": second}
+    return all(
+        torch.allclose(scores[name], torch.tensor(wanted[name], dtype=torch.float64), rtol=1e-12, atol=0)
+        for name in scores
+    )
+
+
+def test_05_window_smoothing():
+    _, found = pruned_by_hand(5)
+    assert close(found[2], [0.005375, 0.00475, 0.005625, 0.00675], [0.0054375, 0.0105, 0.0054375])
+    assert close(found[4], [0.01244375, 0.0112875, 0.01253125, 0.0151125], [0.008746875, 0.01426875, 0.009590625])
+
+
+def by_steps(resolution, smoothing="step"):
+    weights = {name: rest.clone().requires_grad_() for name, rest in ROWS.items()}
+    parts = {name: [ScoredPart(weight, 0, "sum")] for name, weight in weights.items()}
+    importance = Importance(parts, 0.85, None, smoothing=smoothing, window=2, resolution=resolution)
+    found = []
+    for step in range(5):
+        for name, gradient in gradients(step).items():
+            weights[name].grad = gradient
+        importance.observe(step)
+        found.append({name: score / weights[name].shape[1] for name, score in importance.scores().items()})
+    return found
+
+
+def test_06_step_smoothing():
+    found = by_steps("unit")
+    assert close(found[0], [0.00475, 0.0045, 0.0045, 0.006], [0.0058125, 0.0114375, 0.0058125])
+    assert close(
+        found[4],
+        [0.0259092796875, 0.023288403125, 0.024994996875, 0.030150475],
+        [0.017081919140625, 0.025340673046875, 0.021213012890625],
+    )
+
+
+@pytest.mark.parametrize("smoothing", ["step", "window"])
+def test_07_unit_resolution_is_exact(smoothing):
+    for by_unit, by_entry in zip(by_steps("unit", smoothing), by_steps("entry", smoothing), strict=True):
+        for name, score in by_unit.items():
+            assert torch.allclose(score, by_entry[name], rtol=1e-12, atol=1e-300)
+    _, by_hand = pruned_by_hand(5)
+    if smoothing == "window":
+        assert all(torch.equal(by_hand[4][name], score) for name, score in by_steps("unit", "window")[4].items())
+
+
+@pytest.mark.parametrize(
+    ("share", "first", "second", "spent"),
+    [
+        (1.0, [0, 1, 2, 3], [0, 1, 2], 24),
+        (0.75, [0, 1, 2, 3], [1], 16),
+        (0.5, [2, 3], [1], 10),
+        (0.25, [3], [], 3),
+        (0.0, [], [], 0),
+    ],
+)
+def test_08_allocation(share, first, second, spent):
+    pruner, _ = pruned_by_hand(5)
+    pruner._choose(int(share * 24))
+    kept = {name: layer.mask.nonzero().flatten().tolist() for name, layer in pruner.layers.items()}
+    assert kept == {"first": first, "second": second}
+    assert pruner.kept() == int(pruner.history[-1][2]) == spent
+    for name, layer in pruner.layers.items():
+        zero = (layer.rest == 0).all(1)
+        assert torch.equal(zero, ~layer.mask), name
+
+
+def test_09_schedule():
+    schedule = make_schedule(LoSparsePaper(tinit=2, tfinal=4, interval=2), 0.5, 20)
+    values = {3: 0.90033, 4: 0.81487, 6: 0.68222, 8: 0.59329, 10: 0.53936, 12: 0.51166, 14: 0.50146, 15: 0.50018}
+    assert schedule.value(2) == 1
+    assert all(abs(schedule.value(step) - value) < 5e-6 for step, value in values.items())
+    assert [schedule.value(step) for step in range(16, 20)] == [0.5] * 4
+    assert [step for step in range(20) if schedule.due(step)] == [4, 6, 8, 10, 12, 14, 16, 17, 18, 19]
+
+
+def compressed(rows=3000, steps=10, **more):
+    torch.manual_seed(0)
+    model = tiny_model("llama").model
+    names = [slot.name for slot in layer_map(model).select(["all-linear"])]
+    phases = LoSparsePaper(tinit=1, tfinal=4, interval=1)
+    return attach(model, dict.fromkeys(names, 4), rows, phases, total_steps=steps, **more)
+
+
+def batches(steps):
+    return torch.randint(5, 200, (steps, 8, 12), generator=torch.Generator().manual_seed(1))
+
+
+def train(handle, steps=10, parts=1, after=lambda step: None, lr=3e-3):
+    model = handle.model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
+    for step, batch in enumerate(batches(steps)):
+        for piece in batch.chunk(parts):
+            (model(input_ids=piece, labels=piece).loss / parts).backward()
+        optimizer.step()
+        after(step)
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("can_cut", [True, False])
+def test_12_frozen_final_phase(can_cut, monkeypatch):
+    if not can_cut:
+        monkeypatch.setattr("tenfold.compress.losparse.pruner.uncuttable", lambda *_: "it is held")
+    handle = compressed()
+    seen = []
+
+    def look(step):
+        if step < 10 - 4:
+            return
+        seen.append({name: layer.mask.tolist() for name, layer in handle.layers.items()})
+        for layer in handle.layers.values():
+            rest = torch.zeros(layer.out_features, layer.in_features).index_copy(0, layer.kept, layer.rest.detach())
+            assert bool((rest[~layer.mask] == 0).all())
+            assert layer.is_cut == can_cut or bool(layer.mask.all())
+
+    train(handle, after=look)
+    assert len(seen) == 4
+    assert all(masks == seen[0] for masks in seen)
+    kept = sum(len(factors.rows) * factors.rows.shape[1] for factors in handle.finish().values())
+    assert 3000 - 128 < kept <= 3000
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_13_accumulation_invariance(frozen):
+    found = []
+    for parts in (1, 8):
+        handle = compressed(frozen=frozen)
+        handle.model.double()
+        scores = []
+        train(handle, 6, parts, after=lambda step, h=handle, s=scores: s.append(h.pruner._importance.scores()))
+        found.append((scores, {name: layer.mask for name, layer in handle.layers.items()}))
+    for whole, pieces in zip(found[0][0], found[1][0], strict=True):
+        for name, score in whole.items():
+            torch.testing.assert_close(pieces[name], score, rtol=1e-5, atol=1e-9)
+    assert all(torch.equal(found[0][1][name], mask) for name, mask in found[1][1].items())
+    assert not all(bool(mask.all()) for mask in found[0][1].values())
+
+
+def test_16_gate_bound():
+    batch = batches(1)[0]
+    sensitivities, gates = {}, {}
+    for frozen in (False, True):
+        handle = compressed(frozen=frozen)
+        model = handle.model.double().train()
+        model(input_ids=batch, labels=batch).loss.backward()
+        for name, layer in handle.layers.items():
+            if frozen:
+                assert layer.rest.grad is None
+                gates[name] = layer.gate.grad
+            else:
+                product = layer.rest.detach() * layer.rest.grad
+                sensitivities[name] = product.sum(1), product.abs().sum(1)
+    for name, (signed, gamma) in sensitivities.items():
+        torch.testing.assert_close(gates[name], signed, rtol=1e-8, atol=1e-10)
+        assert bool((gates[name].abs() <= gamma * (1 + 1e-9)).all())
