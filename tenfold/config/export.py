@@ -21,10 +21,11 @@ class ExportConfig(StageConfig):
     needs: ClassVar[Needs] = Needs(task=("causal", "seq2seq", "classification", "reward"))
     run = "tenfold.models.stage:run_export"
 
-    form: Literal["merged", "adapter", "native"] = "merged"
+    form: Literal["merged", "adapter", "native", "dense"] = "merged"
     """``merged``: a complete model with the adapters folded in. ``adapter``: the last adapter alone, which is small and
     needs its base. ``native``: a model with spans (MASFormer) in an architecture of transformers that knows them, for
-    those who do not have tenfold."""
+    those who do not have tenfold. ``dense``: a compressed model (LoSparse) with plain layers again, as large as it was
+    before, for those who do not have tenfold and for converters to other formats, such as GGUF."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the merged weights. Default: that of the opened model. ``bfloat16`` halves the folder of a
     float32 model."""
@@ -51,7 +52,11 @@ class ExportConfig(StageConfig):
             shape.check_mergeable()
         if self.form == "native":
             _check_native(shape)
-        return shape if self.form == "adapter" else replace(shape, adapted=False)
+        if self.form == "dense" and not shape.compressed:
+            raise ConfigError(f"form: dense: {shape.name} has no compressed layers", remedy="write form: merged")
+        if self.form == "adapter":
+            return shape
+        return replace(shape, adapted=False, compressed=shape.compressed and self.form != "dense")
 
 
 def _check_native(shape: Shape) -> None:

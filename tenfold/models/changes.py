@@ -19,6 +19,11 @@ FINISHERS = {"tenfold_span": "tenfold.attend.masformer.native:restore"}
 """Fields of a saved configuration that ask for something once the model is loaded, and what does it: a function of the
 model."""
 
+COMPRESSED = {"losparse": "tenfold.compress.losparse.saving"}
+"""Methods (``quantization_config.quant_method``) of models whose layers hold fewer numbers, all of which can be
+trained; and a module that lets transformers open their files once it is imported. Its function ``restructure`` gives
+a model without weights such layers, ``absorb`` adds the adapters of a PEFT model into them."""
+
 _NOTE = """
 
 > **This adapter needs tenfold.** It was trained on a model that was changed (`{fields}` in `adapter_config.json`). PEFT
@@ -39,8 +44,36 @@ def changes_of(model: Any) -> dict[str, Any]:
     return {field: value for field, value in found.items() if value is not None}
 
 
+def compression(config: Any) -> str | None:
+    """How the layers of a model are compressed: a method of `COMPRESSED`; None of others.
+
+    Args:
+        config: as transformers holds it, or the dictionary of ``config.json``.
+
+    >>> compression({"quantization_config": {"quant_method": "losparse"}}), compression({})
+    ('losparse', None)
+    """
+    entry = config.get("quantization_config") if isinstance(config, dict) else vars(config).get("quantization_config")
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    return method if method in COMPRESSED else None
+
+
+def compress_shapes(model: Any) -> None:
+    """Give a model on the meta device the layers that its configuration says it has."""
+    if method := compression(model.config):
+        _named(f"{COMPRESSED[method]}:restructure")(model)
+
+
+def absorb_adapters(model: Any) -> None:
+    """Add the adapters of a PEFT model into its compressed layers, which PEFT cannot; plain layers are left to it."""
+    if method := compression(model.config):
+        _named(f"{COMPRESSED[method]}:absorb")(model)
+
+
 def prepare_opening(config: Any) -> None:
     """Before a model is built: import what its configuration asks for, as its attention has to be registered then."""
+    if method := compression(config):
+        importlib.import_module(COMPRESSED[method])
     config = config.get_text_config(decoder=True)
     for field in FINISHERS:
         if getattr(config, field, None) is not None:
@@ -108,6 +141,22 @@ def is_marked(folder: Path) -> bool:
     return any(part.get(field) is not None for part in parts for field in FINISHERS)
 
 
+def is_compressed(folder: Path) -> bool:
+    """Whether a saved model has compressed layers, or a saved adapter stands on such a model.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "config.json").write_text('{"quantization_config": {"quant_method": "losparse"}}')
+    ...     is_compressed(Path(folder))
+    True
+    """
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        folder = Path(str(json.loads(adapter.read_text()).get("base_model_name_or_path") or folder))
+    path = folder / "config.json"
+    return path.is_file() and compression(json.loads(path.read_text())) is not None
+
+
 @contextmanager
 def unwarned() -> Iterator[None]:
     """Without PEFT's warning of the fields that `mark` wrote, for those who heed them."""
@@ -118,5 +167,9 @@ def unwarned() -> Iterator[None]:
 
 
 def _finisher(field: str) -> Any:
-    module, _, name = FINISHERS[field].partition(":")
+    return _named(FINISHERS[field])
+
+
+def _named(reference: str) -> Any:
+    module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)

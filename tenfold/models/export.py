@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.errors import ModelError
-from tenfold.models.changes import mark
+from tenfold.models.changes import absorb_adapters, mark
 from tenfold.models.folders import write_folder
 from tenfold.models.gguf import source_of
 from tenfold.models.quantised import refuse_quantised
 from tenfold.models.source import REFERENCE
 from tenfold.models.tied import untie
 
+_EXPECTED = (
+    "Model with `tie_word_embeddings=True`",
+    "Input and output embeddings are no longer tied",
+    "All adapters are already merged",  # in compressed layers
+)
+
 
 def merge(model: Any, *, in_place: bool = False) -> Any:
     """The plain ``transformers`` model with all attached PEFT adapters added into its weights.
 
     Where an adapter changes the head or the input embedding and the two share a weight, they do not any more.
+    Compressed layers stay so: their rank grows by that of the adapter.
 
     Args:
         model: a ``PeftModel``; a model without adapters is returned as it is.
@@ -49,8 +56,9 @@ def merge(model: Any, *, in_place: bool = False) -> Any:
     entry = getattr(model.config, "tie_word_embeddings", None)
     try:
         with warnings.catch_warnings():
-            for message in ("Model with `tie_word_embeddings=True`", "Input and output embeddings are no longer tied"):
+            for message in _EXPECTED:
                 warnings.filterwarnings("ignore", message=message)
+            absorb_adapters(model)
             merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"the adapter cannot be merged: {error}", remedy="train again with a lower rate") from error

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tenfold.models.changes import prepare_opening
+from tenfold.models.changes import compress_shapes, prepare_opening
 from tenfold.models.gguf import converted
 from tenfold.models.heads import auto_class
 from tenfold.models.open import explain, resolve_device, resolve_dtype
@@ -55,6 +55,8 @@ def _plain(ref: ModelRef) -> Any:
     prepare_opening(config)
     dtype = resolve_dtype(ref.dtype, resolve_device(ref.device), ref.load)
     with torch.device("meta"):
-        return auto_class(config, ref.task, folder).from_config(
+        model = auto_class(config, ref.task, folder).from_config(
             config, dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype
         )
+        compress_shapes(model)
+    return model

@@ -11,7 +11,7 @@ import torch
 
 from tenfold.config.shape import Load, Task
 from tenfold.errors import ConfigError, MissingDependencyError, ModelError, TenfoldError
-from tenfold.models.changes import finish_for, finish_opening, prepare_opening, unwarned
+from tenfold.models.changes import compression, finish_for, finish_opening, prepare_opening, unwarned
 from tenfold.models.export import merge
 from tenfold.models.gguf import converted
 from tenfold.models.heads import PEFT_TASKS, auto_class, check_loaded
@@ -266,7 +266,7 @@ def _load(
     try:
         extra = {} if labels is None else {"num_labels": labels}
         config = AutoConfig.from_pretrained(folder, **options, **extra)
-        if check_own(config.to_dict(), folder, packs="quantization_config" in placing):
+        if check_own(config.to_dict(), folder, packs="quantization_config" in placing) or compression(config):
             placing = {**placing, "device_map": placing["device_map"] or {"": place}}
         prepare_opening(config)
         builder = auto_class(config, task, folder)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from tenfold.config.shape import Load
 from tenfold.errors import ConfigError, MissingDependencyError, ModelError
+from tenfold.models.changes import compression
 
 INSTALL = 'pip install "tenfold[bnb]"'
 
@@ -57,7 +58,7 @@ def own_method(config: Mapping[str, Any]) -> str | None:
     'gptq'
     """
     found = config.get("quantization_config")
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or compression(dict(config)):
         return None
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         return "bitsandbytes"
@@ -79,6 +80,11 @@ def check_own(config: Mapping[str, Any], name: str, *, packs: bool) -> str | Non
         ConfigError: both the files and ``load`` pack the weights.
         MissingDependencyError: the package that these files need is absent.
     """
+    if packs and (compressed := compression(dict(config))):
+        raise ConfigError(
+            f"load: the layers of {name} are compressed ({compressed}), and packing is for plain ones",
+            remedy="leave load out; or write a plain model first: tenfold export --form dense",
+        )
     method = own_method(config)
     if method is None:
         return None
@@ -241,7 +247,7 @@ def is_packed(module: Any) -> bool:
     """Whether a module is a linear layer whose weight is codes: in bitsandbytes a parameter, elsewhere buffers."""
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         return False
-    weight = module._parameters.get("weight")
-    if weight is not None:
-        return not weight.is_floating_point()
+    matrices = [one for one in module._parameters.values() if one is not None and one.ndim > 1]
+    if matrices:  # more than one in a compressed layer
+        return not any(one.is_floating_point() for one in matrices)
     return any(not buffer.is_floating_point() for buffer in module._buffers.values() if buffer is not None)

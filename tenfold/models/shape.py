@@ -8,6 +8,7 @@ from typing import Any
 
 from tenfold.config.shape import Shape, Task
 from tenfold.errors import MissingDependencyError, ModelError
+from tenfold.models.changes import compression
 from tenfold.models.gguf import cache_dir, gguf_sha256
 from tenfold.models.quantised import check_own
 from tenfold.models.reference import ModelRef
@@ -64,7 +65,8 @@ def shape_from(config: dict[str, Any], name: str, task: Task = "causal", *, adap
     heads = [str(one) for one in config.get("architectures") or ()]
     if task == "causal" and any("ForSequenceClassification" in one or "Reward" in one for one in heads):
         task = "reward"  # a saved one, whatever the recipe calls it
-    return Shape(name, str(values.get("model_type", "")), task=task, adapted=adapted, spans=spans, **found)
+    kind, compressed = str(values.get("model_type", "")), compression(config) is not None
+    return Shape(name, kind, task=task, adapted=adapted, spans=spans, compressed=compressed, **found)
 
 
 class HubAwayError(ModelError):

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from tenfold.attend.masformer.native import save_native
+from tenfold.compress.losparse.layer import to_dense
 from tenfold.config.export import ExportConfig
 from tenfold.errors import ConfigError
 from tenfold.models.export import merge, push_to_hub, save_adapter, save_model
@@ -29,9 +30,13 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
         save_adapter(opened.model, opened.tokenizer, folder)
     else:
         folder = context.folder / "model"
+        model = opened.model
+        if config.form == "dense":
+            context.progress.begin("making its layers whole")
+            to_dense(model)
         if adapted:
             context.progress.begin("merging the adapter")
-        model = merge(opened.model) if adapted else opened.model
+            model = merge(model)
         if config.save_dtype is not None:
             model = model.to(getattr(torch, config.save_dtype))
         context.progress.begin("writing the model")

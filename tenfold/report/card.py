@@ -11,7 +11,7 @@ import yaml
 
 from tenfold.config.shape import Task
 from tenfold.files import write_text
-from tenfold.models.changes import is_marked
+from tenfold.models.changes import is_compressed, is_marked
 from tenfold.report.verdict import changes, half_width
 from tenfold.stage import numbers
 from tenfold.stage.record import StageSummary
@@ -60,6 +60,7 @@ def write_card(
         task=task,
         name=folder.name,
         alone=not is_marked(folder),
+        compressed=is_compressed(folder),
     )
     write_text(path, text)
     return path
@@ -74,10 +75,12 @@ def card(
     name: str,
     task: Task = "causal",
     alone: bool = True,
+    compressed: bool = False,
 ) -> str:
     """The text of the card; arguments as in `write_card`, ``name`` is the folder's name in the code.
 
-    ``alone`` is False for what computes something else, or does not open, without tenfold.
+    ``alone`` is False for what has local spans, and computes something else or does not open without tenfold;
+    ``compressed`` is True for what has compressed layers, and does not open.
 
     >>> stage = StageSummary(tenfold_version="0.1.0", index=1, stage="lora", fingerprint="", config={}, seed=0)
     >>> card(stage, base_model="org/base", recipe_text="", kind="adapter", name="adapter").splitlines()[:3]
@@ -85,10 +88,10 @@ def card(
     """
     base = _base(base_model)
     parts = [
-        _header(summary, base, kind, alone),
+        _header(summary, base, kind, alone and not compressed),
         f"# {_inline(base)} after `{summary.stage}`",
         _what(summary, base, kind),
-        _loading(name, base, kind, task, alone),
+        _loading(name, base, kind, task, alone, compressed),
         _data(summary),
         _results(summary),
         "## Recipe\n\n" + _fence(recipe_text, "yaml"),
@@ -129,8 +132,8 @@ def _what(summary: StageSummary, base: str, kind: CardKind) -> str:
     return "\n".join(lines)
 
 
-def _loading(name: str, base: str, kind: CardKind, task: Task, alone: bool) -> str:
-    if alone:
+def _loading(name: str, base: str, kind: CardKind, task: Task, alone: bool, compressed: bool) -> str:
+    if alone and not compressed:
         return "## Load it\n\nNo tenfold needed.\n\n" + _fence(_code(name, base, kind, task), "python")
     other = "PEFT would put it on the model without them" if kind == "adapter" else "transformers does not open it"
     lines = [
@@ -141,6 +144,12 @@ def _loading(name: str, base: str, kind: CardKind, task: Task, alone: bool) -> s
         *_writing(task),
     ]
     text = f"It needs tenfold: its layers have local spans, which are no part of transformers. {other}."
+    if compressed:
+        what = "it stands on a compressed model" if kind == "adapter" else "its layers are compressed"
+        text = (
+            f"It needs tenfold: {what}, whose files transformers alone refuses. `tenfold export --form dense` writes a "
+            "plain model."
+        )
     return f"## Load it\n\n{text}\n\n" + _fence("\n".join(lines), "python")
 
 

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from scipy.linalg import qr, solve_triangular
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.compress.losparse.factors import Factors
+from tenfold.compress.losparse.format import mark
 from tenfold.compress.losparse.unmade import UnmadeWeight
-from tenfold.errors import ModelError
+from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.low_rank_rows import product
 
 Kind = Literal["linear", "conv1d"]
@@ -31,8 +35,9 @@ class LowRankRowsLinear(nn.Linear):
         kept: rows that are kept as a whole.
         bias: whether a bias is added.
         kind: of the layer that it replaces, which `to_dense` gives back.
+        elastic: whether it also holds what kept rows are without being kept, for `trim`.
         device: of all tensors.
-        dtype: of rows, mix and bias.
+        dtype: of all tensors but ``place``.
 
     >>> layer = LowRankRowsLinear(6, 4, rank=1, kept=1)
     >>> layer(torch.ones(2, 3, 6)).shape, sum(p.numel() for p in layer.parameters())
@@ -40,6 +45,7 @@ class LowRankRowsLinear(nn.Linear):
     """
 
     place: Tensor
+    spare: Tensor | None
 
     def __init__(
         self,
@@ -50,6 +56,7 @@ class LowRankRowsLinear(nn.Linear):
         *,
         bias: bool = True,
         kind: Kind = "linear",
+        elastic: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,10 +71,18 @@ class LowRankRowsLinear(nn.Linear):
         """``[out - rank - kept, rank]``: the other rows as combinations of the first."""
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **make)) if bias else None)
         self.register_buffer("place", torch.arange(out_features, dtype=torch.int32, device=device))
+        self.register_buffer("spare", torch.zeros(kept, rank, **make) if elastic else None)
+        """``[kept, rank]``: the kept rows as combinations of the first, which is what `trim` makes of them."""
 
     @classmethod
     def from_factors(
-        cls, factors: Factors, bias: Tensor | None = None, dtype: torch.dtype | None = None, kind: Kind = "linear"
+        cls,
+        factors: Factors,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        kind: Kind = "linear",
+        *,
+        elastic: bool = False,
     ) -> LowRankRowsLinear:
         """The layer that multiplies with a compressed matrix; exact but for one rounding to ``dtype``.
 
@@ -79,6 +94,8 @@ class LowRankRowsLinear(nn.Linear):
             bias: ``[out]``.
             dtype: of the parameters. Default: that of the kept rows.
             kind: of the layer that it replaces.
+            elastic: also hold what kept rows are without being kept: as ``left`` says or, where its kept rows are all
+                zero, the combination that is nearest to each.
         """
         out, device, dtype = factors.left.shape[0], factors.rows.device, dtype or factors.rows.dtype
         bias = bias if factors.bias is None else factors.bias
@@ -89,15 +106,28 @@ class LowRankRowsLinear(nn.Linear):
         rest = torch.ones(len(others), dtype=torch.bool).index_fill(0, chosen, False)
         order = torch.cat((others[chosen], keeps, others[rest]))
         layer = cls(
-            right.shape[1], out, len(chosen), len(keeps), bias=bias is not None, kind=kind, device=device, dtype=dtype
+            right.shape[1],
+            out,
+            len(chosen),
+            len(keeps),
+            bias=bias is not None,
+            kind=kind,
+            elastic=elastic,
+            device=device,
+            dtype=dtype,
         )
+        spanning = left[chosen] @ right
         with torch.no_grad():
-            layer.rows[: len(chosen)] = (left[chosen] @ right).to(layer.rows)
+            layer.rows[: len(chosen)] = spanning.to(layer.rows)
             layer.rows[len(chosen) :] = factors.rows.detach().to(layer.rows)
             layer.mix.copy_(mix[rest])
             layer.place[order.to(device)] = torch.arange(out, dtype=torch.int32, device=device)
             if bias is not None:
                 layer.bias.data.copy_(bias.detach())
+            if layer.spare is not None and len(chosen):
+                low = factors.left.detach().cpu().double()[keeps] @ right
+                near = low if bool(low.any()) else factors.rows.detach().cpu().double()
+                layer.spare.copy_(torch.linalg.lstsq(spanning.mT, near.mT).solution.mT)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
@@ -114,6 +144,46 @@ class LowRankRowsLinear(nn.Linear):
         """The same for those who know linear layers: of its shape and type, read-only, made when it is read."""
         shape = (self.out_features, self.in_features)
         return UnmadeWeight(self.dense_weight, shape, self.rows.dtype, self.rows.device)
+
+    def trim(self, kept: int) -> None:
+        """Keep fewer rows, the most important ones; the others become combinations.
+
+        Raises:
+            ModelError: more rows than there are, or a layer that is not elastic.
+        """
+        if self.spare is None:
+            raise ModelError("a compressed layer that is not elastic has no fewer rows", "compress with elastic: true")
+        if not 0 <= kept <= self.kept:
+            raise ModelError(f"kept: {kept} of {self.kept} rows", f"give 0 to {self.kept}")
+        with torch.no_grad():  # rows that go stand next to the combinations already, so that no place changes
+            self.rows = nn.Parameter(self.rows[: self.rank + kept].clone(), self.rows.requires_grad)
+            self.mix = nn.Parameter(torch.cat((self.spare[kept:], self.mix)), self.mix.requires_grad)
+        self.spare, self.kept = self.spare[:kept].clone(), kept
+
+    def plus(self, left: Tensor, right: Tensor) -> LowRankRowsLinear:
+        """A layer for the sum of this matrix and ``left @ right``: its rank is larger by that of the summand, at most.
+
+        Args:
+            left: ``[out, rank]``.
+            right: ``[rank, in]``.
+        """
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        order, rows = self.place.argsort().cpu(), self.rows.detach().to(**exact)
+        unit = torch.eye(self.rank, **exact)
+        low = torch.zeros(self.kept, self.rank, **exact) if self.spare is None else self.spare.to(**exact)
+        mix = torch.cat((unit, low, self.mix.detach().to(**exact)))[self.place.cpu().long()]
+        kept = order[self.rank : self.rank + self.kept]
+        left, right = left.detach().to(**exact), right.detach().to(**exact)
+        factors = Factors(
+            torch.cat((mix, left), 1),
+            torch.cat((rows[: self.rank], right)),
+            kept,
+            rows[self.rank :] + left[kept] @ right,
+        )
+        elastic = self.spare is not None
+        layer = self.from_factors(factors, self.bias, self.rows.dtype, self.kind, elastic=elastic)
+        layer.to(self.rows.device).requires_grad_(self.rows.requires_grad)
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of it."""
@@ -149,15 +219,17 @@ def spanning_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(order[:rank].astype("int64")), mix
 
 
-def install(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
+def install(model: nn.Module, factors: Mapping[str, Factors], *, elastic: bool = False) -> nn.Module:
     """Put compressed layers in the place of a model's linear layers.
 
     Modules and weights that are shared stay shared. What is put in has the dtype, device and ``requires_grad`` of what
-    was there; a bias stays, unless its factors bring another one.
+    was there; a bias stays, unless its factors bring another one. A matrix of which all rows are kept stays a plain
+    layer, with these rows, unless it is to be elastic. A ``transformers`` model is ready for ``save_pretrained``.
 
     Args:
         model: changed in place.
         factors: by the name of an ``nn.Linear`` or ``Conv1D``.
+        elastic: whether the layers can be trimmed.
 
     Returns:
         The model.
@@ -170,24 +242,53 @@ def install(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
             owners.setdefault(id(weight), []).append((name, module))
-    done: dict[int, LowRankRowsLinear] = {}
+    done: set[int] = set()
     for name, matrix in factors.items():
         module = _replaceable(model, name, matrix)
-        if id(module.weight) in done:
+        weight, sharing = module.weight, owners[id(module.weight)]
+        if id(weight) in done:
             raise ModelError(f"{name}: shares its weight with a layer that is compressed too", "name one of them")
-        layer = _like(module, matrix)
-        done[id(module.weight)] = layer
-        twins: dict[int, LowRankRowsLinear] = {id(module): layer}
-        for other, owner in owners[id(module.weight)]:
+        if other := next(
+            (f"{name} ({type(one).__name__})" for name, one in sharing if type(one) is not type(module)), ""
+        ):
+            raise ModelError(f"{name}: shares its weight with {other}", "leave it out, or untie the two first")
+        done.add(id(weight))
+        if len(matrix.kept) == weight.shape[isinstance(module, Conv1D)] and not elastic:
+            _fill(module, matrix)
+            continue
+        layer = _filled(module, matrix, elastic)
+        twins = {id(module): layer}
+        for other, owner in sharing:
             if id(owner) not in twins:
-                if type(owner) is not type(module):
-                    raise ModelError(
-                        f"{name}: shares its weight with {other} ({type(owner).__name__})",
-                        remedy="leave it out, or untie the two first",
-                    )
                 twins[id(owner)] = _twin(layer, owner)
             replace_module(model, other, twins[id(owner)])
-    return model
+    return remark(model)
+
+
+def trim(model: nn.Module, share: float) -> nn.Module:
+    """Keep the most important part of the rows that an elastic model keeps.
+
+    Args:
+        model: compressed with ``elastic``; changed in place.
+        share: of the kept rows of each layer, from 0 to 1, rounded to whole rows. A layer in which nothing but kept
+            rows is left stays as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: no layer is elastic.
+        ConfigError: a share outside of [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share: must be in [0, 1], got {share}", remedy="give what part of the kept rows stays")
+    elastic = [one for one in model.modules() if isinstance(one, LowRankRowsLinear) and one.spare is not None]
+    if not elastic:
+        raise ModelError("no layer of this model is elastic", remedy="compress it with elastic: true")
+    for layer in elastic:
+        if layer.rank:
+            layer.trim(round(share * layer.kept))
+    return remark(model)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -204,13 +305,60 @@ def to_dense(model: nn.Module) -> nn.Module:
                 weights[id(module.rows)] = nn.Parameter(weight, requires_grad=module.rows.requires_grad)
             plain[id(module)] = _plain(module, weights[id(module.rows)])
         replace_module(model, name, plain[id(module)])
-    return model
+        around = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(around, LoraLayer):
+            around.fan_in_fan_out = module.kind == "conv1d"  # how an adapter on it is to be merged
+    return remark(model)
+
+
+def compressed_layers(model: nn.Module) -> dict[str, LowRankRowsLinear]:
+    """The compressed layers of a model, by every name that they have."""
+    found = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in found if isinstance(module, LowRankRowsLinear)}
+
+
+def layer_like(module: Any, entry: Mapping[str, Any]) -> LowRankRowsLinear:
+    """An empty layer in the place of a linear layer.
+
+    Args:
+        module: an ``nn.Linear`` or a ``Conv1D``.
+        entry: as `tenfold.compress.losparse.format.LowRankRowsConfig` has it.
+    """
+    conv1d = isinstance(module, Conv1D)
+    in_features, out_features = (module.nx, module.nf) if conv1d else (module.in_features, module.out_features)
+    layer = LowRankRowsLinear(
+        in_features,
+        out_features,
+        entry["rank"],
+        entry["kept"],
+        bias=entry.get("bias", module.bias is not None),
+        kind="conv1d" if conv1d else "linear",
+        elastic=entry.get("elastic", False),
+        device=module.weight.device,
+        dtype=module.weight.dtype,
+    )
+    return layer.train(module.training)
+
+
+def entry_of(layer: LowRankRowsLinear) -> dict[str, Any]:
+    """What `layer_like` needs to know of a layer."""
+    flags = {"bias": layer.bias is not None, "elastic": layer.spare is not None}
+    return {"rank": layer.rank, "kept": layer.kept, **flags}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module where another one stands."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def remark(model: nn.Module) -> nn.Module:
+    """Write into a model's configuration, where it has one, which layers are compressed now."""
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(plain, PreTrainedModel):
+        layers = compressed_layers(plain)
+        mark(plain, {name.removesuffix(".base_layer"): entry_of(layer) for name, layer in layers.items()})
+    return model
 
 
 def _replaceable(model: nn.Module, name: str, matrix: Factors) -> Any:
@@ -228,21 +376,39 @@ def _replaceable(model: nn.Module, name: str, matrix: Factors) -> Any:
     return module
 
 
-def _like(module: Any, matrix: Factors) -> LowRankRowsLinear:
+def _filled(module: Any, matrix: Factors, elastic: bool) -> LowRankRowsLinear:
     kind: Kind = "conv1d" if isinstance(module, Conv1D) else "linear"
-    layer = LowRankRowsLinear.from_factors(matrix, module.bias, module.weight.dtype, kind).to(module.weight.device)
-    layer.requires_grad_(module.weight.requires_grad)
+    layer = LowRankRowsLinear.from_factors(matrix, module.bias, module.weight.dtype, kind, elastic=elastic)
+    layer.to(module.weight.device).requires_grad_(module.weight.requires_grad)
     if layer.bias is not None and module.bias is not None:
         layer.bias.requires_grad_(module.bias.requires_grad)
     return layer.train(module.training)
 
 
+@torch.no_grad()
+def _fill(module: Any, matrix: Factors) -> None:
+    """The same for a layer that stays a plain one."""
+    weight = matrix.dense()
+    module.weight.copy_(weight.mT if isinstance(module, Conv1D) else weight)
+    if matrix.bias is not None:
+        new = matrix.bias.to(module.weight, copy=True)
+        module.bias = nn.Parameter(
+            new, module.weight.requires_grad if module.bias is None else module.bias.requires_grad
+        )
+
+
 def _twin(layer: LowRankRowsLinear, module: Any) -> LowRankRowsLinear:
     """A layer for another module with the same weight: all is shared but the bias."""
-    twin = LowRankRowsLinear(
-        layer.in_features, layer.out_features, layer.rank, layer.kept, bias=False, kind=layer.kind, device="meta"
+    with torch.device("meta"):
+        twin = layer_like(layer, {**entry_of(layer), "bias": False})
+    twin.rows, twin.mix, twin.place, twin.spare, twin.bias = (
+        layer.rows,
+        layer.mix,
+        layer.place,
+        layer.spare,
+        module.bias,
     )
-    twin.rows, twin.mix, twin.place, twin.bias = layer.rows, layer.mix, layer.place, module.bias
+    twin.kind = layer.kind
     return twin.train(module.training)
 
 

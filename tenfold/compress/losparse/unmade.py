@@ -24,6 +24,7 @@ class UnmadeWeight(Tensor):
     """
 
     _make: Callable[[], Tensor]
+    _is_hf_initialized = True  # for transformers, which draws at random what no file held
 
     @staticmethod
     def __new__(
