@@ -1,8 +1,9 @@
-r"""Distillation of hidden states: a converted model learns to think what it thought before, without any label.
+r"""Distillation: a changed model learns to think, or to say, what it thought and said before, without any label.
 
 The distance of a token in a layer is relative, :math:`\lVert h - h^*\rVert^2 / \lVert h^*\rVert^2`, so that layers
-and tokens of large norm do not rule. The teacher is the model itself with full attention and without its adapter; only
-where all weights are trained is it a copy. MASFormer specification, section 8.6.
+and tokens of large norm do not rule (MASFormer specification, section 8.6). What is said is compared by the divergence
+of the predictions. The teacher of a converted model is the model itself with full attention and without its adapter;
+only where all weights are trained is it a copy. Any other model can be one, such as the model before it was compressed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers import Trainer
 
 from tenfold.attend.masformer.conversion import full_attention
@@ -22,8 +24,51 @@ from tenfold.data.encode import IGNORED
 from tenfold.errors import ConfigError
 from tenfold.models.inference import evaluating, input_device, takes_logits_to_keep
 
-Teacher = Callable[[dict[str, Tensor]], Sequence[Tensor]]
-"""From the inputs of a batch to hidden states, one ``[batch, tokens, channels]`` for each layer."""
+
+class Target(NamedTuple):
+    """What a teacher makes of a batch.
+
+    Args:
+        states: hidden states, one ``[batch, tokens, channels]`` for each layer; empty where these are not compared.
+        logits: ``[batch, tokens, vocabulary]``, or None where what is said is not compared.
+    """
+
+    states: Sequence[Tensor] = ()
+    logits: Tensor | None = None
+
+
+Teacher = Callable[[dict[str, Tensor]], Target]
+"""From the inputs of a batch to what is to be learnt of them."""
+
+
+def by_model(model: Any, *, states: bool = True, logits: bool = True) -> Teacher:
+    """The teacher that a model is; its weights must stay as they are while another is trained.
+
+    Args:
+        model: of the same layers and vocabulary as the one that learns; what it was before it was compressed, for one.
+        states: whether hidden states are to be learnt, of any number of layers.
+        logits: whether predictions are.
+
+    Raises:
+        ConfigError: neither.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> wanted = by_model(tiny_model("llama").model)({"input_ids": torch.arange(5, 25)[None]})
+    >>> len(wanted.states), wanted.logits.shape[:2], wanted.logits.requires_grad
+    (2, torch.Size([1, 20]), False)
+    """
+    if not states and not logits:
+        raise ConfigError("distil: neither hidden states nor predictions are to be learnt", remedy="name one of them")
+
+    def target(inputs: dict[str, Tensor]) -> Target:
+        with evaluating(model):
+            if not logits:
+                return Target(states_to_match(model, inputs))
+            given = {key: value for key, value in inputs.items() if key != "labels"}
+            output = model(**given, output_hidden_states=states, use_cache=False)
+            return Target(output.hidden_states[1:] if states else (), output.logits)
+
+    return target
 
 
 def unconverted(model: Any) -> Teacher:
@@ -41,10 +86,10 @@ def unconverted(model: Any) -> Teacher:
     >>> from tenfold.models.tiny import tiny_model
     >>> model = tiny_model("llama").model
     >>> handle = masformer.convert(model, full_layers=[0], span=AttentionWindow("sliding", 8))
-    >>> [tuple(states.shape) for states in unconverted(model)({"input_ids": torch.arange(5, 25)[None]})]
+    >>> [tuple(states.shape) for states in unconverted(model)({"input_ids": torch.arange(5, 25)[None]}).states]
     [(1, 20, 64), (1, 20, 64)]
     """
-    if getattr(model.config.get_text_config(decoder=True), FIELD, None) is None:
+    if not is_converted(model):
         raise ConfigError(
             "distil: the model has no local spans, so it has nothing to learn from itself",
             remedy="put a stage masformer before this one, or leave distil out",
@@ -53,11 +98,16 @@ def unconverted(model: Any) -> Teacher:
     teacher: Any = model if adapted else copy.deepcopy(model).requires_grad_(False)
     without: Callable[[], AbstractContextManager[Any]] = model.disable_adapter if adapted else nullcontext
 
-    def states(inputs: dict[str, Tensor]) -> Sequence[Tensor]:
+    def target(inputs: dict[str, Tensor]) -> Target:
         with evaluating(teacher), without(), full_attention(teacher):
-            return states_to_match(teacher, inputs)
+            return Target(states_to_match(teacher, inputs))
 
-    return states
+    return target
+
+
+def is_converted(model: Any) -> bool:
+    """Whether a model has local spans that `tenfold.attend.masformer.convert` gave it."""
+    return getattr(model.config.get_text_config(decoder=True), FIELD, None) is not None
 
 
 def keeps_apart(model: Any, *, converted: bool = False) -> bool:
@@ -115,12 +165,37 @@ def distance(states: Sequence[Tensor], wanted: Sequence[Tensor], seen: Tensor) -
     return torch.stack(layers).mean()
 
 
+TEMPERATURE = 2.0
+"""That predictions are softened with before they are compared."""
+
+
+def divergence(logits: Tensor, wanted: Tensor, seen: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    r"""Mean of :math:`T^2\,\mathrm{KL}(p^*_T\Vert p_T)` over tokens, in nats; with a gradient for ``logits``.
+
+    The square keeps the gradient at the size that it has without softening (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        logits: ``[batch, tokens, vocabulary]``.
+        wanted: the teacher's.
+        seen: which tokens count, ``[batch, tokens]``, bool.
+        temperature: :math:`T`, above 0; logits are divided by it.
+
+    >>> wanted = torch.tensor([[[2.0, 0.0]]])
+    >>> seen = torch.tensor([[True]])
+    >>> divergence(wanted, wanted, seen).item(), round(divergence(0 * wanted, wanted, seen).item(), 3)
+    (0.0, 0.444)
+    """
+    mine = (logits[seen].float() / temperature).log_softmax(-1)
+    theirs = (wanted[seen].float() / temperature).log_softmax(-1)
+    return temperature**2 * kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+
 class DistilTrainer(Trainer):
-    """transformers' Trainer on a loss that is partly, or all, the distance to a teacher's hidden states.
+    """transformers' Trainer on a loss that is partly, or all, the distance to what a teacher thinks and says.
 
     Args:
         *args: of the Trainer.
-        teacher: see `unconverted`; made before training.
+        teacher: see `unconverted` and `by_model`; made before training.
         share: of the distance in the loss, above 0 and up to 1; the rest is the loss on the labels.
         **kwargs: of the Trainer.
     """
@@ -143,11 +218,21 @@ class DistilTrainer(Trainer):
             seen = inputs["labels"] != IGNORED
         else:
             seen = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-        if self.share == 1:
+        if self.share == 1 and wanted.logits is None:
             outputs: Any = {}
-            loss = distance(states_to_match(model, inputs), wanted, seen)
+            loss = distance(states_to_match(model, inputs), wanted.states, seen)
         else:
-            outputs = model(**inputs, output_hidden_states=True, use_cache=False)
-            apart = distance(outputs.hidden_states[1:], wanted, seen)
-            loss = torch.lerp(outputs.loss.float(), apart, self.share)
+            given = inputs if self.share < 1 else {key: value for key, value in inputs.items() if key != "labels"}
+            outputs = model(**given, output_hidden_states=len(wanted.states) > 0, use_cache=False)
+            apart = self._apart(outputs, wanted, seen)
+            loss = apart if self.share == 1 else torch.lerp(outputs.loss.float(), apart, self.share)
         return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def _apart(outputs: Any, wanted: Target, seen: Tensor) -> Tensor:
+        parts = []
+        if len(wanted.states):
+            parts.append(distance(outputs.hidden_states[1:], wanted.states, seen))
+        if wanted.logits is not None:
+            parts.append(divergence(outputs.logits, wanted.logits, seen))
+        return sum(parts[1:], parts[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from tenfold.adapt.distil import keeps_apart
+from tenfold.adapt.distil import Teacher, is_converted, keeps_apart
 from tenfold.adapt.training import Trained, total_steps, train
 from tenfold.config.training import TextTrainingFields
 from tenfold.data.encode import Encoded, encode
@@ -41,7 +41,8 @@ def prepare(config: TextTrainingFields, context: Context) -> tuple[Opened, Encod
             remedy=f"give {limit} or less",
         )
     rows, _ = context.rows.split(config.holdout)
-    if config.boundaries and not keeps_apart(opened.model, converted=config.distil > 0):
+    converted = config.distil > 0 and is_converted(opened.model)
+    if config.boundaries and not keeps_apart(opened.model, converted=converted):
         raise ConfigError(
             f"boundaries: {type(opened.model).__name__} does not keep packed rows apart by their position_ids",
             remedy="leave boundaries out, or give packing: false",
@@ -69,10 +70,12 @@ def fit(
     config: TextTrainingFields,
     context: Context,
     numbers: Callable[[], dict[str, float]] = dict,
+    teacher: Teacher | None = None,
 ) -> tuple[Trained, list[Result]]:
     """Train, resuming where a killed run stopped; returns what was done and the figures of the training.
 
-    ``numbers`` gives what a method logs beside the loss.
+    ``numbers`` gives what a method logs beside the loss; ``teacher`` is of the share ``distil``, see
+    `tenfold.adapt.training.train`.
     """
     steps = total_steps(config, encoded.sequences, encoded.tokens)
     set_seed(context.seed)
@@ -96,6 +99,7 @@ def fit(
             on_resume=resumed,
             on_log=lambda step, values: context.metrics.write(step, {**values, **numbers()}),
             on_step=lambda done, total, detail: context.progress("training", done, total, detail),
+            teacher=teacher,
         )
     lines = [json.loads(line) for line in context.metrics.path.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
-from tenfold.adapt.distil import DistilTrainer, unconverted
+from tenfold.adapt.distil import DistilTrainer, Teacher, unconverted
 from tenfold.compat import activation_checkpointing
 from tenfold.config.training import TextTrainingFields, TrainingFields
 from tenfold.data.encode import Encoded, collate
@@ -71,6 +71,7 @@ def train(
     on_log: Callable[[int, dict[str, float]], None] = lambda step, values: None,
     on_step: Callable[[int, int, str], None] = lambda done, total, detail: None,
     callbacks: Sequence[TrainerCallback] = (),
+    teacher: Teacher | None = None,
 ) -> Trained:
     """Train `model` in place on `encoded`, going on from the last complete checkpoint in `folder`.
 
@@ -85,12 +86,15 @@ def train(
         on_log: told ``(step, {"loss": ..., "grad_norm": ..., "learning_rate": ...})`` every ``log_every`` steps.
         on_step: told ``(done, total, text)`` after each step.
         callbacks: further callbacks of the Trainer.
+        teacher: of a loss with a share ``config.distil``. Default: the model as it was before it was converted.
 
     Raises:
         RunError: when the loss or the gradient norm is not finite.
     """
     steps = total_steps(config, len(encoded.examples), encoded.tokens)
-    make = partial(DistilTrainer, teacher=unconverted(model), share=config.distil) if config.distil else Trainer
+    make: Callable[..., Trainer] = Trainer
+    if config.distil:
+        make = partial(DistilTrainer, teacher=teacher or unconverted(model), share=config.distil)
     trainer = make(
         model=model,
         args=TrainingArguments(**trainer_arguments(config, model, steps=steps, folder=folder, seed=seed)),

@@ -44,7 +44,7 @@ def test_the_teacher_is_the_unconverted_model_without_its_adapter(kind):
                 parameter.fill_(0.1)
     teacher = unconverted(adapted)
     changed = states_to_match(adapted, {"input_ids": IDS})
-    states = teacher({"input_ids": IDS})
+    states = teacher({"input_ids": IDS}).states
     assert same(states, before)
     assert not any(state.requires_grad for state in states)
     assert adapted.config._attn_implementation == NAME
@@ -58,7 +58,7 @@ def test_where_all_weights_are_trained_the_teacher_is_a_copy():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    assert same(teacher({"input_ids": IDS}), before)
+    assert same(teacher({"input_ids": IDS}).states, before)
 
 
 def test_a_model_without_spans_is_refused():
@@ -135,7 +135,7 @@ def test_the_loss_is_the_distance_and_the_rest_the_labels(padded, tmp_path):
     student = trainer.model
     with torch.no_grad():
         for ids in (IDS[:1], IDS[1:, :30]):
-            wanted = trainer.teacher({"input_ids": ids})
+            wanted = trainer.teacher({"input_ids": ids}).states
             mine = states_to_match(student, {"input_ids": ids})
             # A first token has no label, and where there is no mask that is all that is known of it.
             seen = torch.ones_like(ids, dtype=torch.bool)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tenfold.adapt.role_map import by_role
 from tenfold.compress.losparse.factors import Factors, stored
+from tenfold.compress.losparse.layer import Kind, LowRankRowsLinear, replace_module
 from tenfold.compress.losparse.masked import LoSparseLinear
 from tenfold.compress.losparse.mathematics import split
 from tenfold.compress.losparse.pruner import Pruner
@@ -88,7 +89,7 @@ class LoSparse:
     def finish(self) -> dict[str, Factors]:
         """Take the hooks off and give what each matrix has come to, never above the budget.
 
-        The layers stay in the model; install what computes with the factors in their place.
+        The layers stay in the model; `compact` puts what computes with the factors in their place.
 
         Raises:
             RunError: when nothing was trained.
@@ -96,6 +97,22 @@ class LoSparse:
         self.pruner.finish()
         self.pruner.close()
         return {name: layer.factors() for name, layer in self.layers.items()}
+
+    def compact(self) -> nn.Module:
+        """Finish, with the compressed layers in place of those that were trained.
+
+        Returns:
+            The model.
+
+        Raises:
+            RunError: when nothing was trained.
+        """
+        for name, factors in self.finish().items():
+            trained = self.layers[name]
+            kind: Kind = "conv1d" if self.slots[name].layout == "conv1d" else "linear"
+            layer = LowRankRowsLinear.from_factors(factors, dtype=trained.left.dtype, kind=kind)
+            replace_module(self.model, name, layer.to(trained.left.device).train(trained.training))
+        return self.model
 
     def detach(self) -> nn.Module:
         """Take the layers and all hooks off a model that was not trained.
@@ -113,7 +130,7 @@ class LoSparse:
             )
         self.pruner.close()
         for name, module in self._originals.items():
-            _put(self.model, name, module)
+            replace_module(self.model, name, module)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._free[name])
         return self.model
@@ -170,7 +187,7 @@ def attach(
     }
     pruner = Pruner(model, layers, rows, costs, config, total_steps, started=originals.clear)
     for name, layer in layers.items():
-        _put(model, name, layer)
+        replace_module(model, name, layer)
     if frozen:
         ours = {id(parameter) for layer in layers.values() for parameter in (layer.left, layer.right)}
         for parameter in model.parameters():
@@ -224,8 +241,3 @@ def _is_plain(module: Any) -> bool:
     """Whether a layer does nothing but multiply with a weight of floating-point numbers."""
     plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
     return plain and bool(module.weight.is_floating_point())
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
