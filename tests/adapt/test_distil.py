@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainingArguments
 
-from tenfold.adapt.distil import DistilTrainer, distance, states_to_match, unconverted
+from tenfold.adapt.distil import DistilTrainer, by_model, distance, divergence, states_to_match, unconverted
 from tenfold.adapt.lora import LoraConfig, attach
 from tenfold.attend import masformer
 from tenfold.attend.spans import NAME
@@ -78,8 +79,6 @@ def test_the_distance_is_relative_and_leaves_padding_out():
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_two_accumulated_batches_are_one_batch(share, tmp_path):
-    from transformers import TrainingArguments
-
     examples = [{"input_ids": row, "labels": row} for row in IDS.tolist()]
 
     def gradient(batch, accumulate):
@@ -117,8 +116,6 @@ def batch_of(padded):
 
 
 def distiller(share, folder):
-    from transformers import TrainingArguments
-
     model, _ = converted()
     adapted = attach(model, LoraConfig(rank=2))
     arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True)
@@ -144,6 +141,37 @@ def test_the_loss_is_the_distance_and_the_rest_the_labels(padded, tmp_path):
             both += int(seen.sum())
         labels = float(student(**batch, use_cache=False).loss)
     assert float(found) == pytest.approx(0.25 * apart / both + 0.75 * labels, rel=1e-4)
+
+
+@pytest.mark.parametrize(("states", "logits"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_any_model_can_be_the_teacher_of_what_is_thought_and_said(states, logits, share, tmp_path):
+    student, model = tiny_model("llama").model, tiny_model("llama").model
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.2)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    teacher = by_model(model, states=states, logits=logits)
+    trainer = DistilTrainer(model=student, args=arguments, teacher=teacher, share=share)
+    batch = batch_of(True)
+    found = trainer.compute_loss(student, dict(batch))
+    found.backward()
+    with torch.no_grad():
+        mine, his = (one(**batch, output_hidden_states=True) for one in (student, model))
+    seen, apart = batch["attention_mask"].bool(), 0.0
+    if states:
+        apart += float(distance(mine.hidden_states[1:], his.hidden_states[1:], seen))
+    if logits:
+        apart += float(divergence(mine.logits, his.logits, seen))
+    assert apart > 0.01
+    assert float(found.detach()) == pytest.approx(share * apart + (1 - share) * float(mine.loss), rel=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in student.model.layers.parameters())
+
+
+def test_a_teacher_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="neither"):
+        by_model(tiny_model("llama").model, states=False, logits=False)
 
 
 def test_it_evaluates_and_needs_no_labels(tmp_path):
