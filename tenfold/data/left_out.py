@@ -54,11 +54,6 @@ def reason_of(error: DataError, place: str) -> str:
     return str(error).splitlines()[0].removeprefix(place).lstrip(",: ")
 
 
-def places_of(rows: Sequence[Row]) -> list[str]:
-    """What errors call each row: where it stands in its source, for rows that were read; else by its id."""
-    return [record.place for record in getattr(rows, "records", ())] or [f"row {row.id!r}" for row in rows]
-
-
 def use_each(
     rows: Sequence[Row], use: Callable[[Row, str], T], on_bad_row: OnBadRow
 ) -> tuple[list[T | None], tuple[LeftOut, ...]]:
@@ -75,9 +70,11 @@ def use_each(
     Raises:
         DataError: that of the first row, where it is to stop or no row is left.
     """
+    # Rows that were read know where they stand in their source.
+    places = [record.place for record in getattr(rows, "records", ())] or [f"row {row.id!r}" for row in rows]
     found: list[T | None] = []
     refused, first = [], None
-    for row, place in zip(rows, places_of(rows), strict=True):
+    for row, place in zip(rows, places, strict=True):
         try:
             found.append(use(row, place))
         except DataError as error:
