@@ -23,6 +23,7 @@ from torch import Tensor
 from tenfold.align.margin_cache import fingerprint, row_key, tokenizer_hash
 from tenfold.data.encode import pad_id
 from tenfold.data.groups import kept_together, places
+from tenfold.data.readable import need_template
 from tenfold.data.rows import Preference
 from tenfold.data.templates import render_chat, require_chat_template
 from tenfold.data.tokens import shared, tokens
@@ -410,11 +411,7 @@ def _tokenised(key: str, row: Preference, tokenizer: Any, chat: bool) -> _Pair:
 
 
 def _plain(row: Preference, answer: str, tokenizer: Any) -> list[int]:
-    if row.needs_template:
-        raise DataError(
-            f"row {row.id!r} has a system message, several turns or tools, which need a chat template",
-            remedy="use an instruction-tuned model, set tokenizer.chat_template, or write the whole prompt as text",
-        )
+    need_template(row, f"row {row.id!r}")
     end = "" if answer.endswith(tokenizer.eos_token) else tokenizer.eos_token
     return tokens(tokenizer, row.prompt + answer + end)
 

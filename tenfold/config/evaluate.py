@@ -12,7 +12,7 @@ from tenfold.config.gear import PackedFields
 from tenfold.config.pasta import SteeringFields, check_tags, untagged
 from tenfold.config.shape import Shape
 from tenfold.config.stage import RowsRead, check_kind
-from tenfold.errors import DataError
+from tenfold.errors import ConfigError, DataError
 
 TASKS = ("perplexity", "copying", "needle", "speed", "memory", "multiple_choice", "question_answering")
 
@@ -29,14 +29,17 @@ EMPHASISED: dict[str, tuple[Emphasised, ...]] = {
 }
 """Tasks that are measured with emphasis, and what of their texts can be emphasised."""
 
-MEASURED_ROWS = {
-    "perplexity": "text",
-    "copying": "text",
-    "needle": "text",
-    "question_answering": "question",
-    "multiple_choice": "choice",
+MEASURED_ROWS: dict[str, tuple[str, ...]] = {
+    "perplexity": ("text", "completion", "chat"),
+    "copying": ("text",),
+    "needle": ("text",),
+    "question_answering": ("question",),
+    "multiple_choice": ("choice",),
 }
-"""Tasks that need rows, and of which kind."""
+"""Tasks that need rows, and of which kinds."""
+
+ANSWERED = ("completion", "chat")
+"""Kinds of rows of which only the answers are scored."""
 
 
 class EvaluateConfig(SteeringFields, PackedFields, DataFields):
@@ -51,15 +54,17 @@ class EvaluateConfig(SteeringFields, PackedFields, DataFields):
     examples = (
         "tenfold evaluate demo --data python-reference --tasks perplexity speed memory",
         "tenfold evaluate runs/quickstart/01-adalora/adapter --tasks lm_eval:hellaswag --limit 100",
+        "tenfold evaluate demo --data chats.jsonl --tasks perplexity",
         "tenfold evaluate demo --data questions.jsonl --tasks question_answering --kv gear:4 --emphasise question",
     )
-    reads: ClassVar[tuple[str, ...]] = ("text", "question", "choice")
+    reads: ClassVar[tuple[str, ...]] = ("text", "completion", "chat", "question", "choice")
     run = "tenfold.evaluate.stage:run_evaluate"
     prefills: ClassVar[bool] = True
     steered_by: ClassVar[str] = "emphasise"
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("perplexity", "speed", "memory")
-    """``perplexity``, ``copying`` (passages that come twice, far apart), ``needle`` (a number somewhere in a long
+    """``perplexity`` (of texts; of conversations and completions that of the answers, which are what training would
+    learn), ``copying`` (passages that come twice, far apart), ``needle`` (a number somewhere in a long
     text), ``speed``, ``memory``, ``multiple_choice``, ``question_answering``, or ``lm_eval:NAME`` for a task of
     lm-evaluation-harness."""
     split: Literal["all", "held-out"] = "all"
@@ -105,10 +110,17 @@ class EvaluateConfig(SteeringFields, PackedFields, DataFields):
         """Rows of the kind that each task measures, and some that are held out where these are asked for."""
         for task in self.tasks:
             if task in MEASURED_ROWS:
-                check_kind(rows, (MEASURED_ROWS[task],), f"tasks: {task}")
+                check_kind(rows, MEASURED_ROWS[task], f"tasks: {task}")
         if rows is not None and self.split == "held-out":
             rows.split(self.holdout)
         if rows is not None and self.emphasise == "marks":
+            if rows.kind in ANSWERED:
+                raise ConfigError(
+                    f"emphasise: marks are looked for in texts, contexts and questions, and {rows.source} holds "
+                    f"{rows.kind} rows",
+                    remedy="leave emphasise out, or give rows of text or questions; `tenfold generate` emphasises "
+                    "within conversations",
+                )
             self._check_marks(rows)
 
     def _check_marks(self, rows: RowsRead) -> None:

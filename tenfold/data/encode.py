@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tenfold.config.stage import OnBadRow
+from tenfold.data.left_out import LeftOut, left_out_notes, use_each
 from tenfold.data.rows import Chat, Completion, Row, Text
 from tenfold.data.templates import Conversation, converse, template_notes
 from tenfold.data.tokens import tokens, tokens_within
@@ -35,6 +36,7 @@ class Encoded:
         tokens_cut: the tokens they lost.
         left_out: rows of which nothing to learn remained.
         notes: sentences for the report.
+        refused: rows that the chat template refused, with place and reason.
     """
 
     examples: list[dict[str, list[int]]]
@@ -45,6 +47,7 @@ class Encoded:
     tokens_cut: int
     left_out: int
     notes: tuple[str, ...]
+    refused: tuple[LeftOut, ...] = ()
 
     @property
     def sequences(self) -> int:
@@ -84,7 +87,8 @@ def encode(
         packing: join rows of text.
         boundaries: keep joined rows apart: a token sees those of its own row only.
         chat: whether completions use the chat template; by default where the tokenizer has one.
-        on_bad_row: ``stop`` at the first row that the chat template refuses, or ``skip`` such rows; a note counts them.
+        on_bad_row: ``stop`` at the first row that the chat template refuses, or ``skip`` such rows: a note counts them,
+            and ``refused`` lists them.
 
     Raises:
         DataError: for rows of other kinds, rows that the chat template refuses, or when nothing to learn remains.
@@ -98,15 +102,12 @@ def encode(
         raise DataError(f"max_length: {max_length} leaves too little to predict", remedy="give 3 or more")
     if not rows:
         raise DataError("no rows to encode", remedy="give at least one row")
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ModelError("the tokenizer has no end-of-text token", "name an eos_token in tokenizer_config.json")
-    found, refused = _all_tokens(rows, tokenizer, eos, chat, on_bad_row)
+    found, refused = row_tokens(rows, tokenizer, chat=chat, on_bad_row=on_bad_row)
     if packing and isinstance(rows[0], Text):
-        examples = _pack([ids for ids, _, _ in found], max_length, boundaries)
+        examples = _pack([row.ids for row in found], max_length, boundaries)
         return _count(rows, examples, truncated=0, cut=0, left_out=0)
     examples, cuts, left_out, silent = [], [], 0, sum(not any(row.learned) for row in found)
-    for ids, learned, _ in found:
+    for ids, learned in ((row.ids, row.learned) for row in found):
         if len(ids) > max_length:
             cuts.append(len(ids) - max_length)
         example = _example(ids[:max_length], learned[:max_length])
@@ -114,7 +115,7 @@ def encode(
             examples.append(example)
         else:
             left_out += 1
-    notes = [*refused, *template_notes([row.talk for row in found if row.talk is not None])]
+    notes = [*left_out_notes(getattr(rows, "source", "data"), refused), *spoken_notes(found)]
     if silent:
         notes.append(f"{silent} of {len(rows)} rows were left out: they have no answer of the assistant to learn.")
     if silent == len(found):
@@ -122,7 +123,8 @@ def encode(
             f"none of the {len(rows)} rows has an answer of the assistant to learn (first: row {rows[0].id!r})",
             remedy="give conversations that end with one, or prompt and completion",
         )
-    return _count(rows, examples, truncated=len(cuts), cut=sum(cuts), left_out=left_out, silent=silent, notes=notes)
+    counted = _count(rows, examples, truncated=len(cuts), cut=sum(cuts), left_out=left_out, silent=silent, notes=notes)
+    return replace(counted, refused=refused)
 
 
 def _count(
@@ -183,41 +185,68 @@ def _pack(documents: list[list[int]], max_length: int, boundaries: bool) -> list
     return [example for example in examples if any(label != IGNORED for label in example["labels"])]
 
 
-class _Tokens(NamedTuple):
+class RowTokens(NamedTuple):
+    """A row as tokens.
+
+    Args:
+        ids: of the whole row.
+        learned: for each, whether training learns it; a first one is not, for nothing precedes it.
+        size: bytes (UTF-8) of the text that is learned; an end-of-text token behind it has none.
+        talk: the conversation, where the row is one.
+    """
+
     ids: list[int]
     learned: list[bool]
+    size: int
     talk: Conversation | None = None
 
 
-def _all_tokens(
-    rows: Sequence[Row], tokenizer: Any, eos: int, chat: bool | None, on_bad_row: OnBadRow
-) -> tuple[list[_Tokens], list[str]]:
-    """The tokens of the rows, and a note on those that the chat template refused."""
-    # Rows that were read know where they stand in their source.
-    places = [record.place for record in getattr(rows, "records", ())] or [f"row {row.id!r}" for row in rows]
-    found, refused = [], []
-    for row, place in zip(rows, places, strict=True):
-        try:
-            found.append(_tokens(row, tokenizer, eos, chat, place))
-        except DataError as error:
-            if on_bad_row == "stop":
-                raise
-            refused.append(error)
-    if refused and not found:
-        raise refused[0]
-    said = f"{len(refused)} of {len(rows)} rows cannot be encoded and were left out (on_bad_row: skip)"
-    return found, [f"{said} (first: {str(refused[0]).splitlines()[0]})."] if refused else []
+def row_tokens(
+    rows: Sequence[Row], tokenizer: Any, *, chat: bool | None = None, on_bad_row: OnBadRow = "stop"
+) -> tuple[list[RowTokens], tuple[LeftOut, ...]]:
+    """Tokens of each row, whole, and which of them are learned, as `encode` has them.
+
+    Args:
+        rows: of text, completions or conversations.
+        tokenizer: a transformers tokenizer.
+        chat: as for `encode`.
+        on_bad_row: as for `encode`.
+
+    Returns:
+        The tokens of the rows, in order, and what the chat template refused.
+
+    Raises:
+        DataError: as `encode`.
+        ModelError: as `encode`.
+
+    >>> from tenfold.models.tiny import tiny_tokenizer
+    >>> found, _ = row_tokens([Completion("1", "1+1=", "2")], tiny_tokenizer(), chat=False)
+    >>> found[0].learned, found[0].size
+    ([False, False, False, False, True, True], 1)
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ModelError("the tokenizer has no end-of-text token", "name an eos_token in tokenizer_config.json")
+    found, refused = use_each(rows, lambda row, place: _tokens(row, tokenizer, eos, chat, place), on_bad_row)
+    return [row for row in found if row is not None], refused
 
 
-def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None, place: str) -> _Tokens:
+def spoken_notes(rows: Sequence[RowTokens]) -> list[str]:
+    """What is to be said of conversations of which not all that the assistant said is learned."""
+    return template_notes([row.talk for row in rows if row.talk is not None])
+
+
+def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None, place: str) -> RowTokens:
     """The tokens of a row and which of them are to be learned."""
     if isinstance(row, Text):
-        return _ended(tokens(tokenizer, row.text), None, eos)
+        ids = tokens(tokenizer, row.text)
+        return _ended(RowTokens(ids, [True] * len(ids), len(row.text.encode())), eos)
     if isinstance(row, Completion):
         if tokenizer.chat_template is not None if chat is None else chat:
             return _conversation(Chat(row.id, row.messages, given=len(row.messages) - 1), tokenizer, place)
         whole = row.prompt + row.completion
-        return _ended(*tokens_within(tokenizer, whole, [(len(row.prompt), len(whole))]), eos)
+        found = tokens_within(tokenizer, whole, [(len(row.prompt), len(whole))])
+        return _ended(RowTokens(*found, len(row.completion.encode())), eos)
     if isinstance(row, Chat):
         return _conversation(row, tokenizer, place)
     raise DataError(
@@ -226,18 +255,17 @@ def _tokens(row: Row, tokenizer: Any, eos: int, chat: bool | None, place: str) -
     )
 
 
-def _ended(ids: list[int], learned: list[bool] | None, eos: int) -> _Tokens:
-    """With an end-of-text token, which is learned, where the tokenizer adds none; all are learned for None."""
-    ids = ids if ids[-1:] == [eos] else [*ids, eos]
-    if learned is None:
-        return _Tokens(ids, [True] * len(ids))
-    return _Tokens(ids, [*learned[: len(ids) - 1], True])
+def _ended(row: RowTokens, eos: int) -> RowTokens:
+    """With an end-of-text token, which is learned, where the tokenizer adds none."""
+    ids = row.ids if row.ids[-1:] == [eos] else [*row.ids, eos]
+    return row._replace(ids=ids, learned=[*row.learned[: len(ids) - 1], True])
 
 
-def _conversation(row: Chat, tokenizer: Any, place: str) -> _Tokens:
+def _conversation(row: Chat, tokenizer: Any, place: str) -> RowTokens:
     talk = converse(tokenizer, row.messages, place, given=row.given, **row.options)
+    size = sum(len(talk.text[start:end].encode()) for start, end in talk.spans)
     # The template writes the special tokens that are wanted, also that of the beginning.
-    return _Tokens(*tokens_within(tokenizer, talk.text, talk.spans, special=False), talk)
+    return RowTokens(*tokens_within(tokenizer, talk.text, talk.spans, special=False), size, talk)
 
 
 def pad_id(tokenizer: Any) -> int:

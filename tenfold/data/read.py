@@ -115,7 +115,7 @@ class Rows(Sequence[Row]):
             held = [place < holdout for place in found]
             if len(set(held)) < 2:
                 raise self._one_sided(found, holdout)
-        return self._subset([not h for h in held], note), self._subset(held, note)
+        return self.only([not h for h in held], note), self.only(held, note)
 
     def _places(self, holdout: float) -> tuple[list[float], str]:
         """Where each row falls in [0, 1), and a note where prompts had to be divided."""
@@ -152,7 +152,8 @@ class Rows(Sequence[Row]):
             note += f" {shared} of {sum(held)} held-out rows share their prompt or text with a training row."
         return held, note
 
-    def _subset(self, keep: list[bool], note: str) -> Rows:
+    def only(self, keep: Sequence[bool], note: str = "") -> Rows:
+        """Those of the rows that are to be kept, [rows], with a further note."""
         return replace(
             self,
             items=tuple(itertools.compress(self.items, keep)),

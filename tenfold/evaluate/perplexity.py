@@ -6,17 +6,20 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tenfold.attend.text_marks import Marked, Marks, tokens_of
-from tenfold.data.encode import pad_id
+from tenfold.data.encode import RowTokens, pad_id
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.inference import max_positions
 from tenfold.models.quantised import number_format
 from tenfold.models.scoring import Around, Tell, Window, score
 from tenfold.stage.results import Metric, Result
+
+ANSWERS = "answers only"
+"""What the settings say is scored of conversations and completions."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Perplexity:
 def perplexity(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str | Marked],
+    texts: Sequence[str | Marked | RowTokens],
     *,
     max_length: int,
     stride: int | None = None,
@@ -64,6 +67,10 @@ def perplexity(
     is scored only where the tokenizer puts a beginning-of-text token before it; otherwise nothing precedes it, and its
     bytes do not count either. Documents of which no token is scored are skipped and counted in the settings.
 
+    Of conversations and completions, given as `tenfold.data.encode.row_tokens` makes them, only what training learns is
+    scored: the answers and what ends them, given all that precedes them within the window. Their bytes are those of the
+    answers' text as the chat template writes it; an end-of-text token behind a completion is scored and has none.
+
     With ``make_cache`` a window is read through a cache, `tenfold.models.scoring.STEP` tokens at a time. A token then
     sees its own step and what the cache keeps exactly as they are, and everything before as the cache holds it, as a
     token that is written does; the model's own exact cache gives the figures of a single pass.
@@ -71,7 +78,7 @@ def perplexity(
     Args:
         model: a causal language model on any device, in any float type.
         tokenizer: its tokenizer.
-        texts: documents, of which some may be marked.
+        texts: documents, of which some may be marked, or tokens of rows of which only the answers are scored.
         max_length: tokens per window.
         stride: tokens between windows, below ``max_length``; half of it by default.
         batch_size: windows per forward pass.
@@ -95,27 +102,25 @@ def perplexity(
     Bytes are exact unless a document begins with a token that is a fraction of a character, which then counts whole.
     """
     stride = _check(model, max_length, stride)
-    marked = [text if isinstance(text, Marked) else Marked(text) for text in texts]
-    documents = [_document(tokenizer, text.text) for text in marked]
-    windows, owner = [], []
-    for index, (ids, _) in enumerate(documents):
-        cut = _windows(ids, max_length, stride)
-        windows += cut
-        owner += [index] * len(cut)
-    if not windows:
-        raise DataError(f"no token to score in {len(texts)} documents", remedy="give longer texts")
+    documents = [_document(tokenizer, text) for text in texts]
+    pieces = [
+        piece for index, document in enumerate(documents) for piece in _pieces(index, document, max_length, stride)
+    ]
+    if not pieces:
+        raise DataError(
+            f"no token to score in {len(texts)} documents", remedy="give longer texts, or conversations with answers"
+        )
     keys: Any = {"pad_id": pad_id(tokenizer), "batch_size": batch_size, "progress": progress}
     if steering is not None:
-        strengths = [_strengths(tokenizer, text, ids) for text, (ids, _) in zip(marked, documents, strict=True)]
-        inside = [window.ids for values in strengths for window in _windows(values, max_length, stride)]
-        keys["around"] = _steered(steering, inside, [f"text {index + 1}" for index in owner])
-    scores = score(model, windows, **keys, make_cache=make_cache)
-    token_nll = torch.cat(scores)
-    token_ids = torch.cat([torch.tensor(window.ids[window.start :]) for window in windows])
-    document = torch.repeat_interleave(torch.tensor(owner), torch.tensor([len(part) for part in scores]))
+        keys["around"] = _steered(tokenizer, steering, documents, pieces)
+    scores = score(model, [piece.window for piece in pieces], **keys, make_cache=make_cache)
+    token_nll = torch.cat([part[piece.wanted] for part, piece in zip(scores, pieces, strict=True)])
+    token_ids = torch.cat([torch.tensor(piece.window.ids[piece.window.start :])[piece.wanted] for piece in pieces])
+    owner = [piece.document for piece in pieces]
+    document = torch.repeat_interleave(torch.tensor(owner), torch.stack([piece.wanted.sum() for piece in pieces]))
     sums, counts = document_sums(token_nll, document)
     scored = sorted(set(owner))
-    byte_counts = torch.tensor([documents[index][1] for index in scored], dtype=torch.float64)
+    byte_counts = torch.tensor([documents[index].size for index in scored], dtype=torch.float64)
     nll, stderr = ratio(sums, counts)
     bits, bits_stderr = ratio(sums / math.log(2), byte_counts)
     settings = {
@@ -127,6 +132,7 @@ def perplexity(
         "documents_skipped": len(documents) - len(scored),
         "tokens": len(token_nll),
         "bytes": int(byte_counts.sum()),
+        **({"scored": ANSWERS} if any(isinstance(text, RowTokens) for text in texts) else {}),
     }
     return Perplexity(
         result=_result(subject, (nll, stderr), (bits, bits_stderr), len(token_nll), settings),
@@ -182,7 +188,25 @@ def _result(
     )
 
 
-def _document(tokenizer: Any, text: str) -> tuple[list[int], int]:
+class _Document(NamedTuple):
+    """Tokens, which of them are scored if something precedes them, and the bytes of these."""
+
+    ids: list[int]
+    wanted: list[bool]
+    size: int
+    marked: Marked | None = None
+
+
+def _document(tokenizer: Any, text: str | Marked | RowTokens) -> _Document:
+    if isinstance(text, RowTokens):
+        first = len(tokenizer.decode(text.ids[:1]).encode()) if text.learned[:1] == [True] else 0
+        return _Document(text.ids, text.learned, max(0, text.size - first))
+    marked = text if isinstance(text, Marked) else Marked(text)
+    ids, size = _whole(tokenizer, marked.text)
+    return _Document(ids, [True] * len(ids), size, marked)
+
+
+def _whole(tokenizer: Any, text: str) -> tuple[list[int], int]:
     """The tokens of a document, after a beginning-of-text token where the tokenizer adds one, and its scored bytes."""
     offsets: list[tuple[int, int]] | None = None
     if tokenizer.is_fast:
@@ -203,7 +227,7 @@ def _document(tokenizer: Any, text: str) -> tuple[list[int], int]:
     return ids, size - len(tokenizer.decode(ids[:1]).encode())
 
 
-def _windows(ids: list[Any], max_length: int, stride: int) -> list[Window]:
+def _windows(ids: Sequence[Any], max_length: int, stride: int) -> list[Window]:
     """Windows that score each token but the first once, in order.
 
     >>> [(w.ids, w.start) for w in _windows([0, 1, 2, 3, 4, 5], max_length=4, stride=2)]
@@ -220,14 +244,35 @@ def _windows(ids: list[Any], max_length: int, stride: int) -> list[Window]:
     return windows
 
 
-def _strengths(tokenizer: Any, text: Marked, ids: Sequence[int]) -> list[float | None]:
+class _Piece(NamedTuple):
+    """A window of a document, where it begins there, and which of the tokens that the window scores count."""
+
+    document: int
+    begin: int
+    window: Window
+    wanted: torch.Tensor
+
+
+def _pieces(index: int, document: _Document, max_length: int, stride: int) -> list[_Piece]:
+    """The windows of a document that have a token to score, no longer than that needs."""
+    found = []
+    for places in _windows(range(len(document.ids)), max_length, stride):
+        scored = [place for place in places.ids[places.start :] if document.wanted[place]]
+        if scored:
+            begin, first, last = places.ids[0], scored[0], scored[-1] + 1
+            wanted = torch.tensor(document.wanted[first:last])
+            found.append(_Piece(index, begin, Window(document.ids[begin:last], first - begin), wanted))
+    return found
+
+
+def _strengths(tokenizer: Any, document: _Document) -> list[float | None]:
     """The strength of each token of a document that is marked.
 
     Raises:
         ConfigError: marks, and a tokenizer that cannot say where its tokens stand.
     """
-    strengths: list[float | None] = [None] * len(ids)
-    if not text.spans:
+    strengths: list[float | None] = [None] * len(document.ids)
+    if document.marked is None or not document.marked.spans:
         return strengths
     if not tokenizer.is_fast:
         raise ConfigError(
@@ -235,28 +280,33 @@ def _strengths(tokenizer: Any, text: Marked, ids: Sequence[int]) -> list[float |
             remedy="open the model with its fast tokenizer",
         )
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    offsets = tokenizer(text.text, **options)["offset_mapping"]
-    ahead = len(ids) - len(offsets)  # a token that begins the text
-    for span in text.spans:
+    offsets = tokenizer(document.marked.text, **options)["offset_mapping"]
+    ahead = len(document.ids) - len(offsets)  # a token that begins the text
+    for span in document.marked.spans:
         for token in tokens_of(offsets, span.start, span.end):
             strengths[token + ahead] = span.strength
     return strengths
 
 
 def _steered(
+    tokenizer: Any,
     steering: Callable[[Marks], AbstractContextManager[Any]],
-    strengths: Sequence[Sequence[Any]],
-    names: Sequence[str],
+    documents: Sequence[_Document],
+    pieces: Sequence[_Piece],
 ) -> Around:
     """Emphasis of what is marked in each window."""
+    strengths = [_strengths(tokenizer, document) for document in documents]
 
     def around(indices: Sequence[int], ids: torch.Tensor, mask: torch.Tensor) -> AbstractContextManager[Any]:
         marked, strength = torch.zeros_like(ids, dtype=torch.bool), torch.ones(ids.shape, device=ids.device)
-        for row, index in enumerate(indices):
-            for token, value in enumerate(strengths[index]):
+        chosen = [pieces[index] for index in indices]
+        for row, piece in enumerate(chosen):
+            inside = strengths[piece.document][piece.begin : piece.begin + len(piece.window.ids)]
+            for token, value in enumerate(inside):
                 if value is not None:
                     marked[row, token], strength[row, token] = True, value
-        return steering(Marks(ids, mask, marked, strength, tuple(names[index] for index in indices)))
+        names = tuple(f"text {piece.document + 1}" for piece in chosen)
+        return steering(Marks(ids, mask, marked, strength, names))
 
     return around
 

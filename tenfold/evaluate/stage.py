@@ -11,10 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from tenfold.attend.pasta.prompts import profile_of
-from tenfold.attend.text_marks import from_tags
+from tenfold.attend.text_marks import Marked, from_tags
 from tenfold.cache.spans import own_cache
-from tenfold.config.evaluate import EvaluateConfig, on_cache
+from tenfold.config.evaluate import ANSWERED, EvaluateConfig, on_cache
+from tenfold.data.encode import RowTokens, row_tokens, spoken_notes
+from tenfold.data.left_out import LeftOut, left_out_notes
 from tenfold.data.read import Rows
+from tenfold.data.readable import readable
 from tenfold.data.rows import Choice, Question, Text
 from tenfold.engines.session import Session
 from tenfold.errors import ConfigError
@@ -36,6 +39,7 @@ from tenfold.stage.results import Result
 def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
     """The stage ``evaluate``: each task once, remembered when the run is killed between two tasks."""
     rows = _chosen(config, context)
+    refused: tuple[LeftOut, ...] = ()
     opened: list[Subjects] = []
 
     def subjects() -> Subjects:
@@ -43,10 +47,29 @@ def run_evaluate(config: EvaluateConfig, context: Context) -> StageOutput:
             opened.append(open_subjects(context, config.baseline))
         return opened[0]
 
+    answers: list[str] = []
+    if rows is not None and rows.kind in ANSWERED:
+        rows, refused = readable(rows, subjects().tokenizer, config.on_bad_row)
+        answers = _answers(rows, refused, subjects().tokenizer)
     results: list[Result] = []
     for task in config.tasks:
         results += context.store.get(task, partial(_measure, task, config, context, subjects, rows), list[Result])
-    return StageOutput(results=results, notes=[*_left_out(results), *_attached(config, results)])
+    notes = [*answers, *_left_out(results), *_attached(config, results)]
+    return StageOutput(results=results, notes=notes, left_out=refused)
+
+
+def _answers(rows: Rows, refused: Sequence[LeftOut], tokenizer: Any) -> list[str]:
+    """What a reader must know of a perplexity of answers."""
+    found, _ = row_tokens(rows, tokenizer)
+    scored, whole = sum(sum(row.learned[1:]) for row in found), sum(len(row.ids) for row in found)
+    notes = [
+        f"perplexity: of {rows.kind} rows only the answers are scored, given what precedes them, as training would "
+        f"learn them: {scored} of {whole} tokens."
+    ]
+    silent = sum(not any(row.learned[1:]) for row in found)
+    if silent:
+        notes.append(f"perplexity: {silent} of {len(rows)} rows have no answer to score.")
+    return [*left_out_notes(rows.source, refused), *notes, *spoken_notes(found)]
 
 
 def _left_out(results: Sequence[Result]) -> list[str]:
@@ -98,8 +121,12 @@ def _chosen(config: EvaluateConfig, context: Context) -> Rows | None:
 
 def _perplexity(task: str, config: EvaluateConfig, context: Context, subjects: Subjects, rows: Rows) -> list[Result]:
     marks = config.emphasise == "marks"
-    chosen = [row for row in rows if isinstance(row, Text)]
-    texts = [from_tags(row.text, config.tags, name=f"row {row.id!r}") if marks else row.text for row in chosen]
+    texts: Sequence[str | Marked | RowTokens]
+    if rows.kind in ANSWERED:
+        texts, _ = row_tokens(rows, subjects.tokenizer)
+    else:
+        chosen = [row for row in rows if isinstance(row, Text)]
+        texts = [from_tags(row.text, config.tags, name=f"row {row.id!r}") if marks else row.text for row in chosen]
     scored, results = {}, []
     for reading in _readings(task, config, context, subjects):
         with reading.passes() as passes:

@@ -138,6 +138,45 @@ def open_model(
     return Opened(model.eval(), tokenizer, describe(model, source, resolved, weights, hashes), said)
 
 
+def open_tokenizer(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapters: Sequence[str | Path] = (),
+) -> Any:
+    """The tokenizer that `open_model` would give, with its chat template, before any weight is read.
+
+    Args:
+        source: as for `open_model`.
+        revision: as for `open_model`.
+        trust_remote_code: as for `open_model`.
+        adapters: as for `open_model`.
+
+    Raises:
+        ModelError: as `open_model`.
+
+    >>> open_tokenizer("tiny:llama").pad_token
+    '<pad>'
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    located, base, chain = resolve_source(str(source), [str(adapter) for adapter in adapters])
+    if located.kind == "tiny":
+        tokenizer, config = tiny_model(located.name).tokenizer, None
+    else:
+        folder = str(converted(located.path, source=base)) if located.kind == "gguf" else located.name
+        options = {"revision": revision if located.kind == "hub" else None, "trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            raise explain(located, folder, error) from error
+    for adapter in chain:
+        tokenizer = adapter_tokenizer(adapter, tokenizer, config, trust_remote_code=trust_remote_code)
+    return tokenizer
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """Where a model goes: what the caller asked for, else a GPU where there is one.
 

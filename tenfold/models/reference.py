@@ -53,6 +53,21 @@ class ModelRef:
 
         return open_model(**dataclasses.asdict(self), merged=merge)
 
+    def tokenizer(self) -> Any:
+        """Its tokenizer alone; no weights are loaded.
+
+        Raises:
+            ModelError: as `open_model`.
+        """
+        from tenfold.models.open import open_tokenizer
+
+        return open_tokenizer(
+            self.source,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            adapters=self.adapters,
+        )
+
     def with_adapter(self, folder: str | Path) -> ModelRef:
         """The same model with one more adapter on top."""
         return dataclasses.replace(self, adapters=(*self.adapters, str(folder)))

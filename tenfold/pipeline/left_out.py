@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from tenfold.files import write_text
 from tenfold.stage.record import Table
 
 if TYPE_CHECKING:
+    from tenfold.data.left_out import LeftOut
     from tenfold.data.read import Rows
 
 LEFT_OUT = "left_out.jsonl"
@@ -18,18 +19,22 @@ LEFT_OUT = "left_out.jsonl"
 SHOWN = 10
 
 
-def write_left_out(folder: Path, rows: Rows | None, others: Mapping[str, Rows]) -> tuple[Table, ...]:
+def write_left_out(
+    folder: Path, rows: Rows | None, others: Mapping[str, Rows], refused: Sequence[LeftOut] = ()
+) -> tuple[Table, ...]:
     """Write the list into the folder where there is something to list, and give the table of the first.
 
     Args:
         folder: of the stage.
         rows: its data.
         others: its further rows, by key.
+        refused: what the stage itself left out of them.
 
     Raises:
         OSError: the file cannot be written.
     """
     found = [one for some in (rows, *others.values()) if some is not None for one in some.left_out]
+    found += refused
     if not found:
         return ()
     lines = (json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in found)

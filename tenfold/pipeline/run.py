@@ -287,7 +287,7 @@ def _execute(at_work: Run, job: Job, start: ModelRef | None, model: ModelRef | N
         attached=output.attached,
         results=tuple(output.results),
         figures=tuple(output.figures),
-        tables=(*output.tables, *write_left_out(work, rows, others)),
+        tables=(*output.tables, *write_left_out(work, rows, others, output.left_out)),
         samples=tuple(output.samples),
         notes=(*_data_notes(config, rows), *output.notes),
         artefact=output.artefact,

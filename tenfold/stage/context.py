@@ -16,6 +16,7 @@ from tenfold.stage.results import Result
 from tenfold.stage.store import Store
 
 if TYPE_CHECKING:
+    from tenfold.data.left_out import LeftOut
     from tenfold.data.read import Rows
 
 
@@ -28,6 +29,8 @@ class StageOutput:
     tables: Sequence[Table] = ()
     samples: Sequence[Sample] = ()
     notes: Sequence[str] = ()
+    left_out: Sequence[LeftOut] = ()
+    """Rows of its data that the model's chat template refused; listed with those that could not be read."""
     attached: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     artefact: str | None = None

@@ -229,7 +229,7 @@ def test_a_template_that_refuses_a_pair_names_it(reward):
 
 
 def test_several_turns_need_a_chat_template(reward):
-    with pytest.raises(DataError, match="row 'turns' has a system message, several turns or tools"):
+    with pytest.raises(DataError, match="row 'turns': has a system message, several turns or tools"):
         score_pairs(reward.model, reward.tokenizer, [*ROWS, TURNS], chat=False)
 
 

@@ -9,6 +9,8 @@ import pytest
 from tenfold import cli
 from tenfold.data.read import read_rows
 from tenfold.errors import DataError
+from tenfold.models.export import save_model
+from tenfold.models.tiny import tiny_model
 from tests.runs import execute
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -100,3 +102,77 @@ def test_a_recipe_may_say_it_and_complete_data_leave_no_list(tmp_path):
     (summary,) = execute({"model": "tiny:llama", "stages": [stage]}, tmp_path / "run")
     assert not (tmp_path / "run/01-lora/left_out.jsonl").exists()
     assert not any("left out" in table.title for table in summary.tables)
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REFUSED = (3, 7)
+
+
+def turns(number, answer):
+    talk = [{"role": "user", "content": f"{number}+1=?"}, {"role": "assistant", "content": answer}]
+    return [*([{"role": "system", "content": "Be brief."}] if number in REFUSED else []), *talk]
+
+
+@pytest.fixture
+def strict(tmp_path):
+    """A model whose template refuses system messages, and rows of which two have one."""
+    opened = tiny_model("llama")
+    opened.tokenizer.chat_template = NO_SYSTEM
+    save_model(opened.model, opened.tokenizer, tmp_path / "model")
+    chats, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    numbers = range(1, 25)
+    chats.write_text("".join(json.dumps({"messages": turns(n, f"{n + 1}"), "split": _side(n)}) + "\n" for n in numbers))
+    pairs.write_text(
+        "".join(
+            json.dumps({"chosen": turns(n, f"{n + 1}"), "rejected": turns(n, "no"), "split": _side(n)}) + "\n"
+            for n in numbers
+        )
+    )
+    return str(tmp_path / "model"), {"chat": str(chats), "preference": str(pairs)}
+
+
+def _side(number):
+    return "train" if number % 4 else "test"
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        ("chat", ["adapt", "--method", "lora", "--steps", "1"]),
+        ("chat", ["evaluate", "--tasks", "perplexity"]),
+        ("preference", ["align", "--target", "reward", "--steps", "1", "--lam", "0.5", "--rank", "2"]),
+        ("preference", ["audit", "--reference", "MODEL"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_what_a_template_refuses_is_skipped_and_listed_wherever_it_is_read(kind, command, strict, tmp_path, capsys):
+    model, data = strict
+    verb, *flags = [model if word == "MODEL" else word for word in command]
+    out = tmp_path / "run"
+    whole = [verb, model, "--data", data[kind], *flags]
+    whole += ["--out", str(out)] if verb != "audit" else ["--out", str(out / "audit.csv")]
+    out.mkdir()
+    assert cli.main(whole) == 2
+    said = capsys.readouterr().err
+    assert f"{data[kind]}, line 3: the chat template refuses these messages: System role not supported" in said
+    assert cli.main([*whole, "--on-bad-row", "skip"]) == 0
+    assert "2 rows cannot be written as the model reads them" in " ".join(capsys.readouterr().out.split())
+    (file,) = tmp_path.rglob("left_out.jsonl")
+    listed = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(one["place"], one["why"]) for one in listed] == [(f"{data[kind]}, line {n}", "refused") for n in REFUSED]
+    assert all(one["reason"].startswith("the chat template refuses") for one in listed)
+    tables = json.loads((file.parent / "summary.json").read_text())["tables"]
+    assert [table["title"] for table in tables if "left out" in table["title"]] == ["Rows left out: 2"]
+
+
+def test_an_audit_cleans_the_rows_that_it_could_read(strict, tmp_path):
+    model, data = strict
+    stage = {"use": "audit", "data": data["preference"], "reference": model, "on_bad_row": "skip"}
+    execute({"model": model, "stages": [stage]}, tmp_path / "run")
+    cleaned = [json.loads(line) for line in (tmp_path / "run/01-audit/cleaned.jsonl").read_text().splitlines()]
+    assert cleaned
+    assert all(row["chosen"][0]["role"] == "user" for row in cleaned)

@@ -301,7 +301,10 @@ def test_what_a_template_refuses_is_named_by_its_line_and_can_be_skipped(tmp_pat
         encode(read_rows(str(path)), tokenizer, **given)
     found = encode(read_rows(str(path)), tokenizer, **given, on_bad_row="skip")
     assert len(found.examples) == 2
-    assert "1 of 3 rows cannot be encoded and were left out (on_bad_row: skip) (first: " in found.notes[0]
-    assert "line 2" in found.notes[0]
+    assert "1 rows cannot be written as the model reads them and were left out (on_bad_row: skip)" in found.notes[0]
+    assert "line 2: the chat template refuses" in found.notes[0]
+    (one,) = found.refused
+    assert one.place == f"{path}, line 2"
+    assert one.reason.startswith("the chat template refuses these messages")
     with pytest.raises(DataError, match="line 2"):
         encode(read_rows(str(path))[1:2], tokenizer, **given, on_bad_row="skip")

@@ -198,8 +198,11 @@ def test_validation_knows_what_needs_no_weights(values, tmp_path):
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("".join(f'{{"prompt": "p{n}", "completion": "c{n}"}}\n' for n in range(20)))
     values["stages"][0]["data"] = str(rows)
-    with pytest.raises(ConfigError, match="perplexity needs text rows, but"):
+    tasks = values["stages"][1]["tasks"]
+    values["stages"][1]["tasks"] = ["needle"]
+    with pytest.raises(ConfigError, match="needle needs text rows, but"):
         runner.check(resolve(values, "test"))
+    values["stages"][1]["tasks"] = tasks
     values["stages"][0].update(report_to=["trackio"])
     with pytest.raises(MissingDependencyError, match="trackio is not installed"):
         runner.check(resolve(values, "test"))

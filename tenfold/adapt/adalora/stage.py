@@ -34,6 +34,7 @@ def run_adalora(config: AdaLoraConfig, context: Context) -> StageOutput:
         results=results,
         attached=touched,
         figures=[rank_map(report["ranks"]), budget_curve(report["budget"], adapter.plan.by, warmup)],
+        left_out=encoded.refused,
         notes=[*encoded.notes, *left_out, *report["notes"]],
         timings={"training": trained.seconds},
         artefact=folder.name,

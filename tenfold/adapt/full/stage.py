@@ -20,6 +20,7 @@ def run_full(config: FullConfig, context: Context) -> StageOutput:
     return StageOutput(
         results=results,
         attached={"method": "all weights", "trainable parameters": count, "share of the model": 1.0},
+        left_out=encoded.refused,
         notes=encoded.notes,
         timings={"training": trained.seconds},
         artefact="model",

@@ -20,6 +20,7 @@ def run_lora(config: LoraConfig, context: Context) -> StageOutput:
     return StageOutput(
         results=results,
         attached=lora.attached(model),
+        left_out=encoded.refused,
         notes=[*encoded.notes, *left_out],
         timings={"training": trained.seconds},
         artefact="adapter",

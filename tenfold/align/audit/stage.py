@@ -11,7 +11,9 @@ from tenfold.align.audit.judging import Audit, audit_groups, cleaned_records
 from tenfold.align.audit.report import TRAINED, audited, known_flips, preferences, score_cache
 from tenfold.align.margins import score_pairs, score_policy_pairs
 from tenfold.config.r3m import AuditConfig
+from tenfold.data.left_out import left_out_notes
 from tenfold.data.read import Rows
+from tenfold.data.readable import readable
 from tenfold.data.write import write_rows
 from tenfold.errors import ModelError
 from tenfold.models.open import saved_task
@@ -24,7 +26,6 @@ from tenfold.stage.record import Table
 def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     """The stage ``audit``: what a model thinks of labels that are there; the model stays as it is."""
     assert context.rows is not None
-    flips, notes = known_flips(context.rows, None)
     model = context.model
     if not model.adapters and Path(model.source).is_dir():
         model = dataclasses.replace(model, task=saved_task(Path(model.source), model.task))
@@ -33,7 +34,10 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
     opened = model.open()
     if model.task == "reward":
         _check_head(opened.model, str(folder))
-    pairs = preferences(context.rows)
+    rows, refused = readable(context.rows, opened.tokenizer, config.on_bad_row)
+    flips, notes = known_flips(rows, None)
+    notes += left_out_notes(rows.source, refused)
+    pairs = preferences(rows)
     keys: dict[str, Any] = {
         "batch_size": config.batch_size,
         "max_length": config.max_length or trained.get("max_length", 1024),
@@ -47,12 +51,14 @@ def run_audit(config: AuditConfig, context: Context) -> StageOutput:
         keys["beta"] = trained.get("beta", 0.1) if config.beta is None else config.beta
         scored = score_policy_pairs(opened.model, opened.tokenizer, pairs, **keys)
         notes.append(f"Margins are those of beta {keys['beta']:g}.")
-    found, output = audited(scored, pairs, flips, config.lam, config.worst, context.folder, source=context.rows)
+    found, output = audited(scored, pairs, flips, config.lam, config.worst, context.folder, source=rows)
     for name in config.cleaned_files:
-        write_rows(context.folder / name, cleaned_records(context.rows, found, config.action))
-    tables = output.tables if config.by is None else [*output.tables, _groups(found, context.rows, config.by)]
+        write_rows(context.folder / name, cleaned_records(rows, found, config.action))
+    tables = output.tables if config.by is None else [*output.tables, _groups(found, rows, config.by)]
     artefacts = {"audit": "audit.csv", "cleaned": config.cleaned_files[0]}
-    return dataclasses.replace(output, tables=tables, notes=[*output.notes, *notes], artefacts=artefacts)
+    return dataclasses.replace(
+        output, tables=tables, notes=[*output.notes, *notes], left_out=refused, artefacts=artefacts
+    )
 
 
 def _groups(found: Audit, rows: Rows, column: str) -> Table:

@@ -43,7 +43,9 @@ from tenfold.config.full import FullConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.config.r3m import R3MConfig, parse_noise
 from tenfold.data.groups import twin
+from tenfold.data.left_out import LeftOut, left_out_notes
 from tenfold.data.read import Rows
+from tenfold.data.readable import readable
 from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError
 from tenfold.evaluate.choice import share
@@ -60,8 +62,7 @@ from tenfold.stage.results import Metric, Result
 
 def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
     """The stage ``r3m``: train, measure on held-out pairs, audit the training labels."""
-    assert context.rows is not None
-    kept, held = context.rows.split(config.holdout)
+    context, kept, held, refused = _written(config, context)
     mask = _mask(kept, config, context.seed)
     flips, notes = known_flips(kept, mask if config.noise is not None else None)
     pairs = corrupt(preferences(kept), mask)
@@ -92,12 +93,24 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
     return dataclasses.replace(
         output,
         results=[*tried, *results, *output.results],
-        notes=[*notes, *chosen, *output.notes],
+        notes=[*notes, *left_out_notes(kept.source, refused), *chosen, *output.notes],
+        left_out=refused,
         attached=method,
         artefact=kind,
         artefacts={"audit": "audit.csv", "training": "training.jsonl"},
         continues_with=kind,
     )
+
+
+def _written(config: R3MConfig, context: Context) -> tuple[Context, Rows, Rows, tuple[LeftOut, ...]]:
+    """The context with trusted, training and held-out pairs that the chat template takes, and what it refuses."""
+    assert context.rows is not None
+    tokenizer = context.model.tokenizer()
+    parts = dict(zip(("kept", "held"), context.rows.split(config.holdout), strict=True)) | dict(context.other_rows)
+    found = {key: readable(rows, tokenizer, config.on_bad_row) for key, rows in parts.items()}
+    rest = {key: found[key][0] for key in context.other_rows}
+    refused = tuple(one for _, some in found.values() for one in some)
+    return dataclasses.replace(context, other_rows=rest), found["kept"][0], found["held"][0], refused
 
 
 def _check_folds(pairs: Sequence[Preference], config: R3MConfig) -> None:
