@@ -1,0 +1,238 @@
+"""What calibration texts say about each matrix: which inputs it sees, and how much the loss depends on its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tenfold.models.inference import evaluating, input_device, takes_cache
+
+BATCH_TOKENS = 1024
+"""Tokens that are read at once."""
+GRAM_BYTES = 2**31
+"""Moments that are held at once; a model with more of them is read in several passes."""
+
+Tell = Callable[[str, int, int], None]
+"""Called with what is done, how many steps of it are, and how many there will be."""
+
+
+class Moments:
+    r"""Sums over tokens of what a matrix reads: products of channels, from which every squared error follows.
+
+    Args:
+        like: inputs of the matrix, ``[..., in]``; sums are on their device, in float32 (float64 for float64).
+        paired: also take the inputs that the matrix would have read in the model as it was, :math:`x`, beside those
+            that it reads now, :math:`\tilde x`.
+    """
+
+    def __init__(self, like: Tensor, *, paired: bool = False) -> None:
+        channels, dtype = like.shape[-1], torch.promote_types(like.dtype, torch.float32)
+        zeros = [torch.zeros(channels, channels, dtype=dtype, device=like.device) for _ in range(3 if paired else 1)]
+        self.tokens = 0
+        self.own = zeros[0]
+        r""":math:`\sum\tilde x\tilde x^\top`, ``[in, in]``."""
+        self.cross, self.before = zeros[1:] if paired else (self.own, self.own)
+        r""":math:`\sum x\tilde x^\top` and :math:`\sum xx^\top`."""
+        self.own_sum = torch.zeros(channels, dtype=dtype, device=like.device)
+        self.before_sum = torch.zeros_like(self.own_sum) if paired else self.own_sum
+
+    def add(self, own: Tensor, before: Tensor | None = None) -> None:
+        """Take in tokens, ``[..., in]``; in pairs with what came in their place before."""
+        own = own.detach().reshape(-1, own.shape[-1]).to(self.own.dtype)
+        self.tokens += len(own)
+        self.own.addmm_(own.T, own)
+        self.own_sum += own.sum(0)
+        if before is not None:
+            before = before.detach().reshape(own.shape).to(own)
+            self.cross.addmm_(before.T, own)
+            self.before.addmm_(before.T, before)
+            self.before_sum += before.sum(0)
+
+
+def batches_of(passages: Sequence[Tensor], device: torch.device, tokens: int = BATCH_TOKENS) -> list[Tensor]:
+    """Passages of one length together, ``[passages, tokens]``, in order; no padding."""
+    by_length: dict[int, list[Tensor]] = {}
+    for passage in passages:
+        by_length.setdefault(len(passage), []).append(passage)
+    return [
+        torch.stack(together[first : first + size]).to(device)
+        for length, together in by_length.items()
+        for size in [max(1, tokens // length)]
+        for first in range(0, len(together), size)
+    ]
+
+
+def read(model: Any, ids: Tensor) -> Any:
+    """The forward pass of a batch, whatever the model's architecture; a decoder beside an encoder reads it as well."""
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if takes_cache(model):
+        inputs["use_cache"] = False
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return model(**inputs)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The matrix of a layer as ``[out, in]``, of a ``Conv1D`` a view of its transpose."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def sensitivity(
+    model: nn.Module, passages: Sequence[Tensor], names: Iterable[str], *, seed: int = 0, tell: Tell | None = None
+) -> dict[str, Tensor]:
+    r"""How much the loss depends on each output of each matrix: :math:`D_j=E[(\partial\mathcal L/\partial y_j)^2]`.
+
+    The labels are drawn from the model's own predictions, so that :math:`D` is the diagonal of the Fisher information
+    of :math:`y`: a change :math:`\delta` of the output costs :math:`\tfrac12\sum_jD_j\delta_j^2` of loss, in
+    the model's own units and whatever the text. A model with a single score is read as its mean with variance 1.
+
+    Args:
+        model: any model with logits.
+        passages: token ids, ``[tokens]`` each.
+        names: of the matrices.
+        seed: of the labels.
+        tell: hears of the batches.
+
+    Returns:
+        ``[out]`` of each matrix, float64; without those that no token reached.
+    """
+    squares: dict[str, Tensor] = {}
+    counts: dict[str, int] = dict.fromkeys(names, 0)
+
+    def watch(name: str) -> Callable[..., None]:
+        def on_gradient(gradient: Tensor) -> None:
+            rows = gradient.reshape(-1, gradient.shape[-1]).float()
+            squares[name] = squares.get(name, 0) + rows.square().sum(0).double()
+            counts[name] += len(rows)
+
+        def on_output(module: Any, inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(on_gradient)
+
+        return on_output
+
+    def differentiable(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in counts]
+    embeddings = {model.get_input_embeddings(), *(m for m in model.modules() if isinstance(m, nn.Embedding))}  # type: ignore[operator]
+    hooks += [module.register_forward_hook(differentiable) for module in embeddings]
+    batches = batches_of(passages, input_device(model), BATCH_TOKENS // 2)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with evaluating(model), frozen(model), torch.enable_grad():
+            for done, ids in enumerate(batches, 1):
+                _own_loss(read(model, ids).logits, generator).backward()
+                if tell is not None:
+                    tell("sensitivity", done, len(batches))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: found / counts[name] for name, found in squares.items()}
+
+
+def _own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The sum of the losses on labels that the model draws itself."""
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    if flat.shape[-1] == 1:
+        return (flat * torch.randn(flat.shape, generator=generator).to(flat)).sum()
+    with torch.no_grad():
+        # The place where the cumulated probabilities pass a number in [0, 1): the same on every device.
+        reached = flat.softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(flat), 1, generator=generator).to(flat) * reached[:, -1:]
+        labels = torch.searchsorted(reached, drawn, right=True)[:, 0].clamp_max(flat.shape[-1] - 1)
+    return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient; afterwards those that did do again."""
+    free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in free:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in free:
+            parameter.requires_grad_(True)
+
+
+def moments(
+    model: nn.Module, batches: Sequence[Tensor], names: Sequence[str], *, tell: Tell | None = None
+) -> Iterator[tuple[str, Moments]]:
+    """What each matrix reads in the model as it is, by passes over the texts that hold `GRAM_BYTES` at once.
+
+    Matrices that read the same inputs (queries, keys and values) share their moments. One that no token reaches has
+    none and is not among the results.
+    """
+    sizes = {name: 4 * weight_of(model.get_submodule(name)).shape[1] ** 2 for name in names}
+    parts: list[list[str]] = [[]]
+    held = 0
+    for name in names:
+        if parts[-1] and held + sizes[name] > GRAM_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(name)
+        held += sizes[name]
+    for number, part in enumerate(parts):
+        collected: dict[str, Moments] = {}
+        with evaluating(model), inputs_of(model, part) as seen:
+            for done, ids in enumerate(batches, 1):
+                read(model, ids)
+                for leader, followers in shared(seen).items():
+                    for own in seen[leader]:
+                        collected.setdefault(leader, Moments(own)).add(own)
+                    for follower in followers:
+                        collected[follower] = collected[leader]
+                seen.clear()
+                if tell is not None:
+                    tell("inputs", number * len(batches) + done, len(parts) * len(batches))
+        yield from ((name, collected.pop(name)) for name in part if name in collected)
+
+
+@contextmanager
+def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what matrices read, call by call, in the order of the first calls."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def on_input(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, []).append(inputs[0].detach())
+
+        return on_input
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def shared(seen: Mapping[str, Sequence[Tensor]]) -> dict[str, list[str]]:
+    """Matrices by the first one that reads the very same inputs."""
+    found: dict[str, list[str]] = {}
+    for name, inputs in seen.items():
+        for leader, followers in found.items():
+            same = len(inputs) == len(seen[leader])
+            if same and all(_same(one, other) for one, other in zip(inputs, seen[leader], strict=True)):
+                followers.append(name)
+                break
+        else:
+            found[name] = []
+    return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.numel() > 0
+        and one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )

@@ -1,0 +1,127 @@
+"""The best low rank plus kept rows of one matrix for the inputs that it sees, and how far off its outputs then are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tenfold.compress.losparse.calibration import Moments
+from tenfold.compress.losparse.factors import Factors
+from tenfold.compress.losparse.mathematics import RIDGE
+from tenfold.compress.losparse.plan import Choice, leading
+
+
+class Second(NamedTuple):
+    r"""Second moments per token, float64: of what a matrix reads now, and of what it read before.
+
+    Args:
+        own: :math:`E[\tilde x\tilde x^\top]`, ``[in, in]``.
+        cross: :math:`E[x\tilde x^\top]`.
+        before: :math:`E[xx^\top]`.
+        own_mean: :math:`E[\tilde x]`, ``[in]``.
+        before_mean: :math:`E[x]`.
+    """
+
+    own: Tensor
+    cross: Tensor
+    before: Tensor
+    own_mean: Tensor
+    before_mean: Tensor
+
+    @classmethod
+    def of(cls, sums: Moments) -> Second:
+        """The means of sums over tokens."""
+        parts = (sums.own, sums.cross, sums.before, sums.own_sum, sums.before_sum)
+        return cls(*(part.double() / max(1, sums.tokens) for part in parts))
+
+    def centred(self) -> Second:
+        """Covariances in place of second moments: what is left for a matrix with a bias of its own."""
+        return self._replace(
+            own=self.own - torch.outer(self.own_mean, self.own_mean),
+            cross=self.cross - torch.outer(self.before_mean, self.own_mean),
+            before=self.before - torch.outer(self.before_mean, self.before_mean),
+        )
+
+    def error(self, weight: Tensor, factors: Factors, outputs: Tensor) -> float:
+        r"""How far off the outputs are, :math:`\sum_jD_jE[(W_jx-\hat W_j\tilde x-b_j)^2]` over the same of the outputs.
+
+        Args:
+            weight: :math:`W`, ``[out, in]``, float64.
+            factors: :math:`\hat W`; their bias is what is added to the one that the layer had.
+            outputs: :math:`D`, ``[out]``.
+        """
+        new = factors.dense().double()
+        before = ((weight @ self.before) * weight).sum(1)
+        squares = before - 2 * ((weight @ self.cross) * new).sum(1) + ((new @ self.own) * new).sum(1)
+        if factors.bias is not None:
+            bias = factors.bias.double()
+            squares = squares + bias * (bias - 2 * (weight @ self.before_mean - new @ self.own_mean))
+        whole = float((outputs * before).sum())
+        return max(0.0, float((outputs * squares).sum())) / whole if whole > 0 else 0.0
+
+
+def fit(
+    weight: Tensor, choice: Choice, order: Tensor, seen: Second, outputs: Tensor, *, refit: bool, bias: bool
+) -> Factors:
+    r"""Factors of a matrix whose outputs come nearest to those before.
+
+    The matrix that does so without any limit is :math:`W'=W+W(E[x\tilde x^\top]-\tilde G)\tilde G^{-1}` (with
+    ``refit``; else :math:`W`). Its kept rows are stored; of the others the low-rank part is
+    :math:`D^{-1/2}UU^\top D^{1/2}W'` with the leading left singular vectors :math:`U` of
+    :math:`D^{1/2}W'\tilde C`, :math:`\tilde G=\tilde C\tilde C^\top`: reduced-rank regression.
+
+    Args:
+        weight: :math:`W`, ``[out, in]``, float64.
+        choice: rank and number of kept rows.
+        order: ``[out]``, the rows in the order in which they are kept.
+        seen: what the matrix reads.
+        outputs: :math:`D`, ``[out]``, above 0.
+        refit: see above.
+        bias: let a bias carry what is the same for all tokens.
+
+    Returns:
+        Tensors in float64. The bias is what is added to the one that the layer had.
+    """
+    used = seen.centred() if bias else seen
+    if refit:
+        gram = ridged(used.own)
+        weight, plain = weight + torch.linalg.solve(gram, (weight @ (used.cross - used.own)).T).T, weight
+    else:
+        plain = weight
+    kept, others = order[: choice.kept], order[choice.kept :]
+    scale = outputs[others].sqrt()[:, None]
+    left = weight.new_zeros(len(weight), choice.rank)
+    basis, right = low_rank(scale * weight[others], used.own, choice.rank)
+    left[others] = basis / scale
+    factors = Factors(left, right, kept, weight[kept])
+    if not bias:
+        return factors
+    return Factors(left, right, kept, weight[kept], plain @ seen.before_mean - factors.dense() @ seen.own_mean)
+
+
+def low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Two factors, ``[rows, rank]`` orthonormal and ``[rank, in]``, whose product errs least on inputs of this Gram.
+
+    What the inputs never show is projected along with the rest, not dropped.
+    """
+    if rank == 0 or len(weight) == 0:
+        return weight.new_zeros(len(weight), rank), weight.new_zeros(rank, weight.shape[1])
+    seen = weight @ root(gram)
+    basis = leading(seen, rank)
+    if len(weight) > weight.shape[1]:
+        basis = torch.linalg.qr(seen @ basis).Q
+    return basis, basis.T @ weight
+
+
+def root(gram: Tensor, ridge: float = RIDGE) -> Tensor:
+    """A square root of a matrix of second moments, lower triangular, whatever its rank."""
+    return torch.linalg.cholesky(ridged(gram, ridge))
+
+
+def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
+    """With a share of the trace on the diagonal, so that directions without inputs have a little of them."""
+    trace = gram.diagonal().sum()
+    level = torch.where(trace > 0, ridge * trace, 1.0)
+    return gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

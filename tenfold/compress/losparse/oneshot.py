@@ -1,0 +1,398 @@
+"""Compress a model without training: measure, buy ranks and rows within one budget, fit block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.compress.losparse.calibration import Moments, Tell, batches_of, moments, sensitivity, shared, weight_of
+from tenfold.compress.losparse.factors import Factors, stored
+from tenfold.compress.losparse.fit import Second, fit, root
+from tenfold.compress.losparse.plan import Choice, Curve, choose, curve
+from tenfold.compress.losparse.streams import Blocks, block_of
+from tenfold.config.budget import Budget
+from tenfold.errors import ConfigError, DataError
+from tenfold.models.inference import input_device
+from tenfold.models.layer_map import layer_map
+from tenfold.models.quantised import parameter_count, refuse_quantised
+
+HELD_OUT = 8
+"""One passage of so many is not fitted to: it decides whether a refit helps."""
+SENSITIVE_TOKENS = 4096
+"""Tokens that go backward; the mean square of a gradient needs fewer than the directions of inputs do."""
+FEWEST_TOKENS = 32
+"""A matrix that fewer tokens reach (an expert) stays as it is."""
+PLACE_BYTES = 4
+"""Of each row of a compressed matrix, for its place."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What became of one matrix.
+
+    Args:
+        name: of its module.
+        shape: ``(out, in)``.
+        choice: rank and kept rows; all rows where the matrix stays as it is.
+        bytes: what is stored, biases and the places of rows included.
+        error: squared error of its outputs on held-out texts relative to the outputs, without refit; None unmeasured.
+        refitted: the same with it; None where it was not tried.
+        refit: whether it was kept.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    choice: Choice
+    bytes: int
+    error: float | None = None
+    refitted: float | None = None
+    refit: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """Numbers stored, which is the multiply-adds for each token."""
+        return stored(*self.shape, *self.choice)
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """A compressed model, as parts.
+
+    Args:
+        factors: of each matrix that is replaced, in model order, in the weight's type; a bias is the whole one.
+        matrices: what became of each matrix that was looked at, in model order.
+        parameters: of the whole model before.
+        parameter_bytes: theirs.
+        notes: sentences a reader of the results must know: what was left out and why, what was not tried.
+    """
+
+    factors: dict[str, Factors]
+    matrices: tuple[Replaced, ...]
+    parameters: int
+    parameter_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that the matrices hold now, and multiply-adds for each token."""
+        return sum(matrix.numbers for matrix in self.matrices)
+
+    @property
+    def dense(self) -> int:
+        """Numbers that they held before."""
+        return sum(matrix.shape[0] * matrix.shape[1] for matrix in self.matrices)
+
+    @property
+    def share(self) -> float:
+        """What is kept of the matrices' numbers."""
+        return self.numbers / self.dense
+
+    @property
+    def share_of_model(self) -> float:
+        """What is kept of all numbers of the model, embeddings included."""
+        return (self.parameters - self.dense + self.numbers) / self.parameters
+
+
+@torch.no_grad()
+def compress_once(
+    model: nn.Module,
+    passages: Sequence[Tensor],
+    *,
+    budget: Budget,
+    targets: Sequence[str] = ("all-linear",),
+    refit: bool = True,
+    weigh: bool = True,
+    progress: Tell | None = None,
+) -> OneShot:
+    r"""Find a model's compressed matrices; the model itself stays as it is.
+
+    1. A backward pass says how much the loss depends on each output (`calibration.sensitivity`).
+    2. A forward pass says which inputs each matrix sees; with both, what each rank and row is worth (`plan.curve`).
+    3. One budget is spent where it saves most of the loss (`plan.choose`).
+    4. Block by block, each matrix is fitted to what the compressed matrices before it really give it (`fit.fit`).
+
+    Args:
+        model: any ``transformers`` model with linear layers in blocks.
+        passages: token ids, ``[tokens]`` each, of texts like those that the model will see; every eighth is held out.
+        budget: of the replaced matrices: a share of their numbers, a count, or bytes (all that is stored for them).
+        targets: as `tenfold.models.layer_map.LayerMap.select` takes them.
+        refit: whether step 4 is tried; each matrix keeps it only where its outputs on held-out passages come nearer.
+        weigh: whether step 1 is done; without it all outputs of all matrices count alike.
+        progress: called with what is done, how many steps of it, and of how many.
+
+    Returns:
+        Factors of each replaced matrix, and the report.
+
+    Raises:
+        ConfigError: targets that match nothing, or a budget that buys nothing.
+        ModelError: quantised weights.
+        DataError: no passage.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> ids = [torch.randint(6, 262, (64,), generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
+    >>> found = compress_once(tiny_model("llama").model, ids, budget=Budget(0.5, "share"))
+    >>> len(found.factors), 0.49 < found.share <= 0.5
+    (14, True)
+    """
+    refuse_quantised(model, "compress", "open the model in its original precision (leave load out)")
+    if not passages:
+        raise DataError("no passage to calibrate on", remedy="give texts")
+    names, notes = matrices_of(model, targets)
+    fitted, held = _divide(passages)
+    if not held:
+        notes.append("one passage only: none is held out, so nothing is refitted")
+    outputs = sensitivity(model, _first(fitted, SENSITIVE_TOKENS), names, tell=progress) if weigh else {}
+    texts = Texts.of(fitted, held, input_device(model))
+    curves, outputs = _curves(model, texts, names, outputs, notes, progress)
+    allowed = budget.amount * (
+        sum(found.numbers[-1].item() for found in curves.values()) if budget.unit == "share" else 1
+    )
+    price = (lambda name, choice: _bytes(model.get_submodule(name), choice)) if budget.unit == "bytes" else None
+    choices = choose(curves, allowed, price)
+    work = _Work(model, choices, {name: found.order for name, found in curves.items()}, outputs)
+    blocks = Blocks.of(model, list(curves), texts.batches) if refit and held else None
+    if refit and held and blocks is None:
+        notes.append("not refitted: the blocks of this model cannot be called one by one")
+    if blocks is None:
+        work.at_once(texts, progress)
+    else:
+        work.by_blocks(blocks, texts, progress)
+    return OneShot(
+        {name: work.factors[name] for name in curves if name in work.factors},
+        tuple(work.replaced[name] for name in curves),
+        parameter_count(model),
+        sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        tuple(notes),
+    )
+
+
+def matrices_of(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The matrices that targets name and that can be replaced, in model order; and what is left out, with reasons."""
+    found = layer_map(model)
+    notes = list(found.left_out(targets))
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    names = []
+    for slot in found.select(targets):
+        weight = model.get_submodule(slot.name).weight
+        if len(twins := owners[id(weight)]) > 1:
+            other = next(name for name in twins if name != slot.name)
+            notes.append(f"{slot.name}: shares its weight with {other}, so it stays as it is")
+        else:
+            names.append(slot.name)
+    if not names:
+        raise ConfigError("targets: nothing that can be replaced: " + "; ".join(notes), "name other matrices")
+    return names, notes
+
+
+def _divide(passages: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Passages to fit to, and those that are held out."""
+    held = [passage for index, passage in enumerate(passages) if index % HELD_OUT == HELD_OUT - 1]
+    if not held and len(passages) > 1:
+        held = [passages[-1]]
+        return list(passages[:-1]), held
+    return [passage for index, passage in enumerate(passages) if index % HELD_OUT != HELD_OUT - 1], held
+
+
+def _first(passages: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """Passages evenly from all of them, that hold about so many tokens."""
+    share = min(1.0, tokens / max(1, sum(map(len, passages))))
+    return [passage for index, passage in enumerate(passages) if int((index + 1) * share) > int(index * share)] or list(
+        passages[:1]
+    )
+
+
+def _curves(
+    model: nn.Module,
+    texts: Texts,
+    names: Sequence[str],
+    outputs: Mapping[str, Tensor],
+    notes: list[str],
+    tell: Tell | None,
+) -> tuple[dict[str, Curve], dict[str, Tensor]]:
+    """What each choice costs of each matrix that enough tokens reach; and :math:`D` of these."""
+    found: dict[str, Curve] = {}
+    used: dict[str, Tensor] = {}
+    total = sum(ids.numel() for ids in texts.fitted)
+    for name, sums in moments(model, texts.fitted, names, tell=tell):
+        weight = weight_of(model.get_submodule(name)).double()
+        squares = outputs.get(name, torch.ones(len(weight)) if not outputs else None)
+        if sums.tokens < FEWEST_TOKENS or squares is None:
+            continue
+        squares = squares.to(weight) + 1e-6 * squares.mean().to(weight) + 1e-30
+        # An expert counts by the tokens that reach it.
+        seen = squares.sqrt()[:, None] * (weight @ root(Second.of(sums).own)) * (sums.tokens / total) ** 0.5
+        found[name], used[name] = curve(seen), squares
+    if few := [name for name in names if name not in found]:
+        notes.append(f"fewer than {FEWEST_TOKENS} of the calibration tokens reach {', '.join(few)}: left as they are")
+    if not found:
+        raise DataError("no matrix is reached by enough tokens", f"give texts of {FEWEST_TOKENS} tokens or more")
+    return {name: found[name] for name in names if name in found}, used
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Batches to fit to, and held-out ones."""
+
+    fitted: list[Tensor]
+    held: list[Tensor]
+
+    @classmethod
+    def of(cls, fitted: Sequence[Tensor], held: Sequence[Tensor], device: torch.device) -> Texts:
+        """Of passages."""
+        return cls(batches_of(fitted, device), batches_of(held, device))
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """All of them, held-out ones last."""
+        return [*self.fitted, *self.held]
+
+
+class _Work:
+    """The replacing of a model's matrices, one after the other.
+
+    Args:
+        choices: of each matrix.
+        orders: of the rows of each.
+        outputs: :math:`D` of each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        choices: Mapping[str, Choice],
+        orders: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+    ) -> None:
+        self._model, self._orders, self._outputs = model, orders, outputs
+        self._changed = [
+            name for name, choice in choices.items() if choice.kept < weight_of(model.get_submodule(name)).shape[0]
+        ]
+        self.factors: dict[str, Factors] = {}
+        self.replaced: dict[str, Replaced] = {}
+        for name, choice in choices.items():
+            module = model.get_submodule(name)
+            self.replaced[name] = Replaced(name, tuple(weight_of(module).shape), choice, _bytes(module, choice))  # type: ignore[arg-type]
+
+    def at_once(self, texts: Texts, tell: Tell | None) -> None:
+        """Fit all to what they read in the model as it is."""
+        fitted = moments(self._model, texts.fitted, self._changed, tell=tell)
+        held = moments(self._model, texts.held, self._changed)
+        for name, seen in fitted:
+            self._replace(name, Second.of(seen), None)
+        for name, seen in held:
+            weight, outputs = self._weight(name), self._outputs[name]
+            error = Second.of(seen).error(weight, self.factors[name], outputs)
+            self.replaced[name] = replace(self.replaced[name], error=error)
+
+    def by_blocks(self, blocks: Blocks, texts: Texts, tell: Tell | None) -> None:
+        """Fit each to what it reads once all before it are replaced, beside what it read before."""
+        batches = texts.batches
+        before = [blocks.begin(ids) for ids in batches]
+        now = list(before)
+        for index, block in enumerate(blocks.names):
+            inside = [name for name in self._changed if block_of(name) == block]
+            seen = []
+            for at, ids in enumerate(batches):
+                inputs, before[at] = blocks.inputs(index, inside, before[at], ids)
+                seen.append(inputs)
+            groups = {leader: [leader, *others] for leader, others in shared(seen[0]).items()}
+            grouped = {name for group in groups.values() for name in group}
+            groups |= {name: [name] for name in inside if name not in grouped}
+            with restored(self._model, inside):
+                for leader, group in groups.items():
+                    pairs = [inputs.pop(leader, []) for inputs in seen]
+                    fitted, held = self._pair(blocks, index, leader, now, pairs, texts)
+                    for name in group:
+                        self._replace(name, fitted, held)
+                        _put(self._model.get_submodule(name), self.factors[name])
+                now = [blocks.run(index, hidden, ids) for hidden, ids in zip(now, batches, strict=True)]
+            if tell is not None:
+                tell("fit", index + 1, len(blocks.names))
+
+    def _pair(
+        self, blocks: Blocks, index: int, name: str, now: Sequence[Tensor], before: Sequence[list[Tensor]], texts: Texts
+    ) -> tuple[Second, Second | None]:
+        """What a matrix reads now and read before, on texts to fit to and on held-out ones."""
+        sums: list[Moments] = []
+        for part in (range(len(texts.fitted)), range(len(texts.fitted), len(now))):
+            found: Moments | None = None
+            for at in part:
+                own = blocks.until(index, name, now[at], texts.batches[at])
+                if own is None or len(before[at]) != 1 or before[at][0].shape != own.shape:
+                    return self._unpaired(blocks, index, name, now, texts), None
+                found = found or Moments(own, paired=True)
+                found.add(own, before[at][0])
+            assert found is not None
+            sums.append(found)
+        return Second.of(sums[0]), Second.of(sums[1])
+
+    def _unpaired(self, blocks: Blocks, index: int, name: str, now: Sequence[Tensor], texts: Texts) -> Second:
+        """What an expert reads now, which may be other tokens than before."""
+        sums: Moments | None = None
+        for hidden, ids in zip(now, texts.fitted, strict=False):
+            for own in blocks.inputs(index, [name], hidden, ids)[0].get(name, []):
+                sums = sums or Moments(own)
+                sums.add(own)
+        channels = weight_of(self._model.get_submodule(name)).shape[1]
+        return Second.of(sums or Moments(torch.zeros(1, channels)))
+
+    def _weight(self, name: str) -> Tensor:
+        return weight_of(self._model.get_submodule(name)).double()
+
+    def _replace(self, name: str, seen: Second, held: Second | None) -> None:
+        """Fit one matrix, with a refit where held-out texts say so, and put it into the model."""
+        module, row = self._model.get_submodule(name), self.replaced[name]
+        weight, outputs = self._weight(name), self._outputs[name]
+        chosen = fit(weight, row.choice, self._orders[name], seen, outputs, refit=False, bias=False)
+        if held is not None:
+            other = fit(weight, row.choice, self._orders[name], seen, outputs, refit=True, bias=False)
+            error, refitted = (held.error(weight, one, outputs) for one in (chosen, other))
+            row = replace(row, error=error, refitted=refitted, refit=refitted < error)
+            chosen = other if row.refit else chosen
+        self.replaced[name], self.factors[name] = row, _as_stored(chosen, module)
+
+
+@contextmanager
+def restored(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Give matrices the values back that they have now."""
+    modules: list[Any] = [model.get_submodule(name) for name in names]
+    values = [(module.weight.detach().clone(), module.bias) for module in modules]
+    try:
+        yield
+    finally:
+        for module, (weight, bias) in zip(modules, values, strict=True):
+            module.weight.copy_(weight)
+            module.bias = bias
+
+
+def _put(module: Any, factors: Factors) -> None:
+    """Let a layer compute what its factors say."""
+    weight_of(module).copy_(factors.dense())
+    if factors.bias is not None:
+        module.bias = nn.Parameter(factors.bias, requires_grad=False)
+
+
+def _as_stored(factors: Factors, module: Any) -> Factors:
+    """In the type of the layer's weight, with the bias that the layer had in what the factors bring."""
+    dtype = module.weight.dtype
+    bias = factors.bias
+    if bias is not None and module.bias is not None:
+        bias = bias + module.bias.double()
+    left, right, rows = (part.to(dtype) for part in (factors.left, factors.right, factors.rows))
+    return Factors(left, right, factors.kept, rows, None if bias is None else bias.to(dtype))
+
+
+def _bytes(module: Any, choice: Choice) -> int:
+    """What is stored of a matrix."""
+    out, inner = weight_of(module).shape
+    size: int = module.weight.element_size()
+    numbers = stored(out, inner, *choice) + (out if module.bias is not None else 0)
+    return numbers * size + (PLACE_BYTES * out if choice.kept < out else 0)

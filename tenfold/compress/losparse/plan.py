@@ -1,0 +1,199 @@
+"""One budget for the ranks and the kept rows of all matrices: whatever saves most of the loss is bought first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tenfold.compress.losparse.factors import stored
+from tenfold.errors import ConfigError
+
+KEPT_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+"""Shares of the rows of a matrix that may be kept; with each of them the low-rank part is made for the rest."""
+RANKS = 48
+"""Ranks that are looked at for each of these."""
+
+
+class Choice(NamedTuple):
+    """What is stored of a matrix: it is left as it is where ``kept`` is all of its rows."""
+
+    rank: int
+    kept: int
+
+
+class Curve(NamedTuple):
+    """What a matrix costs the loss at some choices.
+
+    Args:
+        choices: the points; the last one is the matrix as it is, with a loss of 0.
+        numbers: ``[points]``, float64, what is stored at each.
+        loss: ``[points]``, float64, all matrices in one unit.
+        order: ``[out]``, the rows in the order in which they are kept.
+    """
+
+    choices: tuple[Choice, ...]
+    numbers: Tensor
+    loss: Tensor
+    order: Tensor
+
+
+def curve(matrix: Tensor, shares: Sequence[float] = KEPT_SHARES) -> Curve:
+    r"""How much of a matrix is lost, by rank and rows that are kept.
+
+    The loss of a choice is exact for its rows: the sum of the squared singular values beyond the rank of those rows
+    that are not kept. Kept is what the low-rank part of all rows, at a third of the full rank, would miss most of.
+
+    Args:
+        matrix: ``[out, in]``, float64, such that its squared Frobenius norm is a loss: :math:`D^{1/2}WC`.
+        shares: of rows that may be kept.
+
+    >>> found = curve(torch.eye(4, dtype=torch.float64), shares=[0, 0.5])
+    >>> [(choice.rank, choice.kept, float(loss)) for choice, loss in zip(found.choices, found.loss)][-3:]
+    [(0, 2, 2.0), (1, 2, 1.0), (4, 4, 0.0)]
+    """
+    out, inner = matrix.shape
+    order = row_order(matrix)
+    choices, numbers, losses = [], [], []
+    for kept in dict.fromkeys(int(share * out) for share in shares):
+        values = spectrum(matrix[order[kept:]])
+        lost = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
+        for rank in _ranks(len(values)):
+            size = stored(out, inner, rank, kept)
+            if size < out * inner:
+                choices.append(Choice(rank, kept))
+                numbers.append(size)
+                losses.append(lost[rank])
+    choices.append(Choice(0, out))
+    numbers.append(out * inner)
+    losses.append(lost.new_zeros(()))
+    return Curve(tuple(choices), torch.tensor(numbers).double(), torch.stack(losses).double().cpu(), order)
+
+
+def row_order(matrix: Tensor) -> Tensor:
+    """The rows, first those of which a low-rank part would miss most.
+
+    Args:
+        matrix: ``[out, in]``, float64.
+    """
+    missed = residual(matrix, min(matrix.shape) // 3)
+    return missed.square().sum(1).argsort(descending=True, stable=True)
+
+
+def residual(matrix: Tensor, rank: int) -> Tensor:
+    """What the best approximation of this rank leaves of a matrix; by the eigenvectors of its smaller side."""
+    return matrix - nearest(matrix, rank)
+
+
+def nearest(matrix: Tensor, rank: int) -> Tensor:
+    """The best approximation of this rank, ``[out, in]``."""
+    basis = leading(matrix, rank)
+    return basis @ (basis.T @ matrix) if len(basis) == matrix.shape[0] else matrix @ basis @ basis.T
+
+
+def leading(matrix: Tensor, rank: int) -> Tensor:
+    """The leading singular vectors of the shorter side of a matrix, ``[min(out, in), rank]``; the left of a square."""
+    vectors = torch.linalg.eigh(_products(matrix)).eigenvectors
+    return vectors[:, vectors.shape[1] - rank :].flip(1)
+
+
+def spectrum(matrix: Tensor) -> Tensor:
+    """The squared singular values of a matrix, descending."""
+    return torch.linalg.eigvalsh(_products(matrix)).flip(0).clamp_min(0)
+
+
+def _products(matrix: Tensor) -> Tensor:
+    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+
+
+def _ranks(full: int) -> list[int]:
+    """Ranks from 0 to the full one, multiples of 8 where there are many: devices multiply these faster."""
+    step = max(1, math.ceil(full / RANKS))
+    step = step if step < 4 else math.ceil(step / 8) * 8
+    return [*range(0, full, step), full]
+
+
+def choose(
+    curves: Mapping[str, Curve], budget: float, price: Callable[[str, Choice], float] | None = None
+) -> dict[str, Choice]:
+    """What to store of each matrix, such that all together lose the least within the budget.
+
+    For a price of each number every matrix takes the choice of which price and loss together are least; the lowest
+    price that keeps to the budget is found by bisection. What is left of it buys the best steps that still fit.
+
+    Args:
+        curves: of each matrix.
+        budget: of all matrices together, never exceeded; in the unit of the price.
+        price: what a choice costs. Default: the numbers that it stores.
+
+    Raises:
+        ConfigError: a budget that buys nothing; names the smallest that does.
+
+    >>> curves = {"a": curve(torch.eye(4).double()), "b": curve(10 * torch.eye(4).double())}
+    >>> choose(curves, 24)
+    {'a': Choice(rank=1, kept=0), 'b': Choice(rank=0, kept=4)}
+    """
+    costs = {
+        name: found.numbers
+        if price is None
+        else torch.tensor([price(name, choice) for choice in found.choices], dtype=torch.float64)
+        for name, found in curves.items()
+    }
+    least = sum(float(cost.min()) for cost in costs.values())
+    steps = [
+        float(cost[cost > cost.min()].min() - cost.min()) for cost in costs.values() if bool((cost > cost.min()).any())
+    ]
+    smallest = least + min(steps, default=0.0)
+    if budget < smallest:
+        everything = sum(float(cost[-1]) for cost in costs.values())
+        raise ConfigError(
+            f"budget: {budget:,.0f} buys neither a rank nor a row of any matrix",
+            remedy=f"give {smallest:,.0f} or more ({100 * smallest / everything:.2g}%)",
+        )
+    places = _at_price(curves, costs, budget)
+    _fill(curves, costs, places, budget)
+    return {name: found.choices[places[name]] for name, found in curves.items()}
+
+
+def _at_price(curves: Mapping[str, Curve], costs: Mapping[str, Tensor], budget: float) -> dict[str, int]:
+    """The best choices at the lowest price that keeps to the budget."""
+
+    def taken(price: float) -> tuple[dict[str, int], float]:
+        places = {name: int((found.loss + price * costs[name]).argmin()) for name, found in curves.items()}
+        return places, sum(float(costs[name][place]) for name, place in places.items())
+
+    places, spent = taken(0.0)
+    if spent <= budget:
+        return places
+    low, high = 1e-40, 1e40
+    cheapest = {name: int(cost.argmin()) for name, cost in costs.items()}
+    best = cheapest
+    for _ in range(120):
+        middle = math.sqrt(low * high)
+        places, spent = taken(middle)
+        if spent <= budget:
+            high, best = middle, places
+        else:
+            low = middle
+    return best
+
+
+def _fill(curves: Mapping[str, Curve], costs: Mapping[str, Tensor], places: dict[str, int], budget: float) -> None:
+    """Spend what is left on the steps that save most for their cost, as long as one fits."""
+    left = budget - sum(float(costs[name][place]) for name, place in places.items())
+    while True:
+        best, worth = None, 0.0
+        for name, found in curves.items():
+            extra = costs[name] - costs[name][places[name]]
+            saved = found.loss[places[name]] - found.loss
+            rate = torch.where((extra > 0) & (extra <= left), saved / extra.clamp_min(1e-12), 0)
+            place = int(rate.argmax())
+            if float(rate[place]) > worth:
+                best, worth = (name, place, float(extra[place])), float(rate[place])
+        if best is None:
+            return
+        places[best[0]] = best[1]
+        left -= best[2]
