@@ -13,6 +13,8 @@ from tenfold.compress.losparse.handle import attach
 from tenfold.compress.losparse.layer import LowRankRowsLinear
 from tenfold.compress.losparse.masked import LoSparseLinear
 from tenfold.compress.losparse.mathematics import rank_for, split
+from tenfold.compress.losparse.oneshot import OneShot, Replaced
+from tenfold.compress.losparse.plan import Choice
 from tenfold.compress.losparse.pruner import Pruner, make_schedule
 from tenfold.config.losparse import LoSparsePaper
 from tenfold.core.importance import Importance, ScoredPart
@@ -122,6 +124,32 @@ def test_04_optimality():
     assert split(torch.outer(W3[:, 0], W3[0]), 3).rest.isfinite().all()
     with pytest.raises(ConfigError, match=r"rank: must be in \[0, 4\]"):
         split(W3, 5)
+
+
+def test_11_budget_report():
+    layer = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
+    layer |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+    ranks = {role: rank_for(0.05, *shape) for role, shape in layer.items()}
+    assert list(ranks.values()) == [15, 8, 8, 15, 21, 21, 21]
+    low_rank = 30 * sum(ranks[role] * sum(shape) for role, shape in layer.items())
+    assert low_rank == 5_397_120
+    dense = 30 * sum(out * inner for out, inner in layer.values())
+    assert dense == 106_168_320
+    assert round(100 * low_rank / dense, 4) == 5.0836
+    kept = {role: int(0.15 * out) for role, (out, _) in layer.items()}  # rows of each, never above 15 %
+    assert 30 * sum(kept[role] * layer[role][1] for role in layer) <= 15_925_248
+    matrices = tuple(
+        Replaced(f"{index}.{role}", shape, Choice(ranks[role], kept[role]), bytes=0)
+        for index in range(30)
+        for role, shape in layer.items()
+    )
+    norms = 61 * 576
+    report = OneShot({}, matrices, dense + 49152 * 576 + norms, 0, ())
+    assert report.dense == dense
+    shared = 30 * sum(ranks[role] * (ranks[role] + kept[role]) for role in layer)  # what pivots save
+    assert report.numbers == low_rank + 30 * sum(kept[role] * layer[role][1] for role in layer) - shared
+    assert report.share < 0.2009
+    assert report.share_of_model < 0.369
 
 
 W15 = fill((8, 6), 7, 3, 11, 10)

@@ -319,30 +319,31 @@ class _Work:
 
     def _pair(
         self, blocks: Blocks, index: int, name: str, now: Sequence[Tensor], before: Sequence[list[Tensor]], texts: Texts
-    ) -> tuple[Second, Second | None]:
+    ) -> list[Second]:
         """What a matrix reads now and read before, on texts to fit to and on held-out ones."""
-        sums: list[Moments] = []
+        found = []
         for part in (range(len(texts.fitted)), range(len(texts.fitted), len(now))):
-            found: Moments | None = None
+            sums: Moments | None = None
             for at in part:
                 own = blocks.until(index, name, now[at], texts.batches[at])
                 if own is None or len(before[at]) != 1 or before[at][0].shape != own.shape:
-                    return self._unpaired(blocks, index, name, now, texts), None
-                found = found or Moments(own, paired=True)
-                found.add(own, before[at][0])
-            assert found is not None
-            sums.append(found)
-        return Second.of(sums[0]), Second.of(sums[1])
+                    return self._unpaired(blocks, index, name, now, texts)
+                sums = sums or Moments(own, paired=True)
+                sums.add(own, before[at][0])
+            assert sums is not None
+            found.append(Second.of(sums))
+        return found
 
-    def _unpaired(self, blocks: Blocks, index: int, name: str, now: Sequence[Tensor], texts: Texts) -> Second:
-        """What an expert reads now, which may be other tokens than before."""
-        sums: Moments | None = None
-        for hidden, ids in zip(now, texts.fitted, strict=False):
-            for own in blocks.inputs(index, [name], hidden, ids)[0].get(name, []):
-                sums = sums or Moments(own)
-                sums.add(own)
-        channels = weight_of(self._model.get_submodule(name)).shape[1]
-        return Second.of(sums or Moments(torch.zeros(1, channels)))
+    def _unpaired(self, blocks: Blocks, index: int, name: str, now: Sequence[Tensor], texts: Texts) -> list[Second]:
+        """The same of a matrix that is called several times, or for other tokens than before, as experts are."""
+        found = []
+        for part in (range(len(texts.fitted)), range(len(texts.fitted), len(now))):
+            sums = Moments(torch.zeros(1, weight_of(self._model.get_submodule(name)).shape[1], device=now[0].device))
+            for at in part:
+                for own in blocks.inputs(index, [name], now[at], texts.batches[at])[0].get(name, []):
+                    sums.add(own)
+            found.append(Second.of(sums))
+        return found
 
     def _weight(self, name: str) -> Tensor:
         return weight_of(self._model.get_submodule(name)).double()

@@ -14,8 +14,6 @@ from tenfold.errors import ConfigError
 
 KEPT_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
 """Shares of the rows of a matrix that may be kept; with each of them the low-rank part is made for the rest."""
-RANKS = 48
-"""Ranks that are looked at for each of these."""
 
 
 class Choice(NamedTuple):
@@ -57,20 +55,25 @@ def curve(matrix: Tensor, shares: Sequence[float] = KEPT_SHARES) -> Curve:
     """
     out, inner = matrix.shape
     order = row_order(matrix)
-    choices, numbers, losses = [], [], []
-    for kept in dict.fromkeys(int(share * out) for share in shares):
-        values = spectrum(matrix[order[kept:]])
-        lost = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
+    counts = dict.fromkeys(int(share * out) for share in shares)
+    return points(out, inner, {kept: spectrum(matrix[order[kept:]]) for kept in counts}, order)
+
+
+def points(out_features: int, in_features: int, spectra: Mapping[int, Tensor], order: Tensor) -> Curve:
+    """The curve of a matrix by the squared singular values, descending, of what is left when so many rows are kept."""
+    choices, losses = [], []
+    for kept, values in spectra.items():
+        lost = torch.cat((values.double().flip(0).cumsum(0).flip(0), values.new_zeros(1, dtype=torch.float64))).cpu()
         for rank in _ranks(len(values)):
-            size = stored(out, inner, rank, kept)
-            if size < out * inner:
+            if stored(out_features, in_features, rank, kept) < out_features * in_features:
                 choices.append(Choice(rank, kept))
-                numbers.append(size)
-                losses.append(lost[rank])
-    choices.append(Choice(0, out))
-    numbers.append(out * inner)
-    losses.append(lost.new_zeros(()))
-    return Curve(tuple(choices), torch.tensor(numbers).double(), torch.stack(losses).double().cpu(), order)
+                losses.append(float(lost[rank]))
+    choices.append(Choice(0, out_features))
+    losses.append(0.0)
+    numbers = [stored(out_features, in_features, *choice) for choice in choices]
+    return Curve(
+        tuple(choices), torch.tensor(numbers, dtype=torch.float64), torch.tensor(losses, dtype=torch.float64), order
+    )
 
 
 def row_order(matrix: Tensor) -> Tensor:
@@ -110,10 +113,12 @@ def _products(matrix: Tensor) -> Tensor:
 
 
 def _ranks(full: int) -> list[int]:
-    """Ranks from 0 to the full one, multiples of 8 where there are many: devices multiply these faster."""
-    step = max(1, math.ceil(full / RANKS))
-    step = step if step < 4 else math.ceil(step / 8) * 8
-    return [*range(0, full, step), full]
+    """Ranks from 0 to the full one: all where there are few, then multiples of 8, which devices multiply faster.
+
+    >>> _ranks(20), len(_ranks(576))
+    ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], 80)
+    """
+    return list(range(full + 1)) if full < 64 else [*range(8), *range(8, full, 8), full]
 
 
 def choose(
@@ -134,7 +139,7 @@ def choose(
 
     >>> curves = {"a": curve(torch.eye(4).double()), "b": curve(10 * torch.eye(4).double())}
     >>> choose(curves, 24)
-    {'a': Choice(rank=1, kept=0), 'b': Choice(rank=0, kept=4)}
+    {'a': Choice(rank=0, kept=2), 'b': Choice(rank=0, kept=4)}
     """
     costs = {
         name: found.numbers

@@ -1,0 +1,263 @@
+import copy
+import re
+
+import pytest
+import torch
+
+from tenfold.compress.losparse.calibration import batches_of, moments, sensitivity, weight_of
+from tenfold.compress.losparse.fit import Second, fit, low_rank
+from tenfold.compress.losparse.oneshot import compress_once
+from tenfold.compress.losparse.plan import Choice
+from tenfold.compress.losparse.streams import Blocks
+from tenfold.config.budget import Budget
+from tenfold.errors import ConfigError, DataError, ModelError
+from tenfold.models.layer_map import layer_map
+from tenfold.models.tiny import tiny_model
+
+
+def texts(count=16, length=48):
+    return [torch.randint(6, 262, (length,), generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+HALF = Budget(0.5, "share")
+
+
+def with_factors(model, factors):
+    changed = copy.deepcopy(model)
+    for name, matrix in factors.items():
+        weight_of(changed.get_submodule(name)).data.copy_(matrix.dense())
+    return changed
+
+
+def distance(model, other, ids=None):
+    """Mean divergence of the predictions, in nats."""
+    ids = torch.stack(texts(24)[16:]) if ids is None else ids
+    with torch.no_grad():
+        before, after = (m(input_ids=ids).logits.log_softmax(-1) for m in (model, other))
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "t5", "deberta-v2"])
+def test_every_architecture_keeps_its_budget_and_the_model_as_it_was(kind):
+    model = tiny_model(kind).model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    free = [parameter.requires_grad for parameter in model.parameters()]
+    found = compress_once(model, texts(), budget=HALF)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == free
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    slots = layer_map(model).select(["all-linear"])
+    assert [matrix.name for matrix in found.matrices] == [slot.name for slot in slots]
+    assert 0.49 < found.share <= 0.5
+    for slot, matrix in zip(slots, found.matrices, strict=True):
+        assert matrix.shape == (slot.out_features, slot.in_features)
+        if matrix.choice.kept == slot.out_features:
+            assert slot.name not in found.factors
+            continue
+        factors = found.factors[slot.name]
+        assert factors.left.shape == (slot.out_features, matrix.choice.rank)
+        assert factors.right.shape == (matrix.choice.rank, slot.in_features)
+        assert factors.rows.shape == (matrix.choice.kept, slot.in_features)
+        assert factors.dense().isfinite().all()
+        assert 0 <= matrix.error < 1.2
+
+
+def test_it_repeats():
+    model = tiny_model("llama").model
+    first, second = (compress_once(model, texts(), budget=HALF) for _ in range(2))
+    assert first.matrices == second.matrices
+    assert all(torch.equal(a.dense(), second.factors[name].dense()) for name, a in first.factors.items())
+
+
+def test_more_budget_is_nearer_to_the_model():
+    model = tiny_model("llama").model
+    found = [compress_once(model, texts(), budget=Budget(share, "share")) for share in (0.1, 0.4, 0.7, 0.95)]
+    away = [distance(model, with_factors(model, one.factors)) for one in found]
+    assert away == sorted(away, reverse=True)
+    assert away[-1] < 0.05 * away[0]
+
+
+def test_bytes_hold_everything():
+    model = tiny_model("gpt2").model.to(torch.bfloat16)
+    found = compress_once(model, texts(), budget=Budget(60_000, "bytes"))
+    stored = 0
+    for matrix in found.matrices:
+        out, bias = matrix.shape[0], 2 * matrix.shape[0]
+        stored += 2 * matrix.numbers + bias + (4 * out if matrix.choice.kept < out else 0)
+    assert stored == sum(matrix.bytes for matrix in found.matrices)
+    assert 0.95 * 60_000 < stored <= 60_000
+    assert all(part.dtype == torch.bfloat16 for one in found.factors.values() for part in (one.left, one.rows))
+
+
+def test_a_count():
+    found = compress_once(tiny_model("llama").model, texts(), budget=Budget(30_000, "count"))
+    assert 29_000 < found.numbers <= 30_000
+
+
+def test_fewer_tokens_than_inputs():
+    found = compress_once(tiny_model("llama").model, texts(2, 40), budget=HALF)
+    assert all(one.dense().isfinite().all() for one in found.factors.values())
+
+
+def test_one_passage_is_not_refitted_and_says_so():
+    found = compress_once(tiny_model("llama").model, texts(1, 64), budget=HALF)
+    assert not any(matrix.refit for matrix in found.matrices)
+    assert any("nothing is refitted" in note for note in found.notes)
+
+
+def test_a_shared_weight_is_left_out():
+    model = tiny_model("llama").model
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[1].mlp.gate_proj.weight
+    found = compress_once(model, texts(), budget=HALF)
+    assert len(found.matrices) == 12
+    assert any("share" in note and "gate_proj" in note for note in found.notes)
+
+
+def test_bad_input():
+    model = tiny_model("llama").model
+    with pytest.raises(DataError, match="no passage"):
+        compress_once(model, [], budget=HALF)
+    with pytest.raises(ConfigError, match=r"give 64 or more"):
+        compress_once(model, texts(), budget=Budget(10, "count"))
+    with pytest.raises(ConfigError, match="matches nothing"):
+        compress_once(model, texts(), budget=HALF, targets=["wrong"])
+    model.hf_quantizer = type("Quantizer", (), {"quantization_config": type("C", (), {"quant_method": "gptq"})})
+    with pytest.raises(ModelError, match=r"quantised \(gptq\)"):
+        compress_once(model, texts(), budget=HALF)
+
+
+def test_sensitivity_is_the_fisher_diagonal_of_the_outputs():
+    """Against the closed form of the last layer: E of the squared gradient of a drawn label's loss."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", num_hidden_layers=1).model.double()
+    name = "model.layers.0.mlp.down_proj"
+    ids = texts(64, 32)
+    found = sensitivity(model, ids, [name])[name]
+    exact = torch.zeros(64, dtype=torch.float64)
+    for passage in ids[:16]:
+        with torch.enable_grad():
+            shift = torch.zeros(1, 32, 64, dtype=torch.float64, requires_grad=True)
+            hook = model.get_submodule(name).register_forward_hook(lambda module, inputs, out, shift=shift: out + shift)
+            logits = model(passage[None]).logits
+            hook.remove()
+            # This is the last block: a token's output changes its own prediction alone.
+            weight = logits.detach().softmax(-1).sqrt()
+            noise = torch.randn(64, *logits.shape, dtype=torch.float64)
+            for one in noise:
+                score = weight * one - logits.detach().softmax(-1) * (weight * one).sum(-1, keepdim=True)
+                exact += torch.autograd.grad((score * logits).sum(), shift, retain_graph=True)[0][0].square().mean(0)
+    torch.testing.assert_close(found, exact / (16 * 64), rtol=0.2, atol=0)
+
+
+def test_moments_by_passes_are_those_of_one_pass(monkeypatch):
+    model = tiny_model("llama").model
+    batches = batches_of(texts(), torch.device("cpu"))
+    names = [slot.name for slot in layer_map(model).select(["all-linear"])]
+    whole = dict(moments(model, batches, names))
+    assert whole[names[0]] is whole[names[1]]  # q and k read the same
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr("tenfold.compress.losparse.calibration.GRAM_BYTES", 4 * 64**2 * 5)
+    parts = dict(moments(model, batches, names))
+    assert len(calls) > 3 * len(batches)
+    assert list(parts) == list(whole)
+    for name in names:
+        torch.testing.assert_close(parts[name].own, whole[name].own)
+    layer = model.get_submodule(names[-1])
+    with torch.no_grad():
+        kept = []
+        layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].flatten(0, 1).double()))
+        for ids in batches:
+            model(ids)
+    x = torch.cat(kept)
+    torch.testing.assert_close(whole[names[-1]].own.double(), x.T @ x, rtol=1e-5, atol=1e-5)
+    assert whole[names[-1]].tokens == len(x)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "qwen3", "deberta-v2"])
+def test_blocks_one_by_one_are_the_model(kind):
+    model = tiny_model(kind).model
+    names = [slot.name for slot in layer_map(model).select(["all-linear"])]
+    batches = batches_of([*texts(40), *texts(3, 17)], torch.device("cpu"))
+    blocks = Blocks.of(model, names, batches)
+    assert blocks is not None
+    assert len(blocks.names) == 2
+    for ids in batches:
+        wanted = []
+        hook = model.get_submodule(blocks.names[-1]).register_forward_hook(
+            lambda module, inputs, out, wanted=wanted: wanted.append(out if torch.is_tensor(out) else out[0])
+        )
+        with torch.no_grad():
+            model(ids)
+        hook.remove()
+        hidden = blocks.begin(ids)
+        for index in range(2):
+            hidden = blocks.run(index, hidden, ids)
+        torch.testing.assert_close(hidden, wanted[0])
+
+
+def test_encoder_decoders_have_no_blocks_one_by_one():
+    model = tiny_model("t5").model
+    names = [slot.name for slot in layer_map(model).select(["all-linear"])]
+    assert Blocks.of(model, names, batches_of(texts(), torch.device("cpu"))) is None
+
+
+def pairs(tokens=400, inner=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, inner, generator=generator).double() * torch.linspace(3, 0.1, inner) + 0.5
+    near = x @ (torch.eye(inner) + 0.3 * torch.randn(inner, inner, generator=generator)).double() + 0.2
+    return x, near
+
+
+def second(x, near):
+    n = len(x)
+    return Second(near.T @ near / n, x.T @ near / n, x.T @ x / n, near.mean(0), x.mean(0))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(14, 10), (7, 10)])
+def test_fit_is_reduced_rank_regression(shape, bias):
+    """No other factors of this rank come nearer: those that descend from it by gradient do not get lower."""
+    x, near = pairs()
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(3)).double()
+    outputs = torch.linspace(0.2, 4, shape[0]).double()
+    found = fit(weight, Choice(3, 2), torch.arange(shape[0]), second(x, near), outputs, refit=True, bias=bias)
+
+    def loss(left, right, rows, shift):
+        made = torch.cat((rows, (left @ right)[2:])) @ near.T
+        return (outputs[:, None] * (weight @ x.T - made - shift[:, None]).square()).sum() / len(x)
+
+    shift = found.bias if bias else torch.zeros(shape[0]).double()
+    start = [found.left, found.right, found.rows, shift]
+    at = loss(*start).item()
+    error = second(x, near).error(weight, found, outputs)
+    assert abs(error - at / float((outputs[:, None] * (weight @ x.T).square()).sum() / len(x))) < 1e-9
+    parts = [part.clone().requires_grad_() for part in start]
+    free = parts if bias else parts[:3]
+    optimizer = torch.optim.LBFGS(free, max_iter=300, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(*parts)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert at <= loss(*parts).item() * (1 + 1e-4)
+    plain = fit(weight, Choice(3, 2), torch.arange(shape[0]), second(x, near), outputs, refit=False, bias=bias)
+    assert at < 0.9 * loss(plain.left, plain.right, plain.rows, plain.bias if bias else shift.detach()).item()
+
+
+def test_directions_without_inputs_are_projected_along():
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+    gram = torch.zeros(5, 5).double()
+    gram[0, 0] = 1
+    basis, right = low_rank(weight, gram, 2)
+    assert right.isfinite().all()
+    torch.testing.assert_close((basis @ right)[:, 0], weight[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_report_names_what_was_not_tried():
+    found = compress_once(tiny_model("t5").model, texts(), budget=HALF)
+    assert any(re.search("cannot be called one by one", note) for note in found.notes)
