@@ -1,14 +1,34 @@
-"""Products with a compressed matrix: some rows are stored, the others are combinations of the first of these."""
+"""Products with a compressed matrix, in three forms, and which of them is the fastest for a shape on this machine.
+
+Some rows of the matrix are stored, the others are combinations of the first of these. ``stored`` reads the fewest
+numbers, ``joined`` takes fewer steps and reads more, ``whole`` is the plain matrix. Little is computed for one token,
+so that the steps count there, and on a GPU most.
+"""
 
 from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+Form = Literal["stored", "joined", "whole"]
+FORMS: tuple[Form, ...] = ("stored", "joined", "whole")
+FEW = 16
+"""Up to so many tokens, a layer takes the form that is best for one token; above, the one that is best for many."""
+MANY = 128
+_SWEPT = 2**26
+"""Bytes that copies of the weights take together while one token is timed, so that they come from memory as they do in
+a model, whatever caches there are. With many tokens it is arithmetic that counts."""
+_COPIES = 96
 
-def product(x: Tensor, rows: Tensor, mix: Tensor, place: Tensor) -> Tensor:
-    """What a compressed matrix makes of inputs.
+
+def product(x: Tensor, rows: Tensor, mix: Tensor, place: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a compressed matrix makes of inputs, from its stored form.
 
     Args:
         x: ``[..., in]``.
@@ -16,6 +36,7 @@ def product(x: Tensor, rows: Tensor, mix: Tensor, place: Tensor) -> Tensor:
         mix: ``[out - stored, rank]``, the factors of these combinations.
         place: ``[out]``, int32 or int64, where each row of the matrix stands among the stored ones and, after them, the
             combinations.
+        bias: ``[out]``.
 
     Returns:
         ``[..., out]``.
@@ -25,4 +46,86 @@ def product(x: Tensor, rows: Tensor, mix: Tensor, place: Tensor) -> Tensor:
     [[3.0, 1.0, 2.0]]
     """
     stored = linear(x, rows)
-    return torch.cat((stored, linear(stored[..., : mix.shape[1]], mix)), -1).index_select(-1, place)
+    y = torch.cat((stored, linear(stored[..., : mix.shape[1]], mix)), -1).index_select(-1, place)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def combinations(rows: int, mix: Tensor, place: Tensor) -> Tensor:
+    """Every row of the matrix as a combination of the stored ones, ``[out, rows]``: the second factor of `joined`.
+
+    >>> combinations(2, torch.tensor([[3.0]]), torch.tensor([2, 0, 1])).tolist()
+    [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    """
+    unit = torch.eye(rows, dtype=mix.dtype, device=mix.device)
+    others = torch.nn.functional.pad(mix, (0, rows - mix.shape[1]))
+    return torch.cat((unit, others)).index_select(0, place)
+
+
+def joined(x: Tensor, rows: Tensor, factors: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same from two factors: fewer steps, and more numbers.
+
+    Args:
+        x: ``[..., in]``.
+        rows: ``[stored, in]``.
+        factors: as `combinations` makes them.
+        bias: ``[out]``.
+    """
+    return linear(linear(x, rows), factors, bias)
+
+
+@torch.no_grad()
+def seconds(
+    shape: tuple[int, int], rank: int, kept: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> dict[Form, float]:
+    """How long each form takes, interleaved; of several rounds the fastest.
+
+    On the CPU, a round is the median of its calls, as other work on the machine prolongs single ones. On a GPU, a round
+    is launched as a whole, as the steps of a model are.
+
+    Args:
+        shape: out and in.
+        rank: of the combinations.
+        kept: further rows that are stored.
+        tokens: rows of the input.
+        dtype: of all numbers.
+        device: where.
+    """
+    out, inner = shape
+    x = torch.randn(1, tokens, inner, device=device).to(dtype)
+    rows = torch.randn(rank + kept, inner, device=device).to(dtype)
+    mix = torch.randn(out - rank - kept, rank, device=device).to(dtype)
+    place = torch.randperm(out, device=device).int()
+    weights: dict[Form, tuple[Tensor, ...]] = {
+        "stored": (rows, mix, place),
+        "joined": (rows, combinations(len(rows), mix, place)),
+        "whole": (torch.randn(out, inner, device=device).to(dtype),),
+    }
+    calls: Mapping[Form, Callable[..., Tensor]] = {"stored": product, "joined": joined, "whole": linear}
+    copies = {form: _copies(parts, tokens) for form, parts in weights.items()}
+    best: dict[Form, float] = dict.fromkeys(FORMS, float("inf"))
+    for _ in range(4):
+        for form in FORMS:
+            best[form] = min(best[form], _round(calls[form], x, copies[form]))
+    return best
+
+
+def _copies(parts: tuple[Tensor, ...], tokens: int) -> list[tuple[Tensor, ...]]:
+    size = sum(part.numel() * part.element_size() for part in parts)
+    count = max(3, min(_COPIES, _SWEPT // max(1, size))) if tokens < MANY else 3
+    return [parts, *(tuple(part.clone() for part in parts) for _ in range(count - 1))]
+
+
+def _round(call: Callable[..., Tensor], x: Tensor, copies: Sequence[tuple[Tensor, ...]]) -> float:
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+        start = time.perf_counter()
+        for parts in copies:
+            call(x, *parts)
+        torch.cuda.synchronize(x.device)
+        return (time.perf_counter() - start) / len(copies)
+    times = []
+    for parts in copies:
+        start = time.perf_counter()
+        call(x, *parts)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,24 @@ def input_device(model: Any) -> torch.device:
     """Where token ids must be: the device of the input embeddings, also for a model spread over several devices."""
     device: torch.device = model.get_input_embeddings().weight.device
     return device
+
+
+def machine(device: torch.device) -> str:
+    """What a measured time on a device depends on, beside other work: its kind and, on the CPU, the threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def processor() -> str:
+    """The kind of this machine's processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from scipy.linalg import qr, solve_triangular
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.format import mark
+from tenfold.compress.losparse.spanning import spanning_rows
 from tenfold.compress.losparse.unmade import UnmadeWeight
 from tenfold.errors import ConfigError, ModelError
-from tenfold.kernels.low_rank_rows import product
+from tenfold.kernels.low_rank_rows import FEW, Form, combinations, joined, product
 
 Kind = Literal["linear", "conv1d"]
 
@@ -73,6 +73,10 @@ class LowRankRowsLinear(nn.Linear):
         self.register_buffer("place", torch.arange(out_features, dtype=torch.int32, device=device))
         self.register_buffer("spare", torch.zeros(kept, rank, **make) if elastic else None)
         """``[kept, rank]``: the kept rows as combinations of the first, which is what `trim` makes of them."""
+        self.few: Form = "stored"
+        self.many: Form = "stored"
+        """In which form up to `FEW` tokens, and more, are multiplied (`tenfold.kernels.low_rank_rows`)."""
+        self._forms: dict[Form, tuple[tuple[int, ...], Tensor]] = {}
 
     @classmethod
     def from_factors(
@@ -132,8 +136,47 @@ class LowRankRowsLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
-        out = product(input, self.rows, self.mix, self.place)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        form = self.few if input.numel() <= FEW * self.in_features else self.many
+        # What is made of the parameters has no gradient to them, and is not there while they are trained.
+        if form == "stored" or (torch.is_grad_enabled() and self.rows.requires_grad):
+            return product(input, self.rows, self.mix, self.place, self.bias)
+        if form == "joined":
+            return joined(input, self.rows, self._made(form), self.bias)
+        return nn.functional.linear(input, self._made(form), self.bias)
+
+    def take(self, few: Form, many: Form) -> None:
+        """Choose the forms for few and many tokens; what they need beside the parameters is made at their first use."""
+        self.few, self.many = few, many
+        self._forms = {form: made for form, made in self._forms.items() if form in (few, many)}
+
+    def form_bytes(self) -> int:
+        """Bytes beside the parameters that the chosen forms take once they are in use."""
+        columns = {"stored": 0, "joined": self.rank + self.kept, "whole": self.in_features}
+        return sum(columns[form] for form in {self.few, self.many}) * self.out_features * self.rows.element_size()
+
+    def _made(self, form: Form) -> Tensor:
+        """What a form multiplies with; made again when a parameter has changed or gone elsewhere."""
+        known = self._forms.get(form)
+        if torch.compiler.is_compiling() and known is not None:
+            return known[1]
+        versions = tuple(-1 if one.is_inference() else one._version for one in (self.rows, self.mix))
+        if known is None or known[0] != versions or known[1].device != self.rows.device:
+            with torch.no_grad():
+                if form == "whole":
+                    made = self.dense_weight()
+                else:
+                    made = combinations(self.rank + self.kept, self.mix, self.place)
+            known = self._forms[form] = (versions, made)
+        return known[1]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """To another type or device: what was made goes, and forms that another device is fast with."""
+        before = self.rows.device.type
+        super()._apply(*args, **kwargs)
+        self._forms = {}
+        if self.rows.device.type != before:
+            self.take("stored", "stored")
+        return self
 
     def dense_weight(self) -> Tensor:
         """The matrix itself, ``[out, in]``, with a gradient to rows and mix."""
@@ -158,7 +201,7 @@ class LowRankRowsLinear(nn.Linear):
         with torch.no_grad():  # rows that go stand next to the combinations already, so that no place changes
             self.rows = nn.Parameter(self.rows[: self.rank + kept].clone(), self.rows.requires_grad)
             self.mix = nn.Parameter(torch.cat((self.spare[kept:], self.mix)), self.mix.requires_grad)
-        self.spare, self.kept = self.spare[:kept].clone(), kept
+        self.spare, self.kept, self._forms = self.spare[:kept].clone(), kept, {}
 
     def plus(self, left: Tensor, right: Tensor) -> LowRankRowsLinear:
         """A layer for the sum of this matrix and ``left @ right``: its rank is larger by that of the summand, at most.
@@ -189,34 +232,6 @@ class LowRankRowsLinear(nn.Linear):
         """What ``print(model)`` shows of it."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, rank={self.rank}, kept={self.kept}, bias={self.bias is not None}"
-
-
-def spanning_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a product of two factors that span it, and all its rows as combinations of these.
-
-    Args:
-        left: ``[rows, rank]``, float64.
-        right: ``[rank, columns]``, float64.
-
-    Returns:
-        Which rows, ``[true rank]``; the combinations, ``[rows, true rank]``, of which those of the chosen rows are unit
-        vectors.
-
-    >>> left, right = torch.tensor([[1.0], [3.0], [2.0]]).double(), torch.ones(1, 4).double()
-    >>> chosen, mix = spanning_rows(left, right)
-    >>> chosen.tolist(), [round(float(value), 3) for value in mix]
-    ([1], [0.333, 1.0, 0.667])
-    """
-    if 0 in left.shape or right.shape[1] == 0:
-        return torch.empty(0, dtype=torch.int64), left.new_empty(left.shape[0], 0)
-    small = left @ torch.linalg.qr(right.mT).R.mT  # the same products of rows with one another, in fewer columns
-    upper, order = qr(small.mT.numpy(), mode="r", pivoting=True, check_finite=True)
-    sizes = abs(upper.diagonal())
-    rank = int((sizes > sizes[0] * max(small.shape) * torch.finfo(torch.float64).eps).sum())
-    mix = torch.empty(left.shape[0], rank, dtype=torch.float64)
-    mix[order[:rank]] = torch.eye(rank, dtype=torch.float64)
-    mix[order[rank:]] = torch.from_numpy(solve_triangular(upper[:rank, :rank], upper[:rank, rank:])).mT
-    return torch.from_numpy(order[:rank].astype("int64")), mix
 
 
 def install(model: nn.Module, factors: Mapping[str, Factors], *, elastic: bool = False) -> nn.Module:

@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from tenfold.compress.losparse.format import METHOD, LowRankRowsConfig, renaming
 from tenfold.compress.losparse.layer import LowRankRowsLinear, layer_like, remark, replace_module
+from tenfold.compress.losparse.layout import settle
 from tenfold.errors import ModelError
 
 
@@ -46,6 +47,8 @@ class LowRankRowsQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
         remark(model)
+        if model.config.quantization_config.layouts:
+            settle(model)
 
 
 def restructure(model: Any, config: LowRankRowsConfig | dict[str, Any] | None = None) -> None:

@@ -9,8 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.compress.losparse.factors import Factors, stored
-from tenfold.compress.losparse.layer import LowRankRowsLinear, install, spanning_rows, to_dense
+from tenfold.compress.losparse.layer import LowRankRowsLinear, install, to_dense
+from tenfold.compress.losparse.spanning import spanning_rows
 from tenfold.errors import ModelError
+from tenfold.kernels.low_rank_rows import FEW, FORMS
 from tenfold.models.layer_map import layer_map
 from tenfold.models.tiny import tiny_model
 
@@ -110,12 +112,68 @@ def test_copies_and_states():
     assert layer.to(torch.bfloat16).place.dtype == torch.int32
 
 
-def test_it_compiles_without_a_break():
-    layer = LowRankRowsLinear.from_factors(factors_of(bias=True))
+@pytest.mark.parametrize("form", FORMS)
+def test_it_compiles_without_a_break(form):
+    torch._dynamo.reset()
+    layer = LowRankRowsLinear.from_factors(factors_of(bias=True)).requires_grad_(False)
+    layer.take(form, "stored")
+    layer(torch.randn(IN, dtype=torch.float64))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for shape in ((IN,), (3, IN), (2, 5, IN)):
+    for shape in ((IN,), (3, IN), (2, 5, IN), (20, IN)):
         x = torch.randn(*shape, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(("few", "many"), [(few, many) for few in FORMS for many in FORMS])
+def test_every_form_is_the_same_matrix(few, many):
+    factors = factors_of(bias=True)
+    layer = LowRankRowsLinear.from_factors(factors)
+    layer.take(few, many)
+    for tokens in (1, FEW, FEW + 1, 40):
+        x = torch.randn(1, tokens, IN, dtype=torch.float64, requires_grad=True)
+        right = nn.functional.linear(x, factors.dense(), factors.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), right, rtol=1e-12, atol=1e-11)
+        layer.requires_grad_(False)
+        (wanted,) = torch.autograd.grad(right.sum(), x)
+        (found,) = torch.autograd.grad(layer(x).sum(), x)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-11)
+        layer.requires_grad_(True)
+    kept = {"joined": OUT * 7, "whole": OUT * IN, "stored": 0}
+    assert layer.form_bytes() == 8 * sum(kept[form] for form in {few, many})
+    assert sum(made.numel() for _, made in layer._forms.values()) == sum(kept[form] for form in {few, many})
+    layer.take("stored", "stored")
+    assert not layer._forms
+
+
+@pytest.mark.parametrize("form", ["joined", "whole"])
+def test_a_form_follows_its_parameters(form):
+    """Through training steps, loading, trimming and a change of type, of none of which it is told."""
+    layer = LowRankRowsLinear.from_factors(factors_of(bias=True), elastic=True)
+    layer.take(form, form)
+    x = torch.randn(4, IN, dtype=torch.float64)
+
+    def check():
+        with torch.no_grad():
+            weight = layer.dense_weight()
+            right = nn.functional.linear(x.to(weight), weight, layer.bias)
+            torch.testing.assert_close(layer(x.to(weight)), right, rtol=1e-5, atol=1e-5)
+
+    check()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    layer(x).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in layer.parameters())
+    optimizer.step()
+    check()
+    layer.load_state_dict(LowRankRowsLinear.from_factors(factors_of(seed=3, bias=True), elastic=True).state_dict())
+    check()
+    layer.trim(1)
+    check()
+    layer.float()
+    check()
+    assert (layer.few, layer.many) == (form, form)
+    layer.to("meta")
+    assert (layer.few, layer.many) == ("stored", "stored")
 
 
 def test_the_weight_is_read_but_not_written():
