@@ -35,8 +35,8 @@ RESULTS = Path(__file__).parent / "results" / "losparse.jsonl"
 DATA = Path(os.environ.get("TENFOLD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 KEPT = (0.8, 0.5, 0.9, 0.7)
 """Shares of the replaced matrices' numbers, the most telling ones first."""
-WEAK = ("low rank, whitened (SVD-LLM)", "low rank, SVD, PIFA", "rows, Wanda, with their mean", "rows, ln_structured")
-"""Measured at the first two shares alone."""
+WEAK = tuple(PEERS)[3:]
+"""Peers that others of their kind beat: measured at the first two shares alone."""
 TOPICS, PASSAGES = 40, 24
 PIECE, PIECES = 256, 64
 """Calibration: tokens of a piece, and pieces."""

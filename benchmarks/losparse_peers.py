@@ -432,12 +432,12 @@ def round_to(weight: Tensor, bits: int, group: int) -> Tensor:
 PEERS: dict[str, Callable[[Subject], At]] = {
     "low rank, whitened, PIFA": partial(low_rank, whitened=True, pivoted=True),
     "neurons and heads, FLAP": partial(neurons, metric="flap"),
+    "low rank, whitened, sequential, PIFA": sequential,
     "neurons and heads, Wanda": partial(neurons, metric="wanda"),
     "low rank, whitened (SVD-LLM)": partial(low_rank, whitened=True, pivoted=False),
     "low rank, SVD, PIFA": partial(low_rank, whitened=False, pivoted=True),
     "rows, Wanda, with their mean": partial(rows, metric="wanda"),
     "rows, ln_structured": partial(rows, metric="ln"),
-    "low rank, whitened, sequential, PIFA": sequential,
 }
 """Those that are asked for shares."""
 
