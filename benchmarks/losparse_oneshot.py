@@ -109,12 +109,9 @@ def oneshot(source: str = "demo", methods: Iterable[str] = (), pieces: int = PIE
     keys = {"part": "oneshot", "model": Path(source).stem}
     if not done(**keys, method="dense"):
         _keep(keys | {"method": "dense", "kept": 1.0}, opened, subject, None, 0.0, few)
-    for name, bits in ROUNDED.items():
-        if not done(**keys, method=name):
-            _keep(keys | {"method": name, "kept": 1.0}, opened, subject, rounded(subject, bits), 0.0, few)
-    for name in methods or METHODS:
-        todo = [kept for kept in KEPT[: 2 if name in WEAK else None] if not done(**keys, method=name, kept=kept)]
-        if not todo:
+    for shares, name in itertools.product((KEPT[:2], KEPT[2:]), methods or METHODS):
+        todo = [kept for kept in shares if not done(**keys, method=name, kept=kept)]
+        if not todo or (name in WEAK and shares == KEPT[2:]):
             continue
         began = time.perf_counter()
         at = METHODS[name](subject)
@@ -124,6 +121,9 @@ def oneshot(source: str = "demo", methods: Iterable[str] = (), pieces: int = PIE
             made = at(kept)
             seconds = ready + time.perf_counter() - began
             _keep(keys | {"method": name, "kept": kept}, opened, subject, made, seconds, few)
+    for name, bits in ROUNDED.items():
+        if not done(**keys, method=name):
+            _keep(keys | {"method": name, "kept": 1.0}, opened, subject, rounded(subject, bits), 0.0, few)
 
 
 METHODS: dict[str, Callable[[Subject], Callable[[float], Made]]] = {**PEERS}

@@ -1,0 +1,288 @@
+"""Training compressed models: LoSparse, low rank alone, rows alone, at equal size and equal tokens.
+
+    python -m benchmarks.losparse training        # language modelling
+    python -m benchmarks.losparse classification  # TREC, six kinds of question; LoSparse with frozen rows
+
+A run trains on 20,000 tokens with AdamW, two sequences of at most 128 tokens a step, with linear decay. At each size
+the rate of each method is the better of two on validation texts; then two seeds of the order of the texts (`--seeds 3`
+adds the third where intervals overlap). All methods store the same numbers, low rank as rows and combinations of them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from benchmarks import keep_in, rows_in, section
+from benchmarks.losparse_oneshot import DATA, LENGTH, RESULTS, calibration, texts
+from benchmarks.losparse_peers import Subject, affordable, truncated
+from benchmarks.losparse_speed import ROWS
+from tenfold.adapt.training import train
+from tenfold.compress.losparse.factors import Factors, stored
+from tenfold.compress.losparse.handle import attach
+from tenfold.compress.losparse.layer import compressed_layers, install
+from tenfold.config.training import TextTrainingFields
+from tenfold.data.encode import encode
+from tenfold.data.groups import hash_share
+from tenfold.data.rows import Completion, Text
+from tenfold.evaluate.compare import t_quantile
+from tenfold.evaluate.perplexity import document_sums, perplexity, ratio
+from tenfold.models.inference import evaluating
+from tenfold.models.open import open_model
+
+KEPT = (0.5, 0.3)
+TOKENS, RATES, TUNING_SEED = 20_000, (1e-4, 3e-4), 100
+VALIDATION = 5
+"""Topics, of those that the one-shot benchmark calibrates on, that no run learns from."""
+KINDS = {"ABBR": "abbreviation", "DESC": "description", "ENTY": "entity", "HUM": "human", "LOC": "location",
+         "NUM": "number"}  # fmt: skip
+"""Labels of TREC and the word that the model says for each."""
+
+Numbers = Callable[[], int]
+"""What the replaced matrices store, once a run is over."""
+
+
+def by_parts(subject: Subject, factors: dict[str, Factors]) -> Numbers:
+    """Compressed layers are put in, and all they hold trains."""
+    install(subject.model, factors)
+    whole = sum(subject.matrices[name].weight.numel() for name in subject.matrices.keys() - factors.keys())
+    layers = compressed_layers(subject.model).values()
+    return lambda: whole + sum(stored(m.out_features, m.in_features, m.rank, m.kept) for m in layers)
+
+
+def low_rank(subject: Subject, kept: float, steps: int) -> Numbers:
+    """Rank alone, whitened."""
+    factors = {}
+    for name, matrix in subject.matrices.items():
+        left, right = truncated(matrix.weight, subject.moments[name])
+        rank = affordable(*matrix.weight.shape, kept, pivoted=True)
+        none = torch.empty(0, dtype=torch.int64)
+        factors[name] = Factors(left[:, :rank], right[:rank], none, torch.empty(0, matrix.in_features))
+    return by_parts(subject, factors)
+
+
+def norms(subject: Subject, kept: float, steps: int) -> Numbers:
+    """The same share of each matrix's rows, those of largest norm, from the start."""
+    factors = {}
+    for name, matrix in subject.matrices.items():
+        weight = matrix.weight.detach()
+        rows = weight.norm(dim=1).topk(int(kept * len(weight))).indices
+        factors[name] = Factors(torch.empty(len(weight), 0), torch.empty(0, weight.shape[1]), rows, weight[rows])
+    return by_parts(subject, factors)
+
+
+def scheduled(subject: Subject, kept: float, steps: int, rank: float = 1 - ROWS, frozen: bool = False) -> Numbers:
+    """LoSparse in the course of the run: ``rank`` of what is kept is rank, the rest is rows chosen while training."""
+    shapes = {name: tuple(matrix.weight.shape) for name, matrix in subject.matrices.items()}
+    ranks = {name: affordable(*shape, rank * kept, pivoted=True) for name, shape in shapes.items()}
+    budget = int(kept * subject.numbers) - sum(stored(*shape, ranks[name], 0) for name, shape in shapes.items())
+    handle = attach(
+        subject.model,
+        ranks,
+        budget,
+        total_steps=steps,
+        grams={name: moments.gram for name, moments in subject.moments.items()} if rank else None,
+        costs={name: shape[1] - ranks[name] for name, shape in shapes.items()},
+        frozen=frozen,
+    )
+
+    def numbers() -> int:
+        handle.finish()
+        return int(handle.attached()["numbers"])
+
+    return numbers
+
+
+def dense(subject: Subject, kept: float, steps: int) -> Numbers:
+    """The model as it is: what the tokens alone teach."""
+    return lambda: subject.numbers
+
+
+METHODS: dict[str, Callable[[Subject, float, int], Numbers]] = {
+    "LoSparse, scheduled": scheduled,
+    "low rank": low_rank,
+    "rows, scheduled": partial(scheduled, rank=0.0),
+    "rows, ln_structured": norms,
+}
+FROZEN: dict[str, Callable[[Subject, float, int], Numbers]] = {
+    "LoSparse, frozen rows": partial(scheduled, frozen=True),
+    "LoSparse, scheduled": scheduled,
+    "low rank": low_rank,
+}
+"""For the classification."""
+
+
+@cache
+def questions() -> dict[str, list[tuple[str, str]]]:
+    """Questions with their kinds; 248 training ones validate."""
+    with gzip.open(DATA / "cls_trec.jsonl.gz", "rt", encoding="utf-8") as file:
+        found = sorted(map(json.loads, file), key=lambda row: hash_share(f"losparse {row['id']}"))
+    asked = {
+        split: [(f"Question: {row['text'].strip()}\nAbout:", f" {KINDS[row['label']]}") for row in found
+                if row["split"] == split]
+        for split in ("train", "test")
+    }  # fmt: skip
+    count = len(asked["test"])
+    return {"train": asked["train"][count:], "validation": asked["train"][:count], "test": asked["test"]}
+
+
+def examples(task: str, tokenizer: Any) -> Any:
+    """Training texts as tokens."""
+    if task == "text":
+        rows: list[Any] = [Text(str(index), text) for index, text in enumerate(texts()["calibration"][:-VALIDATION])]
+        return encode(rows, tokenizer, max_length=128, packing=True)
+    rows = [Completion(str(index), prompt, answer) for index, (prompt, answer) in enumerate(questions()["train"])]
+    return encode(rows, tokenizer, max_length=128, packing=False, chat=False)
+
+
+def scored(task: str, split: str, model: Any, tokenizer: Any, few: int | None = None) -> dict[str, Any]:
+    """NLL of each document; of questions, of the right kind among the six, and whether it is the likeliest."""
+    if task == "text":
+        held = texts()["calibration"][-VALIDATION:] if split == "validation" else texts()["python"]
+        found = perplexity(model, tokenizer, [text[:3000] for text in held][:few], max_length=LENGTH)
+        sums, counts = document_sums(found.token_nll, found.document)
+        return {"nll": found.nll, "document nll": sums.tolist(), "document tokens": counts.tolist()}
+    words = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in KINDS.values()]
+    losses, right = [], []
+    with evaluating(model):
+        for prompt, answer in questions()[split][:few]:
+            logits = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1, words]
+            label = list(KINDS.values()).index(answer.strip())
+            losses.append(-logits.log_softmax(0)[label].item())
+            right.append(float(logits.argmax() == label))
+    return {"nll": statistics.mean(losses), "document nll": losses, "document tokens": [1.0] * len(losses),
+            "accuracy": statistics.mean(right), "right": right}  # fmt: skip
+
+
+def measure(
+    task: str, method: str, kept: float, rate: float, seed: int, split: str, steps: int | None = None,
+    pieces: int = 64, few: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Compress, train and score once."""
+    set_seed(seed)
+    opened = open_model("demo", device="cpu")
+    model, tokenizer = opened.model, opened.tokenizer
+    encoded = examples(task, tokenizer)
+    average = encoded.tokens / len(encoded.examples)
+    steps = steps or round(TOKENS / (2 * average))
+    fields: dict[str, Any] = {"steps": steps, "batch_size": 2, "max_length": 128, "learning_rate": rate}
+    subject = Subject(model.eval(), calibration(tokenizer, pieces))
+    began = time.perf_counter()
+    numbers = {**METHODS, **FROZEN, "dense": dense}[method](subject, kept, steps)
+    ready = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        config = TextTrainingFields(**fields, save_every=10**6)
+        trained = train(model, tokenizer, encoded, config, folder=Path(folder), seed=seed)
+    share = numbers() / subject.numbers
+    return {"numbers": share, "trained tokens": trained.tokens, "preparing seconds": round(ready, 1),
+            "training seconds": round(trained.seconds, 1),
+            **scored(task, split, model.eval(), tokenizer, few)}  # fmt: skip
+
+
+def once(part: str, task: str, method: str, kept: float, rate: float, seed: int, split: str, **few: Any) -> float:
+    """A row, read back or measured; its loss."""
+    keys = {"part": part, "task": task, "method": method, "kept": kept, "rate": rate, "seed": seed, "split": split}
+    if not _kept(**keys):
+        keep_in(RESULTS, keys | measure(task, method, kept, rate, seed, split, **few))
+    return _kept(**keys)[0]["nll"]
+
+
+def _kept(**keys: Any) -> list[dict[str, Any]]:
+    return [row for row in rows_in(RESULTS) if all(row.get(key) == value for key, value in keys.items())]
+
+
+def training(seeds: int = 2, kept: Iterable[float] = KEPT, **few: Any) -> None:
+    """Language modelling: all methods at each size, seed by seed."""
+    _compare("training", "text", METHODS, seeds, kept, few)
+
+
+def classification(seeds: int = 2, kept: Iterable[float] = KEPT, **few: Any) -> None:
+    """TREC."""
+    _compare("classification", "trec", FROZEN, seeds, kept, few)
+
+
+def _compare(
+    part: str, task: str, methods: Iterable[str], seeds: int, shares: Iterable[float], few: dict[str, Any]
+) -> None:
+    once(part, task, "dense", 1.0, RATES[0], 0, "test", **few)
+    for kept in shares:
+        rates = {
+            method: min(
+                RATES, key=lambda r, m=method, k=kept: once(part, task, m, k, r, TUNING_SEED, "validation", **few)
+            )
+            for method in methods
+        }
+        for seed, method in itertools.product(range(seeds), methods):
+            once(part, task, method, kept, rates[method], seed, "test", **few)
+
+
+def _validated(part: str, task: str, method: str, kept: float, rate: float, few: dict[str, Any]) -> float:
+    return once(part, task, method, kept, rate, TUNING_SEED, "validation", **few)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def training_tables() -> None:
+    """What each method reaches, and its distance to LoSparse on the same documents and seeds."""
+    for part, title, first in (
+        ("training", "Trained, at equal size and tokens", "LoSparse, scheduled"),
+        ("classification", "Questions of six kinds, with frozen rows", "LoSparse, frozen rows"),
+    ):
+        found = [row for row in rows_in(RESULTS) if row["part"] == part and row["split"] == "test"]
+        if not found:
+            continue
+        section(title, f"losparse {part}", found)
+        accuracy = " accuracy |" if part == "classification" else ""
+        print(
+            f"| kept | method | numbers | rate | seeds | nll |{accuracy} nll above {first}, paired [95 %] | minutes |"
+        )
+        print(f"|---|---|---|---|---|---|{'---|' if accuracy else ''}---|---|")
+        for kept in sorted({row["kept"] for row in found}, reverse=True):
+            of_share = [row for row in found if row["kept"] == kept]
+            for method in dict.fromkeys(row["method"] for row in of_share):
+                _line(method, [row for row in of_share if row["method"] == method], [
+                    row for row in of_share if row["method"] == first and first != method])  # fmt: skip
+
+
+def _line(method: str, found: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> None:
+    cells = [f"{found[0]['numbers']:.1%}", f"{found[0]['rate']:g}", str(len(found)), _spread(found, "nll", 4)]
+    if "accuracy" in found[0]:
+        cells.append(_spread(found, "accuracy", 3))
+    theirs = {row["seed"]: row for row in reference}
+    shared = [row for row in found if row["seed"] in theirs]
+    against = ""
+    if shared:
+        mean, half = beside(shared, [theirs[row["seed"]] for row in shared])
+        against = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+    minutes = statistics.median(row["training seconds"] for row in found) / 60
+    kept = "" if method == "dense" else f"{found[0]['kept']:.0%}"
+    print(f"| {kept} | {method} | {' | '.join(cells)} | {against} | {minutes:.1f} |")
+
+
+def beside(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Mean difference in NLL of the same seeds, and the half width of its 95 % interval over documents."""
+    change = sum(
+        torch.tensor(one["document nll"]).double() - torch.tensor(other["document nll"]).double()
+        for one, other in zip(first, second, strict=True)
+    )
+    counts = sum(torch.tensor(row["document tokens"]).double() for row in first)
+    mean, error = ratio(torch.as_tensor(change), torch.as_tensor(counts))
+    return mean, t_quantile(len(torch.as_tensor(counts)) - 1) * (error or 0.0)
+
+
+def _spread(found: Sequence[dict[str, Any]], key: str, digits: int) -> str:
+    values = [row[key] for row in found]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
