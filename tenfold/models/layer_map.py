@@ -136,21 +136,18 @@ class LayerMap:
     def _matches(self, target: str) -> list[Slot]:
         matrices = [slot for slot in self.slots if slot.layout in _MATRIX]
         if target in GROUPS:
-            found = [slot for slot in matrices if slot.part in GROUPS[target] and not slot.fixed]
+            found = [slot for slot in matrices if slot.part in GROUPS[target]]
         else:
             found = [slot for slot in matrices if target in ROLES and slot.role == target]
             found = found or [slot for slot in matrices if f".{slot.name}".endswith(f".{target}")]
             found = found or [slot for slot in matrices if _fullmatch(target, slot.name)]
-            adaptable = [slot for slot in found if not slot.fixed]
-            if found and not adaptable:
-                raise ConfigError(
-                    f"targets: {target!r} in this {self.model_type} model: {found[0].fixed}",
-                    remedy="leave it out; all-linear names what can be adapted",
-                )
-            found = adaptable
         if not found:
             raise self._no_match(target, matrices)
-        return found
+        adaptable = [slot for slot in found if not slot.fixed]
+        if not adaptable:
+            remedy = "adapt another model" if target == "all-linear" else "all-linear names what can be adapted"
+            raise ConfigError(f"targets: {target!r} in this {self.model_type} model: {found[0].fixed}", remedy=remedy)
+        return adaptable
 
     def _no_match(self, target: str, matrices: list[Slot]) -> ConfigError:
         roles = list(dict.fromkeys(slot.role for slot in matrices))
@@ -296,9 +293,12 @@ def _fixed(model: Any, modules: dict[str, Any]) -> dict[str, str]:
         shape, place = _shape(module), _place(name)
         if shape is None or shape[2] not in _MATRIX or place is None:
             continue
-        owners.setdefault(id(getattr(module, "weight", module)), []).append(name)
+        # What a layer makes of its weight when asked is nobody else's.
+        owners.setdefault(id(module._parameters.get("weight", module)), []).append(name)
         parent, _, child = name.rpartition(".")
         kind: type = type(modules[parent])
+        if refusal := getattr(module, "takes_no_adapter", ""):
+            found[name] = refusal
         if reads_weight(kind, child):
             found[name] = "the model reads the weight without calling the layer, so no adapter would be seen"
     shared = [name for names in owners.values() if len(names) > 1 for name in names]

@@ -14,12 +14,12 @@ from tenfold.errors import FolderError, RunError, TenfoldError
 from tenfold.files import replace_folder
 from tenfold.pipeline.ownership import LOCK, RECORD, Owned
 from tenfold.pipeline.recipe import ResolvedRecipe
-from tenfold.stage.context import STORE
+from tenfold.stage.context import RESUME, STORE
 
 
 def finish(work: Path, final: Path, ours: Owned) -> None:
     """Give a complete working folder its name; what only a resume needs goes first."""
-    for path in (*work.glob("checkpoint-*"), *work.glob(".*.partial-*")):
+    for path in (*work.glob("checkpoint-*"), *work.glob(f"{RESUME}*"), *work.glob(".*.partial-*")):
         shutil.rmtree(path)
     for name in ("fingerprint", STORE):
         (work / name).unlink(missing_ok=True)

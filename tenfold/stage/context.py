@@ -67,6 +67,8 @@ def _step(line: str) -> float:
 
 STORE = "store.jsonl"
 """Finished work of a stage, in its working folder."""
+RESUME = "resume-"
+"""How files and folders of a stage begin that only a resume needs: they go once the stage is complete."""
 
 
 @dataclass(frozen=True)

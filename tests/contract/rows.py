@@ -18,12 +18,14 @@ from transformers import DynamicCache
 from tenfold.adapt import adalora, full, lora
 from tenfold.attend import masformer, pasta
 from tenfold.cache import gear
+from tenfold.compress import losparse
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.full import FullConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.config.stage import ArtefactKind, StageConfig
 from tenfold.config.training import TrainingFields
 from tenfold.kernels.local import AttentionWindow
+from tenfold.models.layer_map import layer_map
 from tenfold.models.opened import Opened
 from tenfold.pipeline.stages import stage
 
@@ -119,7 +121,7 @@ class Row:
     @property
     def trains(self) -> bool:
         """Whether it is a training, with steps and checkpoints."""
-        return isinstance(self.config, TrainingFields)
+        return isinstance(self.config, TrainingFields) and "loss" in self.metrics
 
     @property
     def makes(self) -> Mapping[str, ArtefactKind]:
@@ -376,6 +378,58 @@ MASFORMER = Row(
     ),
 )
 
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _losparse(opened: Opened, keys: Keys) -> Iterator[Attached]:
+    slots = layer_map(opened.model).select(keys.get("targets", ("all-linear",)))
+    handle = losparse.attach(opened.model, {slot.name: 4 for slot in slots}, rows=4000)
+    try:
+        yield Attached(lambda: reading(opened), handle.attached)
+    finally:
+        handle.detach()
+
+
+COMPRESSED = {key: value for key, value in NUMBERS.items() if key != "save_every"}
+SMALLER = (
+    {"budget": "3ms"},
+    {"budget": "0%"},
+    {"calibration": 1},
+    {"pruning": "nothing"},
+    {"distil": 2},
+)
+
+
+def _is_smaller(found: Mapping[str, Any]) -> bool:
+    return found["matrices"] > 0 and 0.4 < found["share of the replaced matrices"] <= 0.5
+
+
+LOSPARSE = Row(
+    "losparse",
+    {**COMPRESSED, "budget": "50%", "calibration": 256},
+    (*SMALLER, {"pruning": "schedule"}, {"distil": 0.5}),
+    _is_smaller,
+    subjects=COMPARED,
+    after=(PERPLEXITY,),
+    attachment=Attachment(
+        _losparse,
+        ADAPTED,
+        lambda report: report["matrices"] > 0,
+        (({"targets": ("nonsense",)}, "nonsense"),),
+        (0, 1e-4),
+    ),
+)
+LOSPARSE_TRAINED = Row(
+    "losparse schedule",
+    {**NUMBERS, "budget": "50%", "calibration": 256, "pruning": "schedule", "steps": 10, "log_every": 2},
+    SMALLER,
+    _is_smaller,
+    subjects=COMPARED,
+    metrics=TRAINED,
+    page="losparse",
+)
+
 # ---- preferences ----------------------------------------------------------------------------------------------------
 
 PAIRS = {
@@ -440,4 +494,4 @@ AUDIT = Row(
     page="r3m",
 )
 
-ROWS = (ADALORA, LORA, FULL, PASTA, PROFILE, AUTOPASTA, GEAR, MASFORMER, REWARD, DPO, AUDIT)
+ROWS = (ADALORA, LORA, FULL, PASTA, PROFILE, AUTOPASTA, GEAR, MASFORMER, LOSPARSE, LOSPARSE_TRAINED, REWARD, DPO, AUDIT)

@@ -1,6 +1,18 @@
-"""LoSparse: weights as low rank plus structured sparse (arXiv 2306.11222).
+"""LoSparse: weights as low rank plus whole rows (Li et al. 2023, arXiv 2306.11222).
 
-Importing it teaches transformers to open compressed models.
+What the neurons of a matrix have in common is kept as low rank, and what is particular to a few of them as whole rows.
+
+* `factors`, `mathematics`: a compressed matrix, what it costs, and the best low-rank part of one;
+* `calibration`, `plan`, `fit`, `streams`, `oneshot`: without training;
+* `masked`, `pruner`, `handle`, `training`: rows that are chosen while the model trains;
+* `layer`, `layout`: what computes with the result, at the speed of the better of two ways;
+* `format`, `saving`, `unmade`: files that transformers opens. Importing this package teaches it how.
 """
 
 from tenfold.compress.losparse import saving as saving
+from tenfold.compress.losparse.handle import LoSparse, attach
+from tenfold.compress.losparse.layer import install, to_dense, trim
+from tenfold.compress.losparse.oneshot import compress_once
+from tenfold.config.losparse import LoSparseConfig
+
+__all__ = ["LoSparse", "LoSparseConfig", "attach", "compress_once", "install", "to_dense", "trim"]

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tenfold.adapt.role_map import by_role
 from tenfold.compress.losparse.factors import Factors, stored
-from tenfold.compress.losparse.layer import Kind, LowRankRowsLinear, replace_module
+from tenfold.compress.losparse.layer import Kind, LowRankRowsLinear, remark, replace_module
 from tenfold.compress.losparse.masked import LoSparseLinear
 from tenfold.compress.losparse.mathematics import split
 from tenfold.compress.losparse.pruner import Pruner
@@ -112,7 +112,7 @@ class LoSparse:
             kind: Kind = "conv1d" if self.slots[name].layout == "conv1d" else "linear"
             layer = LowRankRowsLinear.from_factors(factors, dtype=trained.left.dtype, kind=kind)
             replace_module(self.model, name, layer.to(trained.left.device).train(trained.training))
-        return self.model
+        return remark(self.model)
 
     def detach(self) -> nn.Module:
         """Take the layers and all hooks off a model that was not trained.

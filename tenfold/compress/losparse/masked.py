@@ -27,6 +27,8 @@ class LoSparseLinear(nn.Module):
         frozen: whether the rest stays as it is; then ``gate`` collects what the loss would feel of each row.
     """
 
+    takes_no_adapter = "its rows are still being chosen; finish the compression first"
+    """Why `tenfold.models.layer_map` gives it to no adapter."""
     bias: nn.Parameter | None
     mask: Tensor
     kept: Tensor
