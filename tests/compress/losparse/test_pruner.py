@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -231,9 +232,13 @@ def test_frozen_rows_have_neither_gradient_nor_moments():
     handle = compressed(frozen=True)
     before = {name: layer.rest.detach().clone() for name, layer in handle.layers.items()}
     learning = {name for name, parameter in handle.model.named_parameters() if parameter.requires_grad}
+
+    def each_step_anew(step):
+        assert all(layer.gate is None or layer.gate.grad is None for layer in handle.layers.values())
+
     assert {name.rpartition(".")[2] for name in learning} == {"left", "right", "weight"}
     assert all("norm" in name for name in learning if name.endswith("weight"))
-    optimizer = train(handle)
+    optimizer = train(handle, after=each_step_anew)
     for name, layer in handle.layers.items():
         assert layer.rest.grad is None
         assert layer.rest not in optimizer.state
@@ -346,6 +351,27 @@ def test_accumulation_in_the_trainer_is_one_observation(tmp_path):
     with_trainer(handle, tmp_path, gradient_accumulation_steps=2, save_strategy="no", max_grad_norm=0.5)
     assert handle.pruner.step == STEPS
     assert handle.pruner.history[-1][0] == STEPS - FINAL
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_accelerate_does_what_a_plain_loop_does(frozen):
+    plain, prepared = compressed(frozen=frozen), compressed(frozen=frozen)
+    train(plain)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    learning = [parameter for parameter in prepared.model.parameters() if parameter.requires_grad]
+    model, optimizer = accelerator.prepare(prepared.model.train(), torch.optim.AdamW(learning, lr=3e-3))
+    for row in IDS[:, None]:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=row, labels=row).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert prepared.pruner.step == STEPS
+    assert masks(prepared) == masks(plain)
+    found = weights(prepared)
+    for name, weight in weights(plain).items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=1e-3)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
