@@ -220,6 +220,11 @@ class Pruner:
 
     def _bind(self, optimizer: Optimizer) -> None:
         trainer = running_trainer(self._model())
+        if any(layer.frozen for layer in self.layers.values()) and _processes() > 1:
+            raise RunError(
+                f"rows of a frozen rest are ranked by what one process sees, and there are {_processes()}",
+                remedy="train in one process, or without frozen",
+            )
         if self.schedule is None:
             total = find_total(trainer, self._total_steps, None, "LoSparse")
             self.schedule = make_schedule(self.config, self.rows / self.all_rows, total)
@@ -322,6 +327,11 @@ class Pruner:
         if self.schedule is not None:
             found["losparse/budget"] = self.schedule.value(max(self.step - 1, 0))
         return found
+
+
+def _processes() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return int(torch.distributed.get_world_size()) if there else 1
 
 
 def _moments(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:

@@ -417,6 +417,13 @@ def test_models_that_cannot_be_compressed_are_refused():
         attach(model, {q: 2}, 10)
 
 
+def test_gates_of_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("tenfold.compress.losparse.pruner._processes", lambda: 2)
+    train(compressed(), 1)
+    with pytest.raises(RunError, match="there are 2"):
+        train(compressed(frozen=True), 1)
+
+
 def test_after_training_there_is_nothing_to_detach_to():
     handle = compressed()
     train(handle, 1)
