@@ -28,18 +28,21 @@ class Moments:
         like: inputs of the matrix, ``[..., in]``; sums are on their device, in float32 (float64 for float64).
         paired: also take the inputs that the matrix would have read in the model as it was, :math:`x`, beside those
             that it reads now, :math:`\tilde x`.
+        measured: of pairs, also take what an error needs and a fit does not.
     """
 
-    def __init__(self, like: Tensor, *, paired: bool = False) -> None:
-        channels, dtype = like.shape[-1], torch.promote_types(like.dtype, torch.float32)
-        zeros = [torch.zeros(channels, channels, dtype=dtype, device=like.device) for _ in range(3 if paired else 1)]
+    def __init__(self, like: Tensor, *, paired: bool = False, measured: bool = False) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        zeros = torch.zeros(like.shape[-1], like.shape[-1], dtype=dtype, device=like.device)
         self.tokens = 0
-        self.own = zeros[0]
+        self.own = zeros
         r""":math:`\sum\tilde x\tilde x^\top`, ``[in, in]``."""
-        self.cross, self.before = zeros[1:] if paired else (self.own, self.own)
-        r""":math:`\sum x\tilde x^\top` and :math:`\sum xx^\top`."""
-        self.own_sum = torch.zeros(channels, dtype=dtype, device=like.device)
-        self.before_sum = torch.zeros_like(self.own_sum) if paired else self.own_sum
+        self.cross = zeros.clone() if paired else self.own
+        r""":math:`\sum x\tilde x^\top`."""
+        self.before = zeros.clone() if paired and measured else self.own
+        r""":math:`\sum xx^\top`."""
+        self.own_sum = zeros[0].clone()
+        self.before_sum = zeros[0].clone() if paired else self.own_sum
 
     def add(self, own: Tensor, before: Tensor | None = None) -> None:
         """Take in tokens, ``[..., in]``; in pairs with what came in their place before."""
@@ -50,8 +53,9 @@ class Moments:
         if before is not None:
             before = before.detach().reshape(own.shape).to(own)
             self.cross.addmm_(before.T, own)
-            self.before.addmm_(before.T, before)
             self.before_sum += before.sum(0)
+            if self.before is not self.own:
+                self.before.addmm_(before.T, before)
 
 
 def batches_of(passages: Sequence[Tensor], device: torch.device, tokens: int = BATCH_TOKENS) -> list[Tensor]:

@@ -14,7 +14,7 @@ from tenfold.compress.losparse.plan import Choice, leading
 
 
 class Second(NamedTuple):
-    r"""Second moments per token, float64: of what a matrix reads now, and of what it read before.
+    r"""Second moments per token: of what a matrix reads now, and of what it read before.
 
     Args:
         own: :math:`E[\tilde x\tilde x^\top]`, ``[in, in]``.
@@ -34,7 +34,11 @@ class Second(NamedTuple):
     def of(cls, sums: Moments) -> Second:
         """The means of sums over tokens."""
         parts = (sums.own, sums.cross, sums.before, sums.own_sum, sums.before_sum)
-        return cls(*(part.double() / max(1, sums.tokens) for part in parts))
+        return cls(*(part / max(1, sums.tokens) for part in parts))
+
+    def double(self) -> Second:
+        """In float64, as a fit needs it."""
+        return Second(*(part.double() for part in self))
 
     def centred(self) -> Second:
         """Covariances in place of second moments: what is left for a matrix with a bias of its own."""
@@ -48,15 +52,15 @@ class Second(NamedTuple):
         r"""How far off the outputs are, :math:`\sum_jD_jE[(W_jx-\hat W_j\tilde x-b_j)^2]` over the same of the outputs.
 
         Args:
-            weight: :math:`W`, ``[out, in]``, float64.
+            weight: :math:`W`, ``[out, in]``.
             factors: :math:`\hat W`; their bias is what is added to the one that the layer had.
             outputs: :math:`D`, ``[out]``.
         """
-        new = factors.dense().double()
+        weight, new, outputs = (part.to(self.own) for part in (weight, factors.dense(), outputs))
         before = ((weight @ self.before) * weight).sum(1)
         squares = before - 2 * ((weight @ self.cross) * new).sum(1) + ((new @ self.own) * new).sum(1)
         if factors.bias is not None:
-            bias = factors.bias.double()
+            bias = factors.bias.to(self.own)
             squares = squares + bias * (bias - 2 * (weight @ self.before_mean - new @ self.own_mean))
         whole = float((outputs * before).sum())
         return max(0.0, float((outputs * squares).sum())) / whole if whole > 0 else 0.0
@@ -84,31 +88,34 @@ def fit(
     Returns:
         Tensors in float64. The bias is what is added to the one that the layer had.
     """
-    used = seen.centred() if bias else seen
+    used = (seen.centred() if bias else seen).double()
+    half, plain = root(used.own), weight
     if refit:
-        gram = ridged(used.own)
-        weight, plain = weight + torch.linalg.solve(gram, (weight @ (used.cross - used.own)).T).T, weight
-    else:
-        plain = weight
+        weight = weight + torch.cholesky_solve((weight @ (used.cross - used.own)).T, half).T
     kept, others = order[: choice.kept], order[choice.kept :]
     scale = outputs[others].sqrt()[:, None]
     left = weight.new_zeros(len(weight), choice.rank)
-    basis, right = low_rank(scale * weight[others], used.own, choice.rank)
+    basis, right = low_rank(scale * weight[others], half, choice.rank)
     left[others] = basis / scale
     factors = Factors(left, right, kept, weight[kept])
     if not bias:
         return factors
-    return Factors(left, right, kept, weight[kept], plain @ seen.before_mean - factors.dense() @ seen.own_mean)
+    return Factors(left, right, kept, weight[kept], plain @ used.before_mean - factors.dense() @ used.own_mean)
 
 
-def low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Two factors, ``[rows, rank]`` orthonormal and ``[rank, in]``, whose product errs least on inputs of this Gram.
+def low_rank(weight: Tensor, half: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Two factors, ``[rows, rank]`` orthonormal and ``[rank, in]``, whose product errs least on its inputs.
 
     What the inputs never show is projected along with the rest, not dropped.
+
+    Args:
+        weight: ``[rows, in]``, float64.
+        half: a square root of the Gram matrix of the inputs.
+        rank: at most ``min(rows, in)``.
     """
     if rank == 0 or len(weight) == 0:
         return weight.new_zeros(len(weight), rank), weight.new_zeros(rank, weight.shape[1])
-    seen = weight @ root(gram)
+    seen = weight @ half
     basis = leading(seen, rank)
     if len(weight) > weight.shape[1]:
         basis = torch.linalg.qr(seen @ basis).Q
@@ -116,12 +123,12 @@ def low_rank(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def root(gram: Tensor, ridge: float = RIDGE) -> Tensor:
-    """A square root of a matrix of second moments, lower triangular, whatever its rank."""
-    return torch.linalg.cholesky(ridged(gram, ridge))
+    """A square root of a matrix of second moments, lower triangular, whatever its rank.
 
-
-def ridged(gram: Tensor, ridge: float = RIDGE) -> Tensor:
-    """With a share of the trace on the diagonal, so that directions without inputs have a little of them."""
+    Args:
+        gram: ``[in, in]``, float64.
+        ridge: share of the trace that is added to the diagonal, so that directions without inputs have a little.
+    """
     trace = gram.diagonal().sum()
     level = torch.where(trace > 0, ridge * trace, 1.0)
-    return gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky(gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))

@@ -228,8 +228,8 @@ def _curves(
             continue
         squares = squares.to(weight) + 1e-6 * squares.mean().to(weight) + 1e-30
         # An expert counts by the tokens that reach it.
-        seen = squares.sqrt()[:, None] * (weight @ root(Second.of(sums).own)) * (sums.tokens / total) ** 0.5
-        found[name], used[name] = curve(seen), squares
+        seen = squares.sqrt()[:, None] * (weight @ root(Second.of(sums).own.double())) * (sums.tokens / total) ** 0.5
+        found[name], used[name] = curve(seen.float()), squares
     if few := [name for name in names if name not in found]:
         notes.append(f"fewer than {FEWEST_TOKENS} of the calibration tokens reach {', '.join(few)}: left as they are")
     if not found:
@@ -328,7 +328,7 @@ class _Work:
                 own = blocks.until(index, name, now[at], texts.batches[at])
                 if own is None or len(before[at]) != 1 or before[at][0].shape != own.shape:
                     return self._unpaired(blocks, index, name, now, texts)
-                sums = sums or Moments(own, paired=True)
+                sums = sums or Moments(own, paired=True, measured=bool(found))
                 sums.add(own, before[at][0])
             assert sums is not None
             found.append(Second.of(sums))

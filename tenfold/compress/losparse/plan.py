@@ -46,7 +46,7 @@ def curve(matrix: Tensor, shares: Sequence[float] = KEPT_SHARES) -> Curve:
     that are not kept. Kept is what the low-rank part of all rows, at a third of the full rank, would miss most of.
 
     Args:
-        matrix: ``[out, in]``, float64, such that its squared Frobenius norm is a loss: :math:`D^{1/2}WC`.
+        matrix: ``[out, in]``, float32 or float64, such that its squared Frobenius norm is a loss: :math:`D^{1/2}WC`.
         shares: of rows that may be kept.
 
     >>> found = curve(torch.eye(4, dtype=torch.float64), shares=[0, 0.5])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tenfold.compress.losparse.calibration import batches_of, moments, sensitivity, weight_of
-from tenfold.compress.losparse.fit import Second, fit, low_rank
+from tenfold.compress.losparse.fit import Second, fit, low_rank, root
 from tenfold.compress.losparse.oneshot import compress_once
 from tenfold.compress.losparse.plan import Choice
 from tenfold.compress.losparse.streams import Blocks
@@ -253,7 +253,7 @@ def test_directions_without_inputs_are_projected_along():
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
     gram = torch.zeros(5, 5).double()
     gram[0, 0] = 1
-    basis, right = low_rank(weight, gram, 2)
+    basis, right = low_rank(weight, root(gram), 2)
     assert right.isfinite().all()
     torch.testing.assert_close((basis @ right)[:, 0], weight[:, 0], rtol=1e-5, atol=1e-5)
 
@@ -261,3 +261,40 @@ def test_directions_without_inputs_are_projected_along():
 def test_the_report_names_what_was_not_tried():
     found = compress_once(tiny_model("t5").model, texts(), budget=HALF)
     assert any(re.search("cannot be called one by one", note) for note in found.notes)
+
+
+class _Routed(torch.nn.Module):
+    """Two experts: the second one reads few tokens; and one that no token reaches."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+
+    def forward(self, hidden):
+        flat = hidden.flatten(0, -2)
+        routed = (flat[:, 0] > flat[:, 0].float().quantile(0.6)).long()
+        out = torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            chosen = routed == index
+            if chosen.any():
+                out[chosen] = expert(flat[chosen])
+        return out.view_as(hidden)
+
+
+def test_experts_are_fitted_to_the_tokens_that_reach_them():
+    model = tiny_model("llama").model
+    for layer in model.model.layers:
+        layer.mlp = _Routed(layer.mlp)
+    found = compress_once(model, texts(24), budget=Budget(0.6, "share"))
+    unreached = [name for name, module in model.named_modules() if "experts.2" in name and hasattr(module, "weight")]
+    assert len(unreached) == 6
+    assert not {matrix.name for matrix in found.matrices}.intersection(unreached)
+    assert any("calibration tokens reach" in note and unreached[0] in note for note in found.notes)
+    away = distance(model, with_factors(model, found.factors))
+    torch.manual_seed(0)
+    noise = copy.deepcopy(model)
+    for name, matrix in found.factors.items():
+        weight = weight_of(noise.get_submodule(name)).data
+        error = (matrix.dense() - weight).norm()
+        weight += torch.randn(weight.shape) * error / weight.numel() ** 0.5
+    assert away < 0.5 * distance(model, noise)
