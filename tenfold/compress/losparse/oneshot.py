@@ -16,7 +16,7 @@ from tenfold.compress.losparse.fit import Second, fit, root
 from tenfold.compress.losparse.plan import Choice, Curve, choose, curve
 from tenfold.compress.losparse.streams import Blocks, block_of
 from tenfold.config.budget import Budget
-from tenfold.errors import ConfigError, DataError
+from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.inference import input_device
 from tenfold.models.layer_map import layer_map
 from tenfold.models.quantised import parameter_count, refuse_quantised
@@ -226,6 +226,8 @@ def _curves(
         squares = outputs.get(name, torch.ones(len(weight)) if not outputs else None)
         if sums.tokens < FEWEST_TOKENS or squares is None:
             continue
+        if not (sums.own.isfinite().all() and squares.isfinite().all()):
+            raise ModelError(f"{name}: reads numbers or has gradients that are not finite", "open the model in float32")
         squares = squares.to(weight) + 1e-6 * squares.mean().to(weight) + 1e-30
         # An expert counts by the tokens that reach it.
         seen = squares.sqrt()[:, None] * (weight @ root(Second.of(sums).own.double())) * (sums.tokens / total) ** 0.5
@@ -321,7 +323,7 @@ class _Work:
         self, blocks: Blocks, index: int, name: str, now: Sequence[Tensor], before: Sequence[list[Tensor]], texts: Texts
     ) -> list[Second]:
         """What a matrix reads now and read before, on texts to fit to and on held-out ones."""
-        found = []
+        found: list[Second] = []
         for part in (range(len(texts.fitted)), range(len(texts.fitted), len(now))):
             sums: Moments | None = None
             for at in part:

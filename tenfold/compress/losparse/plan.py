@@ -54,16 +54,25 @@ def curve(matrix: Tensor, shares: Sequence[float] = KEPT_SHARES) -> Curve:
     [(0, 2, 2.0), (1, 2, 1.0), (4, 4, 0.0)]
     """
     out, inner = matrix.shape
+    size = float(matrix.norm()) or 1.0
+    matrix = matrix / size  # so that products are neither too small nor too large for float32
     order = row_order(matrix)
     counts = dict.fromkeys(int(share * out) for share in shares)
-    return points(out, inner, {kept: spectrum(matrix[order[kept:]]) for kept in counts}, order)
+    return points(out, inner, {kept: size**2 * spectrum(matrix[order[kept:]]).double() for kept in counts}, order)
 
 
 def points(out_features: int, in_features: int, spectra: Mapping[int, Tensor], order: Tensor) -> Curve:
-    """The curve of a matrix by the squared singular values, descending, of what is left when so many rows are kept."""
+    """The curve of a matrix by the squared singular values of what is left when so many rows are kept.
+
+    Args:
+        out_features: its rows.
+        in_features: its columns.
+        spectra: by the number of kept rows, the squared singular values of the others, descending, float64.
+        order: as in `Curve`.
+    """
     choices, losses = [], []
     for kept, values in spectra.items():
-        lost = torch.cat((values.double().flip(0).cumsum(0).flip(0), values.new_zeros(1, dtype=torch.float64))).cpu()
+        lost = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1))).cpu()
         for rank in _ranks(len(values)):
             if stored(out_features, in_features, rank, kept) < out_features * in_features:
                 choices.append(Choice(rank, kept))

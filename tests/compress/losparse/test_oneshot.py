@@ -298,3 +298,10 @@ def test_experts_are_fitted_to_the_tokens_that_reach_them():
         error = (matrix.dense() - weight).norm()
         weight += torch.randn(weight.shape) * error / weight.numel() ** 0.5
     assert away < 0.5 * distance(model, noise)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name():
+    model = tiny_model("llama").model
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("inf")
+    with pytest.raises(ModelError, match=r"layers\.\d.*not finite"):
+        compress_once(model, texts(), budget=HALF)
