@@ -175,7 +175,7 @@ def _stage(at_work: Run, job: Job) -> None:
     for made in at_work.plan.made.values():
         if made.step == step.index - 1:
             at_work.paths[made.reference] = str(folder / summary.artefacts[made.name])
-    # A look at another model is no turn to it: later stages go on with the one before, unless this stage made one.
+    # A look at another model does not turn to it: later stages go on with the one before, unless this stage made one.
     if step.model is not None and summary.continues_with is not None:
         at_work.start = start
     if model is not None and (step.model is None or summary.continues_with is not None):

@@ -140,7 +140,7 @@ def _loading(name: str, base: str, kind: CardKind, task: Task, alone: bool) -> s
         "model, tokenizer = opened.model, opened.tokenizer",
         *_writing(task),
     ]
-    text = f"It needs tenfold: its layers have local spans, which are no part of transformers. {other}."
+    text = f"It needs tenfold: its layers have local spans, which are not part of transformers. {other}."
     return f"## Load it\n\n{text}\n\n" + _fence("\n".join(lines), "python")
 
 

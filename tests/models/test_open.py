@@ -86,7 +86,7 @@ def test_dtype(folder):
     assert open_model(folder, device="cpu", dtype=torch.float16).model.dtype == torch.float16
     assert open_model("tiny:llama", device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
     for wrong in ("int8", "bf16"):
-        with pytest.raises(ConfigError, match="no floating-point type"):
+        with pytest.raises(ConfigError, match="not a floating-point type"):
             open_model(folder, dtype=wrong)
 
 

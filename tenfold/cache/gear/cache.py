@@ -166,7 +166,7 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
     unknown = sorted(set(settings.layer_bits) - set(full))
     if unknown:
         raise ModelError(
-            f"layer_bits: layers {unknown} are none of full attention", remedy=f"layers that are packed: {list(full)}"
+            f"layer_bits: layers {unknown} do not have full attention", remedy=f"layers that are packed: {list(full)}"
         )
     if settings.budget is not None:
         sizes = {"channels": head_dim(decoder), "kv_heads": kv_heads(decoder)}
