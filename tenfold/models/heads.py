@@ -72,10 +72,15 @@ def auto_class(config: Any, task: str, name: str) -> Any:
     remote = getattr(config, "auto_map", None) or {}
     if builder.__name__ in remote:
         return builder
+    with_pictures = reads_pictures(config.model_type) and _decodes_text(config)
+    if task == "causal" and with_pictures:
+        _check_direction(config, task, name)
+        return transformers.AutoModelForImageTextToText
     if config.model_type in table:
         _check_direction(config, task, name)
         return builder
     possible = [other for other, (_, names) in heads.items() if config.model_type in names]
+    possible = ["causal", *possible] if with_pictures else possible
     remedy = f"open it with task={possible[0]!r}" if possible else "open a model of another architecture"
     if task == "causal" and possible[:1] == ["seq2seq"]:
         remedy = _DECODER
@@ -83,6 +88,28 @@ def auto_class(config: Any, task: str, name: str) -> Any:
         remedy = "align it on pairs with target dpo, which needs no such head, or take a model of another architecture"
     others = f"; they have {', '.join(possible)}" if possible else ""
     raise ModelError(f"{name}: {config.model_type} models have no head for task {task!r}{others}", remedy=remedy)
+
+
+def reads_pictures(model_type: str) -> bool:
+    """Whether transformers opens a model that writes text as one for pictures and text, and not as a causal one.
+
+    Such a model is opened whole, so that adapters fit it as others have it, and reads texts alone.
+
+    >>> reads_pictures("llava"), reads_pictures("gemma3"), reads_pictures("llama")
+    (True, False, False)
+    """
+    from transformers.models.auto import modeling_auto as tables
+
+    return (
+        model_type in tables.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and model_type not in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+
+
+def _decodes_text(config: Any) -> bool:
+    """Whether a composite configuration has a decoder for its text."""
+    text = config.get_text_config()
+    return text is not config and not getattr(text, "is_encoder_decoder", False) and not config.is_encoder_decoder
 
 
 def _check_direction(config: Any, task: str, name: str) -> None:
@@ -97,6 +124,12 @@ def _check_direction(config: Any, task: str, name: str) -> None:
                 remedy=_DECODER,
             )
         return
+    if task == "causal" and getattr(config.get_text_config(), "use_bidirectional_attention", None):
+        raise ModelError(
+            f"{name}: {kind} reads a text in both directions: its attention sees the tokens that it would have to "
+            "predict",
+            remedy="take a decoder such as Llama, Qwen or GPT-2, or a vision-language model such as Qwen2.5-VL",
+        )
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if task == "causal" and kind in MASKED and not decodes:
         raise ModelError(

@@ -9,6 +9,7 @@ from typing import Any
 from tenfold.config.shape import Shape, Task
 from tenfold.errors import MissingDependencyError, ModelError
 from tenfold.models.gguf import cache_dir, gguf_sha256
+from tenfold.models.heads import reads_pictures
 from tenfold.models.quantised import check_own
 from tenfold.models.reference import ModelRef
 from tenfold.models.source import Located, hub_error, read_json, resolve_source
@@ -65,6 +66,19 @@ def shape_from(config: dict[str, Any], name: str, task: Task = "causal", *, adap
     if task == "causal" and any("ForSequenceClassification" in one or "Reward" in one for one in heads):
         task = "reward"  # a saved one, whatever the recipe calls it
     return Shape(name, str(values.get("model_type", "")), task=task, adapted=adapted, spans=spans, **found)
+
+
+def auto_class_name(ref: ModelRef) -> str | None:
+    """The auto class of transformers by which one opens a model, where it is not that of its task.
+
+    Raises:
+        ModelError: as `shape_of`.
+
+    >>> auto_class_name(ModelRef("tiny:llama"))
+    """
+    located, _, _ = resolve_source(ref.source, ref.adapters)
+    kind = str(_configuration(located, ref.revision).get("model_type", ""))
+    return "AutoModelForImageTextToText" if ref.task == "causal" and reads_pictures(kind) else None
 
 
 class HubAwayError(ModelError):
