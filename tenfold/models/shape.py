@@ -69,15 +69,18 @@ def shape_from(config: dict[str, Any], name: str, task: Task = "causal", *, adap
 
 
 def auto_class_name(ref: ModelRef) -> str | None:
-    """The auto class of transformers by which one opens a model, where it is not that of its task.
+    """The auto class of transformers by which one opens a model, where it is known not to be that of its task.
 
     Raises:
-        ModelError: as `shape_of`.
+        ModelError: no such model, or its configuration cannot be read.
 
     >>> auto_class_name(ModelRef("tiny:llama"))
     """
     located, _, _ = resolve_source(ref.source, ref.adapters)
-    kind = str(_configuration(located, ref.revision).get("model_type", ""))
+    try:
+        kind = str(_configuration(located, ref.revision).get("model_type", ""))
+    except HubAwayError:
+        return None
     return "AutoModelForImageTextToText" if ref.task == "causal" and reads_pictures(kind) else None
 
 
