@@ -81,6 +81,8 @@ def auto_class(config: Any, task: str, name: str) -> Any:
         return builder
     possible = [other for other, (_, names) in heads.items() if config.model_type in names]
     possible = ["causal", *possible] if with_pictures else possible
+    if "causal" in possible and _sees_ahead(config):
+        possible.remove("causal")
     remedy = f"open it with task={possible[0]!r}" if possible else "open a model of another architecture"
     if task == "causal" and possible[:1] == ["seq2seq"]:
         remedy = _DECODER
@@ -114,8 +116,6 @@ def _decodes_text(config: Any) -> bool:
 
 def _check_direction(config: Any, task: str, name: str) -> None:
     """Refuse what ``transformers`` opens with a warning: encoders that predict tokens which they see."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         if task in ("causal", "reward"):
@@ -130,9 +130,16 @@ def _check_direction(config: Any, task: str, name: str) -> None:
             "predict",
             remedy="take a decoder such as Llama, Qwen or GPT-2, or a vision-language model such as Qwen2.5-VL",
         )
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if task == "causal" and kind in MASKED and not decodes:
+    if task == "causal" and _sees_ahead(config):
         raise ModelError(
             f"{name}: {kind} is an encoder: its attention sees the tokens that it would have to predict",
             remedy="take a decoder such as Llama, Qwen or GPT-2, or open it with task='classification'",
         )
+
+
+def _sees_ahead(config: Any) -> bool:
+    """Whether it is an encoder, also where ``transformers`` has a class by which it would predict the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return config.model_type in MASKED and not decodes and not getattr(config, "is_encoder_decoder", False)
