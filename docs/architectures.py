@@ -9,6 +9,7 @@ KINDS: dict[Kind, str] = {
     "experts": "Mixtures of experts",
     "recurrent": "Recurrent models",
     "hybrid": "Hybrids of recurrent layers and attention",
+    "pictures": "Models of pictures and text, on text",
 }
 
 _OPENING = """# Models
@@ -31,6 +32,10 @@ an architecture needs no entry anywhere. Below is what was tried, with tiny rand
   without calling the layers: an adapter there would not be seen, and asking for one is refused.
 - Weights that several layers share (Zamba) stay as they are: an adapter on one could not be merged.
 - `tenfold adapt --method full` trains all of them.
+
+**Models of pictures and text** (Llava, Qwen2.5-VL, SmolVLM, Mistral Small) are opened whole and read texts alone: what
+is adapted is their language model, the adapter fits the model as others have it, and pictures in the data are refused.
+PaliGemma reads a text in both directions, so nothing of it can be predicted, and is refused.
 
 Recurrent models have no KV cache: `speed` and `memory` leave its figures out. In batches of unequal texts every text
 has the log-probabilities that it has alone, in scoring and in writing.

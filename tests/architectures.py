@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["dense", "experts", "recurrent", "hybrid"]
+Kind = Literal["dense", "experts", "recurrent", "hybrid", "pictures"]
 
 _COMMON = {
     "vocab_size": 262,
@@ -27,6 +27,13 @@ _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "nu
             "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}  # fmt: skip
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+_TEXT = {**_COMMON, "sliding_window": None}
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "image_size": 28, "patch_size": 14}  # fmt: skip
+_QWEN_TEXT = {**_COMMON, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+_QWEN_VISION = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "out_hidden_size": 32, "patch_size": 4,
+                "intermediate_size": 48, "fullatt_block_indexes": [0], "window_size": 16}  # fmt: skip
+_QWEN_IDS = {"image_token_id": 261, "video_token_id": 260, "vision_start_token_id": 259, "vision_end_token_id": 258}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_d_conv": 4}
 
 
@@ -38,7 +45,7 @@ class Architecture:
         name: that people know.
         model_type: of its configuration.
         fields: of the configuration, beside those that all tiny models share.
-        kind: dense, with experts, recurrent, or a hybrid of recurrent layers and attention.
+        kind: dense, with experts, recurrent, a hybrid of recurrent layers and attention, or for pictures and text.
         refused: operation -> the reason, of `REASONS`; all others work.
     """
 
@@ -138,6 +145,27 @@ TABLE = (
                  "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "num_mem_blocks": 1,
                  "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "adapter_rank": 4, "chunk_size": 16},
                  "hybrid", OFF),
+    Architecture("Gemma 3 with pictures", "gemma3", {"text_config": {**_COMMON, **_WINDOWS, "head_dim": 8},
+                 "vision_config": _VISION, "mm_tokens_per_image": 4}, "pictures", SPANS),
+    Architecture("Llava", "llava", {"text_config": {"model_type": "llama", **_COMMON},
+                 "vision_config": {"model_type": "clip_vision_model", **_VISION}, "image_token_index": 261},
+                 "pictures", HEADLESS),
+    Architecture("Qwen2-VL", "qwen2_vl", {"text_config": _QWEN_TEXT, "vision_config": _QWEN_VISION, **_QWEN_IDS},
+                 "pictures", HEADLESS),
+    Architecture("Qwen2.5-VL", "qwen2_5_vl", {"text_config": _QWEN_TEXT, "vision_config": _QWEN_VISION, **_QWEN_IDS},
+                 "pictures", HEADLESS),
+    Architecture("Qwen3-VL", "qwen3_vl", {"text_config": {**_QWEN_TEXT, "head_dim": 8},
+                 "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+                 **_QWEN_IDS}, "pictures", HEADLESS),
+    Architecture("Idefics3", "idefics3", {"text_config": {"model_type": "llama", **_COMMON}, "vision_config": _VISION,
+                 "image_token_id": 261, "scale_factor": 1}, "pictures", HEADLESS),
+    Architecture("SmolVLM", "smolvlm", {"text_config": {"model_type": "llama", **_COMMON}, "vision_config": _VISION,
+                 "image_token_id": 261, "scale_factor": 1}, "pictures", HEADLESS),
+    Architecture("Mistral Small 3.1, Pixtral", "mistral3", {"text_config": {"model_type": "mistral", **_TEXT},
+                 "vision_config": {"model_type": "pixtral", **_VISION, "head_dim": 16}, "image_token_index": 261,
+                 "spatial_merge_size": 1}, "pictures", HEADLESS),
+    Architecture("InternVL", "internvl", {"text_config": {"model_type": "qwen2", **_COMMON}, "image_token_id": 261,
+                 "vision_config": {**_VISION, "image_size": [28, 28], "patch_size": [14, 14]}}, "pictures", HEADLESS),
 )  # fmt: skip
 
 
@@ -145,21 +173,30 @@ def configuration(row: Architecture) -> Any:
     """Its configuration, of a size that runs in milliseconds."""
     from transformers import AutoConfig
 
+    if row.kind == "pictures":
+        return AutoConfig.for_model(row.model_type, **row.fields)
     base = AutoConfig.for_model(row.model_type)
     shared = {key: value for key, value in _COMMON.items() if hasattr(base, key)}
     return AutoConfig.for_model(row.model_type, **{**shared, **row.fields})
 
 
+def stock(model_type: str) -> Any:
+    """The class of transformers by which one opens it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    pictures = [row.model_type for row in TABLE if row.kind == "pictures" and row.model_type != "gemma3"]
+    return AutoModelForImageTextToText if model_type in pictures else AutoModelForCausalLM
+
+
 def save(row: Architecture, folder: Path) -> Path:
     """A random model of it with a tokenizer of bytes, as people have one: a folder."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from tenfold.models.tiny import tiny_tokenizer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(configuration(row)).float().eval()
+        model = stock(row.model_type).from_config(configuration(row)).float().eval()
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -240,7 +240,7 @@ def _registered(base: str) -> str:
     if name not in ALL_ATTENTION_FUNCTIONS:
         function = partial(attention, base=base)
         AttentionInterface.register(name, function)
-        if base != "flex_attention":  # its masks are no tensors
+        if base != "flex_attention":  # its masks are not tensors
             _READERS.add(function)
     if base in masks:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
@@ -282,7 +282,7 @@ def attention(
     if isinstance(key, CacheHandle):
         if probe is None and not key.exact:
             return _on_handle(module, query, key, attention_mask, key_bias, arguments), None
-        key, value = key.dense(attention_mask)  # a picture is drawn from whole tensors: it is no part of generating
+        key, value = key.dense(attention_mask)  # a picture is drawn from whole tensors: it is not part of generating
     plain = partial(_function(module, base), module, **arguments)
     if probe is not None:
 

@@ -76,7 +76,7 @@ class CacheHandle(ABC):
         """
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks of keys and values that are no tensors."""
+        """What a model asks of keys and values that are not tensors."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise self._no_tensor(f"asks its keys for .{name}")

@@ -198,7 +198,7 @@ def from_substrings(
         text: the prompt.
         substrings: one or several; a mapping gives each its strength.
         occurrence: which one, counted from 0, or from the end if negative, or ``"all"``; a list has one for each.
-        strength: of the marks, where ``substrings`` is no mapping.
+        strength: of the marks, where ``substrings`` is not a mapping.
 
     Raises:
         DataError: a part that is not there so often.
@@ -323,7 +323,7 @@ def _row(
         prompt.text, add_special_tokens=prompt.special, return_offsets_mapping=True, truncation=False, verbose=False
     )
     ids, offsets = found["input_ids"], found["offset_mapping"]
-    if not ids or not prompt.text:  # special tokens alone are no prompt
+    if not ids or not prompt.text:  # special tokens alone are not a prompt
         raise DataError(f"{name} is empty", remedy="give at least one word")
     strengths: list[float | None] = [None] * len(ids)
     limit = len(ids) if max_length is None else max_length

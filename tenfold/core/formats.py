@@ -50,7 +50,7 @@ def quantise(
     ([[0, 0, 2, 2, 3]], 1.0, 0.0)
     """
     if bits not in PLANES:
-        raise ConfigError(f"bits: {bits} is no code width", remedy="give 2, 3, 4 or 8")
+        raise ConfigError(f"bits: unknown code width {bits}", remedy="give 2, 3, 4 or 8")
     length = x.shape[dim]
     group = min(group, length)
     grouped = _grouped(x, dim, group)

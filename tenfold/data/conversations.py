@@ -93,7 +93,7 @@ def _completion(record: RawRow, values: dict[str, Any]) -> dict[str, Any]:
     asked, told = values["prompt"], values["completion"]
     told = [{"role": "assistant", "content": told}] if isinstance(told, str) else told
     if not is_turns(told) or not any(message["role"] == "assistant" for message in told):
-        said = f"messages of {', '.join(one['role'] for one in told)}" if is_turns(told) else "no list of messages"
+        said = f"messages of {', '.join(one['role'] for one in told)}" if is_turns(told) else "not a list of messages"
         raise wrong(record, "completion", f"{said}, expected an answer of the assistant", "mend or remove the row")
     single = len(asked) == len(told) == 1 and is_plain(asked[0], "user") and is_plain(told[0], "assistant")
     single = single and not turns_of(asked[0]["content"])
@@ -140,7 +140,7 @@ def _has_implicit_prompt(values: Mapping[str, Any]) -> bool:
         return True
     if any(values.get(name) for name in KNOWN_AS["prompt"]):
         return False
-    # A single word (a source, a language) is no prompt.
+    # A single word (a source, a language) is not a prompt.
     others = (value for name, value in values.items() if name not in ("id", "split", "chosen", "rejected"))
     return all(not value or isinstance(value, int | float) or len(str(value).split()) < 2 for value in others)
 

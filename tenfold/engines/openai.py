@@ -173,7 +173,7 @@ class OpenAIEngine:
         seconds = Seconds(began - asked, time.perf_counter() - began)
         reply = Reply(log_probabilities=found, seconds=seconds)
         if missing := [text for text in named if text not in found]:
-            problem = f"{missing[0]!r} is none of the {TOP} most probable first tokens that the server names"
+            problem = f"{missing[0]!r} is not among the {TOP} most probable first tokens that the server names"
             return replace(reply, finish="error", error=problem)
         return reply
 

@@ -63,7 +63,7 @@ def post(url: str, payload: Mapping[str, Any], *, timeout: float, key: str | Non
     try:
         return json.loads(body)
     except ValueError:
-        raise TransportError(f"the answer is no JSON: {body[:80]!r}", True) from None
+        raise TransportError(f"the answer is not JSON: {body[:80]!r}", True) from None
 
 
 def _after(error: urllib.error.HTTPError) -> float | None:

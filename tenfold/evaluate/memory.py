@@ -51,7 +51,7 @@ def memory(
     if takes_cache(model):
         keep["use_cache"] = True
     with evaluating(model):
-        # What libraries allocate once, at first use, is no cost of a prefill.
+        # What libraries allocate once, at first use, is not a cost of a prefill.
         model(input_ids=ids[:, :8], **keep)
         with measure_growth(device) as growth:
             given = {"past_key_values": make_cache(model)} if takes_cache(model) else {}

@@ -36,7 +36,7 @@ def choose(kernel: Kernel, device: torch.device) -> Functions:
     if kernel == "auto":
         return _load(fastest, device.type) if _installed(fastest) else _without(fastest)
     if kernel not in ("torch", "numba", "triton"):
-        raise ConfigError(f"kernel: {kernel!r} is none", remedy="give auto, torch, numba or triton")
+        raise ConfigError(f"kernel: unknown kernel {kernel!r}", remedy="give auto, torch, numba or triton")
     if not _installed(kernel):
         raise ConfigError(f"kernel: {kernel} is not installed", remedy=f"pip install {kernel}, or give kernel: torch")
     if kernel == "numba" and device.type != "cpu":

@@ -72,10 +72,17 @@ def auto_class(config: Any, task: str, name: str) -> Any:
     remote = getattr(config, "auto_map", None) or {}
     if builder.__name__ in remote:
         return builder
+    with_pictures = reads_pictures(config.model_type) and _decodes_text(config)
+    if task == "causal" and with_pictures:
+        _check_direction(config, task, name)
+        return transformers.AutoModelForImageTextToText
     if config.model_type in table:
         _check_direction(config, task, name)
         return builder
     possible = [other for other, (_, names) in heads.items() if config.model_type in names]
+    possible = ["causal", *possible] if with_pictures else possible
+    if "causal" in possible and _sees_ahead(config):
+        possible.remove("causal")
     remedy = f"open it with task={possible[0]!r}" if possible else "open a model of another architecture"
     if task == "causal" and possible[:1] == ["seq2seq"]:
         remedy = _DECODER
@@ -85,10 +92,30 @@ def auto_class(config: Any, task: str, name: str) -> Any:
     raise ModelError(f"{name}: {config.model_type} models have no head for task {task!r}{others}", remedy=remedy)
 
 
+def reads_pictures(model_type: str) -> bool:
+    """Whether transformers opens a model that writes text as one for pictures and text, and not as a causal one.
+
+    Such a model is opened whole, so that adapters fit it as others have it, and reads texts alone.
+
+    >>> reads_pictures("llava"), reads_pictures("gemma3"), reads_pictures("llama")
+    (True, False, False)
+    """
+    from transformers.models.auto import modeling_auto as tables
+
+    return (
+        model_type in tables.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and model_type not in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+
+
+def _decodes_text(config: Any) -> bool:
+    """Whether a composite configuration has a decoder for its text."""
+    text = config.get_text_config()
+    return text is not config and not getattr(text, "is_encoder_decoder", False) and not config.is_encoder_decoder
+
+
 def _check_direction(config: Any, task: str, name: str) -> None:
     """Refuse what ``transformers`` opens with a warning: encoders that predict tokens which they see."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         if task in ("causal", "reward"):
@@ -97,9 +124,22 @@ def _check_direction(config: Any, task: str, name: str) -> None:
                 remedy=_DECODER,
             )
         return
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if task == "causal" and kind in MASKED and not decodes:
+    if task == "causal" and getattr(config.get_text_config(), "use_bidirectional_attention", None):
+        raise ModelError(
+            f"{name}: {kind} reads a text in both directions: its attention sees the tokens that it would have to "
+            "predict",
+            remedy="take a decoder such as Llama, Qwen or GPT-2, or a vision-language model such as Qwen2.5-VL",
+        )
+    if task == "causal" and _sees_ahead(config):
         raise ModelError(
             f"{name}: {kind} is an encoder: its attention sees the tokens that it would have to predict",
             remedy="take a decoder such as Llama, Qwen or GPT-2, or open it with task='classification'",
         )
+
+
+def _sees_ahead(config: Any) -> bool:
+    """Whether it is an encoder, also where ``transformers`` has a class by which it would predict the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return config.model_type in MASKED and not decodes and not getattr(config, "is_encoder_decoder", False)

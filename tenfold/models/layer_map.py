@@ -321,7 +321,7 @@ def _taken_by_peft(model: Any, names: Sequence[str]) -> list[str]:
 
 
 def _stacked(modules: Sequence[tuple[str, Any]]) -> dict[str, tuple[int, ...]]:
-    """Matrices of blocks that are no layers but slices of a parameter, as stacked experts are: name and shape."""
+    """Matrices of blocks that are not layers but slices of a parameter, as stacked experts are: name and shape."""
     import torch
 
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)

@@ -133,7 +133,7 @@ def stored_bytes(thing: object) -> int:
     """Bytes of all tensors that a cache (or any object made of plain Python) holds, shared storage counted once.
 
     A view counts with the whole storage it keeps alive. Lists, tuples, dictionaries, attributes and the inner parts of
-    tensor subclasses are followed; modules are not, for their weights are no cache.
+    tensor subclasses are followed; modules are not, for their weights are not a cache.
 
     >>> keys = torch.zeros(4, 8)
     >>> stored_bytes({"keys": keys, "the same": keys[:1]})

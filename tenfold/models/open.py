@@ -223,7 +223,7 @@ def resolve_dtype(
         return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"dtype: {dtype!r} is no floating-point type", remedy="give float32, bfloat16 or float16")
+        raise ConfigError(f"dtype: {dtype!r} is not a floating-point type", remedy="give float32, bfloat16 or float16")
     return found
 
 
@@ -252,7 +252,7 @@ def attach_adapter(model: Any, folder: Path, task: str) -> Any:
         )
     try:
         with tying_handled():
-            # PEFT sets what it warns of; a packed layer is no Conv1D any more, and the adapter is the same.
+            # PEFT sets what it warns of; a packed layer is not a Conv1D any more, and the adapter is the same.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             adapted = PeftModel.from_pretrained(model, str(folder), **keys)
             if (folder / REFERENCE / "adapter_config.json").is_file() and not keys:

@@ -10,6 +10,7 @@ from tenfold.config.shape import Shape, Task
 from tenfold.errors import MissingDependencyError, ModelError
 from tenfold.models.changes import compression
 from tenfold.models.gguf import cache_dir, gguf_sha256
+from tenfold.models.heads import reads_pictures
 from tenfold.models.quantised import check_own
 from tenfold.models.reference import ModelRef
 from tenfold.models.source import Located, hub_error, read_json, resolve_source
@@ -67,6 +68,22 @@ def shape_from(config: dict[str, Any], name: str, task: Task = "causal", *, adap
         task = "reward"  # a saved one, whatever the recipe calls it
     kind, compressed = str(values.get("model_type", "")), compression(config) is not None
     return Shape(name, kind, task=task, adapted=adapted, spans=spans, compressed=compressed, **found)
+
+
+def auto_class_name(ref: ModelRef) -> str | None:
+    """The auto class of transformers by which one opens a model, where it is known not to be that of its task.
+
+    Raises:
+        ModelError: no such model, or its configuration cannot be read.
+
+    >>> auto_class_name(ModelRef("tiny:llama"))
+    """
+    located, _, _ = resolve_source(ref.source, ref.adapters)
+    try:
+        kind = str(_configuration(located, ref.revision).get("model_type", ""))
+    except HubAwayError:
+        return None
+    return "AutoModelForImageTextToText" if ref.task == "causal" and reads_pictures(kind) else None
 
 
 class HubAwayError(ModelError):

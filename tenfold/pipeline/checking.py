@@ -114,7 +114,7 @@ def _applied(step: Step, shape: Shape, plan: ResolvedRecipe) -> Shape:
         )
     after = config.applied_to(shape)
     strange = "targets" in type(config).model_fields and not _comes_with_transformers(shape.model_type)
-    # An artefact is no folder yet: its matrices are looked at when the stage runs.
+    # An artefact is not a folder yet: its matrices are looked at when the stage runs.
     if not is_reference(step.model) and (strange or config.needs_matrices(shape)):
         _check_matrices(step, dataclasses.replace(model_of(plan, step), task=after.task))
     return after

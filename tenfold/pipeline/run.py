@@ -29,6 +29,7 @@ from tenfold.errors import RunError
 from tenfold.files import write_text
 from tenfold.models.embedded import DEMO_HUB_ID
 from tenfold.models.reference import ModelRef
+from tenfold.models.shape import auto_class_name
 from tenfold.pipeline.checking import check_model, check_stage, model_of, naming
 from tenfold.pipeline.folder import finish, locked, refuse_foreign, removed_if_refused, sweep, writable
 from tenfold.pipeline.inputs import Job, jobs, other_rows_of, rows_of, why_again
@@ -175,7 +176,7 @@ def _stage(at_work: Run, job: Job) -> None:
     for made in at_work.plan.made.values():
         if made.step == step.index - 1:
             at_work.paths[made.reference] = str(folder / summary.artefacts[made.name])
-    # A look at another model is no turn to it: later stages go on with the one before, unless this stage made one.
+    # A look at another model does not turn to it: later stages go on with the one before, unless this stage made one.
     if step.model is not None and summary.continues_with is not None:
         at_work.start = start
     if model is not None and (step.model is None or summary.continues_with is not None):
@@ -304,6 +305,7 @@ def _execute(at_work: Run, job: Job, start: ModelRef | None, model: ModelRef | N
             recipe_text=plan.to_yaml(),
             kind=summary.continues_with,
             task=start.task,
+            auto=auto_class_name(start),
         )
     write_text(work / "summary.json", summary.model_dump_json(indent=2))
     finish(work, at_work.out / step.folder, at_work.ours)

@@ -35,6 +35,7 @@ def write_card(
     recipe_text: str,
     kind: CardKind,
     task: Task = "causal",
+    auto: str | None = None,
 ) -> Path:
     """Write ``README.md`` into the folder of an artefact.
 
@@ -47,6 +48,7 @@ def write_card(
         kind: ``adapter`` is loaded by PEFT on top of the base model, ``model`` by transformers; either by tenfold where
             the folder says that the model has local spans.
         task: what the model's head is for.
+        auto: transformers' auto class that opens it, where that is not the one of its task.
 
     Returns:
         The path of the card.
@@ -58,6 +60,7 @@ def write_card(
         recipe_text=recipe_text,
         kind=kind,
         task=task,
+        auto=auto,
         name=folder.name,
         alone=not is_marked(folder),
         compressed=is_compressed(folder),
@@ -74,6 +77,7 @@ def card(
     kind: CardKind,
     name: str,
     task: Task = "causal",
+    auto: str | None = None,
     alone: bool = True,
     compressed: bool = False,
 ) -> str:
@@ -91,7 +95,7 @@ def card(
         _header(summary, base, kind, alone and not compressed),
         f"# {_inline(base)} after `{summary.stage}`",
         _what(summary, base, kind),
-        _loading(name, base, kind, task, alone, compressed),
+        _loading(name, base, kind, task, auto or AUTO_CLASSES[task], alone, compressed),
         _data(summary),
         _results(summary),
         "## Recipe\n\n" + _fence(recipe_text, "yaml"),
@@ -132,9 +136,10 @@ def _what(summary: StageSummary, base: str, kind: CardKind) -> str:
     return "\n".join(lines)
 
 
-def _loading(name: str, base: str, kind: CardKind, task: Task, alone: bool, compressed: bool) -> str:
+def _loading(name: str, base: str, kind: CardKind, task: Task, auto: str, alone: bool, compressed: bool) -> str:
     if alone and not compressed:
-        return "## Load it\n\nNo tenfold needed.\n\n" + _fence(_code(name, base, kind, task), "python")
+        code = "\n".join([_code(name, base, kind, auto), *_writing(task)])
+        return "## Load it\n\nNo tenfold needed.\n\n" + _fence(code, "python")
     other = "PEFT would put it on the model without them" if kind == "adapter" else "transformers does not open it"
     lines = [
         "from tenfold import open_model",
@@ -143,7 +148,7 @@ def _loading(name: str, base: str, kind: CardKind, task: Task, alone: bool, comp
         "model, tokenizer = opened.model, opened.tokenizer",
         *_writing(task),
     ]
-    text = f"It needs tenfold: its layers have local spans, which are no part of transformers. {other}."
+    text = f"It needs tenfold: its layers have local spans, which are not part of transformers. {other}."
     if compressed:
         what = "it stands on a compressed model" if kind == "adapter" else "its layers are compressed"
         text = (
@@ -153,8 +158,7 @@ def _loading(name: str, base: str, kind: CardKind, task: Task, alone: bool, comp
     return f"## Load it\n\n{text}\n\n" + _fence("\n".join(lines), "python")
 
 
-def _code(name: str, base: str, kind: CardKind, task: Task) -> str:
-    auto = AUTO_CLASSES[task]
+def _code(name: str, base: str, kind: CardKind, auto: str) -> str:
     lines = [
         *(["from peft import PeftModel"] if kind == "adapter" else []),
         f"from transformers import {auto}, AutoTokenizer",
@@ -169,7 +173,7 @@ def _code(name: str, base: str, kind: CardKind, task: Task) -> str:
     else:
         lines.append(f"model = {auto}.from_pretrained(folder)")
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
-    return "\n".join([*lines, *_writing(task)])
+    return "\n".join(lines)
 
 
 def _writing(task: Task) -> list[str]:

@@ -29,7 +29,7 @@ def load_run(folder: Path) -> tuple[str, list[StageSummary], Metrics]:
         and the logged steps by stage folder (``01-lora``).
 
     Raises:
-        RunError: when the folder is no run, or a file in it is damaged or of a newer version.
+        RunError: when the folder is not a run, or a file in it is damaged or of a newer version.
     """
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():

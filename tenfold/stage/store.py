@@ -54,7 +54,7 @@ class Store:
             The value as it is read back, also the first time, so that a resumed run sees no difference.
 
         Raises:
-            DataError: the file is no store.
+            DataError: the file is not a store.
         """
         if key not in self.entries:
             self.add({key: compute()})
@@ -79,7 +79,7 @@ class Store:
             tell: called with how many are done, and how many there are.
 
         Raises:
-            DataError: the file is no store.
+            DataError: the file is not a store.
             Exception: the first that ``work`` raised, once those at work have ended.
 
         >>> Store(None).map({"two": 2, "three": 3}, lambda number: number**2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from tenfold import gear, pasta
 from tenfold.attend.span_handle import Part, SpanHandle
@@ -11,6 +11,7 @@ from tenfold.cache.gear.cache import check_readable
 from tenfold.cache.gear.handle import PackedHandle
 from tenfold.cache.gear.recipe import Format, compress
 from tenfold.cache.gear.settings import LADDER, layer_formats
+from tenfold.cache.packing import packed_caches
 from tenfold.config.gear import CacheConfig, GearConfig, GearPaper, parse_kv
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.local import FULL
@@ -549,6 +550,20 @@ def test_settings_in_one_word_or_by_name_but_not_both():
     for wrong in ("gear:4,buffer=[", "gear:\u00b2", "gear:4,bits=8", "gear:3.5bits,layer_bits={0: [8, 8]}"):
         with pytest.raises(ConfigError):
             parse_kv(wrong)
+
+
+@pytest.mark.parametrize("kind", ["jetmoe", "diffllama"])
+def test_models_that_work_on_what_the_cache_hands_over_are_refused_at_attachment(kind):
+    small = {"vocab_size": 262, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "kv_channels": 8}  # fmt: skip
+    base = AutoConfig.for_model(kind)
+    config = AutoConfig.for_model(kind, **{key: value for key, value in small.items() if hasattr(base, key)})
+    model = AutoModelForCausalLM.from_config(config)
+    said = f"{kind}: works on keys and values between its cache and its attention"
+    with pytest.raises(ModelError, match=said), gear.attach(model, "gear:4"):
+        pass
+    with pytest.raises(ModelError, match=said), packed_caches(model, "gear:4"):
+        pass
 
 
 def test_models_that_take_their_own_class_of_cache_are_refused():

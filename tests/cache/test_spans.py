@@ -346,7 +346,7 @@ def test_what_cannot_be_meant_is_refused():
         masformer.convert(opened.model, full_layers=[0], span=AttentionWindow("block", 8))
         with pytest.raises(ModelError, match=r"layer 0: its cache was made for .* and the layer has full attention"):
             opened.model(input_ids=ids, past_key_values=cache)
-        with pytest.raises(ModelError, match=r"layer_bits: layers \[1\] are none of full attention"):
+        with pytest.raises(ModelError, match=r"layer_bits: layers \[1\] do not have full attention"):
             SpanCache(opened.model.config, CacheConfig(bits=4, layer_bits={1: (2, 2)}))
 
 

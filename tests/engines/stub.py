@@ -24,7 +24,7 @@ class Stub:
         self.opened = opened or tiny_model("llama")
         self.session, self.lock = Session(self.opened), threading.Lock()
         self.script = []
-        """Statuses and headers to answer with before anything works; ``"drop"`` hangs up, ``"garbage"`` is no JSON."""
+        """Statuses and headers to answer with before anything works; ``"drop"`` hangs up, ``"garbage"`` is not JSON."""
         self.seen, self.running, self.most, self.delay = [], 0, 0, 0.0
         self.scores = True
 

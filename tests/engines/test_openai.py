@@ -127,7 +127,7 @@ def test_scores_that_a_server_does_not_give_are_refused(stub, client):
 def test_a_choice_that_a_chat_server_does_not_name_is_an_error_of_the_reply(client):
     reply = client().score([Request(messages=[{"role": "user", "content": "Hi"}])], ["two words"])[0]
     assert reply.finish == "error"
-    assert "'two words' is none of the 20" in reply.error
+    assert "'two words' is not among the 20" in reply.error
 
 
 @pytest.mark.parametrize(

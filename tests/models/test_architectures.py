@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import gc
 import json
+from pathlib import Path
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tenfold import cli
 from tenfold.adapt import lora
@@ -22,7 +22,7 @@ from tenfold.models.generation import decoding, left_padded
 from tenfold.models.open import open_model
 from tenfold.models.scoring import Window, score
 from tenfold.pipeline import run as runner
-from tests.architectures import OPERATIONS, REASONS, TABLE, save
+from tests.architectures import OPERATIONS, REASONS, TABLE, save, stock
 from tests.runs import execute
 
 FIRST = ("bloom", "gptj", "qwen3_moe", "deepseek_v3", "mamba", "qwen3_next", "recurrent_gemma")
@@ -115,7 +115,8 @@ def test_cell(row, operation, models, tmp_path):
 
 
 def plain(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    kind = json.loads((Path(folder) / "config.json").read_text())["model_type"]
+    return stock(kind).from_pretrained(folder).float().eval()
 
 
 @torch.no_grad()

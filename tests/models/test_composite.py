@@ -9,10 +9,14 @@ import pytest
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from tenfold.errors import ModelError
 from tenfold.models.export import merge, save_adapter, save_model
+from tenfold.models.layer_map import layer_map
 from tenfold.models.open import open_model
 from tenfold.models.opened import settle_padding
 from tenfold.models.tiny import tiny_model, tiny_tokenizer
+from tests.architectures import TABLE, save
+from tests.runs import execute
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -70,6 +74,53 @@ def test_an_adapter_on_the_tied_head(tmp_path):
         logits(open_model(folder, device="cpu").model, tokenizer), expected, atol=1e-5, rtol=1e-5
     )
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def of_pictures(model_type, folder):
+    """A folder of a model for pictures and text, as people have one."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    row = next((row for row in TABLE if row.model_type == model_type), None)
+    if row is not None:
+        return save(row, folder)
+    fields = next(row for row in TABLE if row.model_type == "llava").fields
+    text = {**fields["text_config"], "model_type": "gemma", "head_dim": 8}
+    vision = {**fields["vision_config"], "model_type": "siglip_vision_model", "projection_dim": 32}
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, image_token_index=261)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "smolvlm"])
+def test_a_model_of_pictures_reads_text_from_left_to_right_and_its_tower_stays(model_type, tmp_path):
+    opened = open_model(of_pictures(model_type, tmp_path), device="cpu")
+    whole, part = logits(opened.model, opened.tokenizer, "hello you"), logits(opened.model, opened.tokenizer, "hello")
+    torch.testing.assert_close(whole[:, :5], part, atol=1e-5, rtol=0)
+    assert (whole[:, 1:] - whole[:, :-1]).abs().max() > 1e-3
+    chosen = [slot.name for slot in layer_map(opened.model).select(["all-linear"])]
+    assert len(chosen) == 14
+    assert all("visual" not in name and "vision" not in name for name in chosen)
+
+
+def test_models_of_pictures_that_see_the_text_ahead_or_have_no_reward_head_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="paligemma reads a text in both directions") as caught:
+        open_model(of_pictures("paligemma", tmp_path / "one"), device="cpu")
+    assert "Qwen2.5-VL" in caught.value.remedy
+    with pytest.raises(ModelError, match="have no head for task 'reward'; they have causal") as caught:
+        open_model(of_pictures("llava", tmp_path / "two"), "reward", device="cpu")
+    assert "target dpo" in caught.value.remedy
+
+
+def test_the_card_of_an_adapter_names_the_class_that_opens_its_base(tmp_path):
+    base = of_pictures("llava", tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{n} and {n + 1}"}) + "\n" for n in range(9)))
+    stage = {"use": "lora", "data": str(rows), "steps": 1, "max_length": 16, "rank": 2}
+    execute({"model": str(base), "device": "cpu", "stages": [stage]}, tmp_path / "run")
+    card = (tmp_path / "run/01-lora/adapter/README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "AutoModelForCausalLM" not in card
 
 
 @pytest.mark.parametrize("named", [None, 0, 5])

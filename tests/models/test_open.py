@@ -75,8 +75,16 @@ def test_what_transformers_opens_for_a_task_that_it_cannot_do_is_refused(kind, h
     with pytest.raises(ModelError, match=said) as caught:
         auto_class(config, task, "theirs")
     assert "open it with task=" in caught.value.remedy
+    assert ("'classification'" in caught.value.remedy) == (kind != "bart")
     assert auto_class(AutoConfig.for_model("bert", is_decoder=True), "causal", "theirs")
     assert auto_class(AutoConfig.for_model("bert"), "classification", "theirs")
+
+
+@pytest.mark.parametrize(("kind", "task"), [("bert", "seq2seq"), ("modernbert", "causal"), ("distilbert", "seq2seq")])
+def test_an_encoder_is_told_that_it_classifies(kind, task):
+    with pytest.raises(ModelError, match="they have classification, reward") as caught:
+        auto_class(AutoConfig.for_model(kind), task, "theirs")
+    assert caught.value.remedy == "open it with task='classification'"
 
 
 def test_dtype(folder):
@@ -86,7 +94,7 @@ def test_dtype(folder):
     assert open_model(folder, device="cpu", dtype=torch.float16).model.dtype == torch.float16
     assert open_model("tiny:llama", device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
     for wrong in ("int8", "bf16"):
-        with pytest.raises(ConfigError, match="no floating-point type"):
+        with pytest.raises(ConfigError, match="not a floating-point type"):
             open_model(folder, dtype=wrong)
 
 

@@ -106,7 +106,7 @@ def choose_lam(margins: Mapping[float, Tensor], *, trusted: bool) -> CapChoice:
 def _check(margins: Mapping[float, Tensor]) -> None:
     first = next(iter(margins.values()))
     for lam, values in margins.items():
-        kink(lam)  # refuses what is no cap
+        kink(lam)  # refuses what is not a cap
         if values.shape != (len(first),) or len(first) < LEAST:
             raise DataError(
                 f"lam {lam:g}: margins of shape {list(values.shape)}",

@@ -124,7 +124,7 @@ class AutoPasta:
             are doubled. The longer its beginning is that of ``answer_prompt``, the more of the first pass is reused.
         answer_prompt: asks for the answer, likewise.
         split: from a context to the spans of its sentences.
-        embed: from texts to one row of numbers each, for quotes that are no copies; see `locate`.
+        embed: from texts to one row of numbers each, for quotes that are not copies; see `locate`.
         min_similarity: least cosine of quote and sentence, -1 to 1; below it nothing is steered. Tune it per embedder.
         max_spans: sentences to emphasise at most; the paper takes one.
         max_quote_tokens: longest quote.
@@ -454,7 +454,7 @@ def _rows(
         wrong = [span for span in spans if not 0 <= span[0] < span[1] <= len(context)]
         if wrong:
             raise ConfigError(
-                f"gold: {wrong[0]} of question {number} is no part of a context of {len(context)} characters",
+                f"gold: {wrong[0]} of question {number} does not lie within its context of {len(context)} characters",
                 remedy="give [start, end) offsets of this context",
             )
     return [_Row(*row) for row in zip(questions, contexts, given, strict=True)]

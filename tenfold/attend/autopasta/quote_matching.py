@@ -129,7 +129,7 @@ def _unquote(text: str) -> str:
         family = SINGLE_QUOTES if pair["open"] in SINGLE_QUOTES else DOUBLE_QUOTES
         inner = _APOSTROPHE.sub("x", pair["inside"])
         at = next((place for place, character in enumerate(inner) if character in family), None)
-        # In '"A" and "B"' the first inner mark closes: the outer two are no pair.
+        # In '"A" and "B"' the first inner mark closes: the outer two are not a pair.
         opens = not at or inner[at - 1].isspace() or inner[at - 1] in "([{" + SINGLE_QUOTES + DOUBLE_QUOTES
         return pair["inside"] if opens else text
     if sum(character in DOUBLE_QUOTES for character in text) == 1:

@@ -149,7 +149,7 @@ def load_profile(source: str | Path) -> Profile:
         return Profile(heads, dict(values["model"]), tuple(values["tasks"]), curve, dict(values["provenance"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"profile: {path} is no head file ({type(error).__name__}: {error})",
+            f"profile: {path} is not a head file ({type(error).__name__}: {error})",
             remedy='write {"layer": [heads], ...}, or make one with `tenfold steer profile MODEL`',
         ) from error
 

@@ -110,7 +110,7 @@ def coarse_to_fine(
     if math.isnan(candidates[best]):
         raise ConfigError(
             f"score: not a number for any of {len(candidates)} candidates, {_named(best)} the first of them",
-            remedy="return a number; see why it is none there",
+            remedy="return a number; see why it is not one there",
         )
     return Search(best, candidates[best], layers, ranking, coarse, fine, candidates, len(scores) - before)
 

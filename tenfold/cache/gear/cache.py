@@ -166,7 +166,7 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
     unknown = sorted(set(settings.layer_bits) - set(full))
     if unknown:
         raise ModelError(
-            f"layer_bits: layers {unknown} are none of full attention", remedy=f"layers that are packed: {list(full)}"
+            f"layer_bits: layers {unknown} do not have full attention", remedy=f"layers that are packed: {list(full)}"
         )
     if settings.budget is not None:
         sizes = {"channels": head_dim(decoder), "kv_heads": kv_heads(decoder)}
@@ -178,6 +178,9 @@ def gear_layers(decoder: Any, settings: CacheConfig, full: Sequence[int]) -> dic
 _OWN_CACHES = ("minimax",)
 """Model types whose forward refuses any other class of cache (transformers 5.23)."""
 
+_REWORKED = ("jetmoe", "diffllama")
+"""Model types that repeat or part keys and values between cache and attention (transformers 5.23)."""
+
 
 def check_readable(decoder: Any) -> None:
     """Refuse attention that works on what its cache hands over before it attends, as latent attention does.
@@ -186,8 +189,14 @@ def check_readable(decoder: Any) -> None:
         decoder: the configuration of the model's decoder.
 
     Raises:
-        ModelError: latent attention (DeepSeek and its kin), or a model that takes its own class of cache only.
+        ModelError: latent attention (DeepSeek and its kin), keys that are worked on between cache and attention
+            (JetMoE, DiffLlama), or a model that takes its own class of cache only.
     """
+    if decoder.model_type in _REWORKED:
+        raise ModelError(
+            f"{decoder.model_type}: works on keys and values between its cache and its attention, so none is packed",
+            remedy="keep the model's own cache (leave kv out), or use a bare GearCache of this very model",
+        )
     if getattr(decoder, "kv_lora_rank", None):
         raise ModelError(
             f"{decoder.model_type}: its cache holds what keys and values are made of, so none is packed",

@@ -376,7 +376,7 @@ def _first_tokens(packed: Packed, tokens: int) -> Packed:
 
 @lru_cache
 def hadamard(channels: int) -> Tensor:
-    """An orthogonal, symmetric matrix of equal magnitudes; block-diagonal where ``channels`` is no power of two.
+    """An orthogonal, symmetric matrix of equal magnitudes; block-diagonal where ``channels`` is not a power of two.
 
     >>> H = hadamard(24)
     >>> torch.allclose(H @ H, torch.eye(24), atol=1e-6), int((H != 0).sum(0)[0])
