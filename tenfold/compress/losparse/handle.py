@@ -14,7 +14,7 @@ from tenfold.compress.losparse.factors import Factors, stored
 from tenfold.compress.losparse.layer import Kind, LowRankRowsLinear, remark, replace_module
 from tenfold.compress.losparse.masked import LoSparseLinear
 from tenfold.compress.losparse.mathematics import split
-from tenfold.compress.losparse.pruner import Pruner
+from tenfold.compress.losparse.pruner import Pruner, make_schedule
 from tenfold.config.losparse import LoSparsePaper
 from tenfold.errors import ConfigError, ModelError, RunError
 from tenfold.models.layer_map import Slot, layer_map
@@ -121,11 +121,12 @@ class LoSparse:
             The model as it was, bit for bit.
 
         Raises:
-            RunError: after the first optimizer step, at which the original weights are let go.
+            RunError: after the first optimizer step, at which the original weights are let go; and where the rest is
+                frozen, because it takes their place at once.
         """
         if not self._originals:
             raise RunError(
-                "the compressed layers were trained, and the weights before that are gone",
+                "the weights before compressing are gone: frozen ones at once, others at the first step",
                 remedy="take finish(), or open the model again",
             )
         self.pruner.close()
@@ -180,14 +181,17 @@ def attach(
     slots = _slots(model, ranks, rows)
     costs = dict(costs) if costs is not None else {name: slot.in_features for name, slot in slots.items()}
     free = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    originals = {name: model.get_submodule(name) for name in slots}
-    layers = {
-        name: _layer(originals[name], slot, ranks[name], (grams or {}).get(name), frozen)
-        for name, slot in slots.items()
-    }
+    all_rows = sum(costs[name] * slot.out_features for name, slot in slots.items())
+    if total_steps is not None:
+        make_schedule(config, min(rows / all_rows, 1.0), total_steps)
+    originals, layers = {}, {}
+    for name, slot in slots.items():
+        module = model.get_submodule(name)
+        layers[name] = _layer(module, slot, ranks[name], (grams or {}).get(name), frozen)
+        replace_module(model, name, layers[name])
+        if not frozen:  # there the moments of the optimizer come later, and need more than these
+            originals[name] = module
     pruner = Pruner(model, layers, rows, costs, config, total_steps, started=originals.clear)
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
     if frozen:
         ours = {id(parameter) for layer in layers.values() for parameter in (layer.left, layer.right)}
         for parameter in model.parameters():

@@ -99,8 +99,6 @@ class Pruner:
         self._importance: Importance | None = None
         self._probes: dict[str, Tensor] = {}
         self._total_steps, self._started = total_steps, started
-        if total_steps is not None:
-            make_schedule(config, self.rows / self.all_rows, total_steps)
         self._model = weakref.ref(model)
         self._steps = StepHooks(
             STATE,

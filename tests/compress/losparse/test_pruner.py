@@ -427,5 +427,14 @@ def test_gates_of_several_processes_are_refused(monkeypatch):
 def test_after_training_there_is_nothing_to_detach_to():
     handle = compressed()
     train(handle, 1)
-    with pytest.raises(RunError, match="weights before that are gone"):
-        handle.detach()
+    for gone in (handle, compressed(frozen=True)):
+        with pytest.raises(RunError, match="weights before compressing are gone"):
+            gone.detach()
+
+
+def test_a_refused_run_leaves_the_model_as_it_was():
+    model = tiny_model("llama").model
+    before = dict(model.named_modules())
+    with pytest.raises(ConfigError, match="leave none"):
+        attach(model, dict.fromkeys(names(model), 2), 100, total_steps=1)
+    assert all(before[name] is module for name, module in model.named_modules())
