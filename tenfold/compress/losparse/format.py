@@ -59,7 +59,7 @@ def renaming(names: list[str]) -> WeightRenaming:
     return WeightRenaming(rf"({'|'.join(map(re.escape, names))})\.weight", r"\1.rows")
 
 
-def mark(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
+def record_layers(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
     """Write into a model's configuration which layers are compressed, so that ``save_pretrained`` is all it takes.
 
     Args:

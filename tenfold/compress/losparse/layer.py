@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tenfold.compress.losparse.factors import Factors
-from tenfold.compress.losparse.format import mark
+from tenfold.compress.losparse.format import record_layers
 from tenfold.compress.losparse.spanning import spanning_rows
 from tenfold.compress.losparse.unmade import UnmadeWeight
 from tenfold.errors import ConfigError, ModelError
@@ -372,7 +372,7 @@ def remark(model: nn.Module) -> nn.Module:
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(plain, PreTrainedModel):
         layers = compressed_layers(plain)
-        mark(plain, {name.removesuffix(".base_layer"): entry_of(layer) for name, layer in layers.items()})
+        record_layers(plain, {name.removesuffix(".base_layer"): entry_of(layer) for name, layer in layers.items()})
     return model
 
 
