@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -76,7 +76,10 @@ class LowRankRowsLinear(nn.Linear):
         self.few: Form = "stored"
         self.many: Form = "stored"
         """In which form up to `FEW` tokens, and more, are multiplied (`tenfold.kernels.low_rank_rows`)."""
-        self._forms: dict[Form, tuple[tuple[int, ...], Tensor]] = {}
+        # What other forms multiply with, and the versions of the parameters that it was made of.
+        for form in ("joined", "whole"):
+            self.register_buffer(f"made_{form}", None, persistent=False)
+        self._made_of: dict[Form, list[tuple[int, int]]] = {}
 
     @classmethod
     def from_factors(
@@ -147,7 +150,7 @@ class LowRankRowsLinear(nn.Linear):
     def take(self, few: Form, many: Form) -> None:
         """Choose the forms for few and many tokens; what they need beside the parameters is made at their first use."""
         self.few, self.many = few, many
-        self._forms = {form: made for form, made in self._forms.items() if form in (few, many)}
+        self._forget({"joined", "whole"} - {few, many})
 
     def form_bytes(self) -> int:
         """Bytes beside the parameters that the chosen forms take once they are in use."""
@@ -156,24 +159,29 @@ class LowRankRowsLinear(nn.Linear):
 
     def _made(self, form: Form) -> Tensor:
         """What a form multiplies with; made again when a parameter has changed or gone elsewhere."""
-        known = self._forms.get(form)
-        if torch.compiler.is_compiling() and known is not None:
-            return known[1]
-        versions = tuple(-1 if one.is_inference() else one._version for one in (self.rows, self.mix))
-        if known is None or known[0] != versions or known[1].device != self.rows.device:
+        made: Tensor | None = getattr(self, f"made_{form}")
+        if made is not None and torch.compiler.is_compiling():
+            return made
+        versions = [(id(one), -1 if one.is_inference() else one._version) for one in (self.rows, self.mix)]
+        if made is None or self._made_of[form] != versions:
             with torch.no_grad():
                 if form == "whole":
                     made = self.dense_weight()
                 else:
                     made = combinations(self.rank + self.kept, self.mix, self.place)
-            known = self._forms[form] = (versions, made)
-        return known[1]
+            setattr(self, f"made_{form}", made)
+            self._made_of[form] = versions
+        return made
+
+    def _forget(self, forms: Iterable[str] = ("joined", "whole")) -> None:
+        for form in forms:
+            setattr(self, f"made_{form}", None)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """To another type or device: what was made goes, and forms that another device is fast with."""
         before = self.rows.device.type
+        self._forget()
         super()._apply(*args, **kwargs)
-        self._forms = {}
         if self.rows.device.type != before:
             self.take("stored", "stored")
         return self
@@ -201,7 +209,8 @@ class LowRankRowsLinear(nn.Linear):
         with torch.no_grad():  # rows that go stand next to the combinations already, so that no place changes
             self.rows = nn.Parameter(self.rows[: self.rank + kept].clone(), self.rows.requires_grad)
             self.mix = nn.Parameter(torch.cat((self.spare[kept:], self.mix)), self.mix.requires_grad)
-        self.spare, self.kept, self._forms = self.spare[:kept].clone(), kept, {}
+        self.spare, self.kept = self.spare[:kept].clone(), kept
+        self._forget()
 
     def plus(self, left: Tensor, right: Tensor) -> LowRankRowsLinear:
         """A layer for the sum of this matrix and ``left @ right``: its rank is larger by that of the summand, at most.

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
 
 from tenfold.compress.losparse.factors import stored
 from tenfold.compress.losparse.format import LowRankRowsConfig
@@ -85,8 +84,3 @@ def _fastest(layer: LowRankRowsLinear) -> tuple[Form, Form]:
                     best = form
             pair.append(best)
     return pair[0], pair[1]
-
-
-def form_bytes(model: nn.Module) -> int:
-    """Bytes that forms other than ``stored`` take beside the parameters once they are in use."""
-    return sum(layer.form_bytes() for layer in set(compressed_layers(model).values()))

@@ -16,6 +16,7 @@ from tenfold.adapt.fitting import prepare
 from tenfold.adapt.role_map import by_role
 from tenfold.adapt.training import Trained
 from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, install
+from tenfold.compress.losparse.layout import settle
 from tenfold.compress.losparse.oneshot import Replaced, compress_once
 from tenfold.compress.losparse.training import fit_compact, fit_compressed
 from tenfold.config.budget import parse_budget
@@ -54,16 +55,18 @@ def run_losparse(config: LoSparseConfig, context: Context) -> StageOutput:
     trained, results = None, list[Result]()
     if config.trains:
         model, trained, results = _train(config, context, dataclasses.replace(opened, model=model), encoded, matrices)
+    context.progress.begin("timing its layers")
+    layers, after = compressed_layers(model.to(dtype)), _size(model)
+    settle(model)
     context.progress.begin("writing the model")
-    save_model(model.to(dtype), opened.tokenizer, context.folder / "model")
-    layers, after = compressed_layers(model), _size(model)
+    save_model(model, opened.tokenizer, context.folder / "model")
     measured = context.store.get("quality", partial(_quality, config, context, model, opened.tokenizer), list[Result])
     return StageOutput(
         results=[*measured, *results],
         tables=[_sizes(matrices, layers, before, after)],
         figures=_maps({row.name: slots[row.name] for row in matrices}, layers),
         attached=_attached(matrices, layers, before, after),
-        notes=[*encoded.notes, *notes, *_said(matrices, layers)],
+        notes=[*encoded.notes, *notes, *_said(matrices, layers), *_forms(layers)],
         timings={} if trained is None else {"training": trained.seconds},
         artefact="model",
         continues_with="model",
@@ -220,6 +223,18 @@ def _maps(slots: Mapping[str, Slot], layers: Mapping[str, LowRankRowsLinear]) ->
             )
         )
     return figures
+
+
+def _forms(layers: Mapping[str, LowRankRowsLinear]) -> list[str]:
+    """What speed takes in memory, on this machine."""
+    faster = [layer for layer in layers.values() if layer.form_bytes()]
+    if not faster:
+        return []
+    size = sum(layer.form_bytes() for layer in faster) / 2**20
+    return [
+        f"{len(faster)} of {len(layers)} compressed matrices are faster on this machine in a form that takes more "
+        f"memory: {size:.3g} MiB beside the model. Its files hold the small form, and which one is the faster."
+    ]
 
 
 def _said(matrices: Sequence[Replaced], layers: Mapping[str, LowRankRowsLinear]) -> list[str]:
