@@ -48,10 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", choices=[*parts, "cost"], default=[])
     parser.add_argument("--seeds", type=int, default=2, help="of training and classification")
     parser.add_argument("--kept", type=float, nargs="+", help="shares of these two; 0.5 and 0.3 by default")
+    parser.add_argument("--methods", nargs="+", default=(), help="of oneshot; all by default")
     given = parser.parse_args(argv)
     quiet_upstream()
     options = {"seeds": given.seeds} | ({"kept": given.kept} if given.kept else {})
-    parts |= {name: partial(parts[name], **options) for name in ("training", "classification")} | {"cost": cost}
+    parts |= {name: partial(parts[name], **options) for name in ("training", "classification")}
+    parts |= {"oneshot": partial(oneshot, methods=given.methods), "cost": cost}
     for part in given.parts or [name for name in parts if name != "cost"]:
         parts[part]()
 

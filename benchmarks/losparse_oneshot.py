@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import done_in, keep_in, rows_in, section
-from benchmarks.losparse_peers import PEERS, ROUNDED, Made, Subject, applied, rounded
+from benchmarks.losparse_peers import PEERS, ROUNDED, At, Made, Subject, applied, rounded
+from tenfold.compress.losparse.oneshot import compress_once
+from tenfold.config.budget import Budget
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
 from tenfold.evaluate.perplexity import document_sums, perplexity, ratio
@@ -35,8 +37,8 @@ RESULTS = Path(__file__).parent / "results" / "losparse.jsonl"
 DATA = Path(os.environ.get("TENFOLD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 KEPT = (0.8, 0.5, 0.9, 0.7)
 """Shares of the replaced matrices' numbers, the most telling ones first."""
-WEAK = tuple(PEERS)[3:]
-"""Peers that others of their kind beat: measured at the first two shares alone."""
+WEAK = (*tuple(PEERS)[3:], "rank and rows, no refit", "rank and rows, all outputs alike")
+"""Beaten by others of their kind: measured at the first two shares alone."""
 TOPICS, PASSAGES = 40, 24
 PIECE, PIECES = 256, 64
 """Calibration: tokens of a piece, and pieces."""
@@ -126,7 +128,23 @@ def oneshot(source: str = "demo", methods: Iterable[str] = (), pieces: int = PIE
             _keep(keys | {"method": name, "kept": 1.0}, opened, subject, rounded(subject, bits), 0.0, few)
 
 
-METHODS: dict[str, Callable[[Subject], Callable[[float], Made]]] = {**PEERS}
+def ours(subject: Subject, **options: Any) -> At:
+    """LoSparse without training."""
+
+    def at(kept: float) -> Made:
+        found = compress_once(subject.model, list(subject.ids), budget=Budget(kept, "share"), **options)
+        biases = {name: parts.bias for name, parts in found.factors.items() if parts.bias is not None}
+        numbers = found.numbers + sum(bias.numel() for bias in biases.values())
+        indices = sum(parts.left.shape[0] for parts in found.factors.values())
+        weights = {name: parts.dense() for name, parts in found.factors.items()}
+        return Made(weights, biases, numbers, 2 * numbers + 4 * indices)
+
+    return at
+
+
+OURS = {"rank and rows (LoSparse)": ours, "rank and rows, no refit": partial(ours, refit=False),
+        "rank and rows, all outputs alike": partial(ours, weigh=False)}  # fmt: skip
+METHODS: dict[str, Callable[[Subject], At]] = {**PEERS, **OURS}
 """All that are asked for shares."""
 
 
