@@ -14,11 +14,13 @@ and the time is that of a pass by the number of copies.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +31,10 @@ from benchmarks import done_in, keep_in, rows_in, section
 from benchmarks.adalora import alternate
 from benchmarks.losparse_peers import READS, affordable
 from tenfold.compress.losparse.factors import stored
-from tenfold.compress.losparse.layer import LowRankRowsLinear, replace_module
+from tenfold.compress.losparse.format import LowRankRowsConfig
+from tenfold.compress.losparse.layer import LowRankRowsLinear, remark, replace_module
+from tenfold.compress.losparse.layout import form_bytes, settle
+from tenfold.kernels.low_rank_rows import FEW, Form
 from tenfold.models.inference import evaluating
 from tenfold.models.open import open_model
 
@@ -113,21 +118,33 @@ def machine(repeats: int = 9, size: int = 2**30) -> None:
 
 
 def layers(repeats: int = 9, copies: int = COPIES, shapes: Sequence[str] = tuple(SHAPES)) -> None:
-    """Each shape dense, and compact at each share."""
-    for name in shapes:
+    """Each shape dense, and compact at each share in the form that `settle` chose, and as stored where that differs."""
+    for name, dtype in itertools.product(shapes, DTYPES):
         out, size = SHAPES[name]
-        for dtype in DTYPES:
-            for tokens in TOKENS:
-                if done(part="layers", shape=name, dtype=named(dtype), tokens=tokens):
-                    continue
-                number = math.ceil(copies / (out * size * dtype.itemsize * tokens))
-                made: dict[str, list[nn.Module]] = {"dense": [dense(out, size, dtype) for _ in range(number)]}
-                made |= {f"{kept:.0%}": [compact(out, size, kept, dtype) for _ in range(number)] for kept in KEPT}
-                x = torch.randn(tokens, size).to(dtype)
-                with torch.inference_mode():
-                    found = alternate({way: partial(_pass, modules, x) for way, modules in made.items()}, repeats)
-                keep({"part": "layers", "shape": name, "dtype": named(dtype), "tokens": tokens, "copies": number,
-                      "seconds": {way: [s / number for s in values] for way, values in found.items()}})  # fmt: skip
+        todo = [tokens for tokens in TOKENS if not done(part="layers", shape=name, dtype=named(dtype), tokens=tokens)]
+        forms = {kept: settled(compact(out, size, kept, dtype)) for kept in KEPT if todo}
+        for tokens in todo:
+            number = math.ceil(copies / (out * size * dtype.itemsize * tokens))
+            made: dict[str, list[Any]] = {"dense": [dense(out, size, dtype) for _ in range(number)]}
+            for kept, pair in forms.items():
+                made[f"{kept:.0%}"] = [compact(out, size, kept, dtype) for _ in range(number)]
+                for layer in made[f"{kept:.0%}"]:
+                    layer.take(*pair)
+                if pair[tokens > FEW] != "stored":
+                    made[f"{kept:.0%}, stored"] = [compact(out, size, kept, dtype) for _ in range(number)]
+            x = torch.randn(tokens, size).to(dtype)
+            with torch.inference_mode():
+                found = alternate({way: partial(_pass, modules, x) for way, modules in made.items()}, repeats)
+            keep({"part": "layers", "shape": name, "dtype": named(dtype), "tokens": tokens, "copies": number,
+                  "forms": {f"{kept:.0%}": pair[tokens > FEW] for kept, pair in forms.items()},
+                  "seconds": {way: [s / number for s in values] for way, values in found.items()}})  # fmt: skip
+
+
+def settled(layer: LowRankRowsLinear) -> tuple[Form, Form]:
+    """The forms that are chosen for a layer on this machine, for few tokens and for many."""
+    holder: Any = nn.ModuleList([layer])
+    holder.config = SimpleNamespace(quantization_config=LowRankRowsConfig({}))
+    return next(iter(settle(holder).values()))
 
 
 def _pass(modules: Sequence[nn.Module], x: torch.Tensor) -> None:
@@ -144,13 +161,17 @@ def decode(repeats: int = 9, large: LlamaConfig = LARGE) -> None:
             torch.manual_seed(0)
             whole = random_model(config, dtype)
             models = {"dense": whole} | {f"{kept:.0%}": replaced(whole, config, kept, dtype) for kept in KEPT}
-            work, numbers = {}, {}
+            for model in models.values():
+                settle(remark(model))
+            work, numbers, beside = {}, {}, {}
             for way, model in models.items():
                 work[way] = _steps(model)
                 numbers[way] = sum(parameter.numel() for parameter in model.parameters())
+                beside[way] = form_bytes(model)
             with torch.inference_mode():
                 found = alternate(work, repeats)
             keep({"part": "decode", "model": name, "dtype": named(dtype), "prompt": PROMPT, "numbers": numbers,
+                  "bytes beside": beside,
                   "seconds": {way: [s / STEPS for s in values] for way, values in found.items()}})  # fmt: skip
 
 
@@ -207,14 +228,10 @@ def speed_tables() -> None:
             _layer_line(row, limits)
     if of_part["decode"]:
         section("Speed of whole models", "losparse decode", of_part["decode"])
-        print("| model | numbers | dense, ms a token | 50% | 30% | 20% | bytes at 20% |\n|---|---|---|---|---|---|---|")
+        print("| model | numbers | dense, ms a token | 50% | 30% | 20% | limit at 20% | of it |")
+        print("|---|---|---|---|---|---|---|---|")
         for row in of_part["decode"]:
-            times, numbers = row["seconds"], row["numbers"]
-            cells = [_faster(times, f"{kept:.0%}") for kept in KEPT]
-            fewer = numbers["dense"] / numbers["20%"]
-            print(
-                f"| {row['model']} | {row['dtype']} | {_ms(times['dense'])} | {' | '.join(cells)} | 1 / {fewer:.2f} |"
-            )
+            _decode_line(row, limits)
 
 
 def rates(row: dict[str, Any]) -> tuple[float, float]:
@@ -225,7 +242,10 @@ def rates(row: dict[str, Any]) -> tuple[float, float]:
 
 def _layer_line(row: dict[str, Any], limits: dict[str, tuple[float, float]]) -> None:
     out, size = SHAPES[row["shape"]]
-    cells = [_faster(row["seconds"], f"{kept:.0%}") for kept in KEPT]
+    cells = []
+    for way in (f"{kept:.0%}" for kept in KEPT):
+        form = row["forms"][way]
+        cells.append(_faster(row["seconds"], way) + ("" if form == "stored" else f" ({form})"))
     share = ""
     if row["dtype"] in limits:
         read, multiplied = limits[row["dtype"]]
@@ -237,6 +257,18 @@ def _layer_line(row: dict[str, Any], limits: dict[str, tuple[float, float]]) -> 
         f"| {row['shape']} {out} x {size} | {row['dtype']} | {row['tokens']} | {_ms(row['seconds']['dense'])} | "
         f"{' | '.join(cells)} | {share} |"
     )
+
+
+def _decode_line(row: dict[str, Any], limits: dict[str, tuple[float, float]]) -> None:
+    """The limit of a token is the reading of all numbers: of the embedding as well, where the head shares it."""
+    times, numbers = row["seconds"], row["numbers"]
+    cells = [_faster(times, f"{kept:.0%}") for kept in KEPT]
+    most = f"{numbers['dense'] / numbers['20%']:.2f} x"
+    reached = ""
+    if row["dtype"] in limits:
+        least = numbers["20%"] * getattr(torch, row["dtype"]).itemsize / limits[row["dtype"]][0]
+        reached = f"{least / min(times['20%']):.0%}"
+    print(f"| {row['model']} | {row['dtype']} | {_ms(times['dense'])} | {' | '.join(cells)} | {most} | {reached} |")
 
 
 def _ms(values: Sequence[float]) -> str:
