@@ -138,3 +138,14 @@ def test_rounding_is_off_by_at_most_half_a_step(bits, share, subject):
     for name, weight in made.weights.items():
         exact = subject.matrices[name].weight.detach()
         assert (weight - exact).norm() < exact.norm() * (0.02 if bits == 8 else 0.2)
+
+
+def test_heads_go_with_the_keys_and_values_that_they_share(subject):
+    made = peers.neurons(subject, "wanda")(0.5)
+    for block in range(2):
+        kept = made.weights[name_of(block, "k_proj")].abs().sum(1).view(2, 16) > 0
+        assert kept.all(1).tolist() == kept.any(1).tolist()
+        assert kept.any(1).sum() == 1
+        queries = kept.any(1).repeat_interleave(2 * 16)  # two heads to a group
+        assert torch.equal(made.weights[name_of(block, "q_proj")].abs().sum(1) > 0, queries)
+        assert torch.equal(made.weights[name_of(block, "o_proj")].abs().sum(0) > 0, queries)
