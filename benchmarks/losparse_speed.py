@@ -32,8 +32,8 @@ from benchmarks.adalora import alternate
 from benchmarks.losparse_peers import READS, affordable
 from tenfold.compress.losparse.factors import stored
 from tenfold.compress.losparse.format import LowRankRowsConfig
-from tenfold.compress.losparse.layer import LowRankRowsLinear, remark, replace_module
-from tenfold.compress.losparse.layout import form_bytes, settle
+from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, remark, replace_module
+from tenfold.compress.losparse.layout import settle
 from tenfold.kernels.low_rank_rows import FEW, Form
 from tenfold.models.inference import evaluating
 from tenfold.models.open import open_model
@@ -167,7 +167,7 @@ def decode(repeats: int = 9, large: LlamaConfig = LARGE) -> None:
             for way, model in models.items():
                 work[way] = _steps(model)
                 numbers[way] = sum(parameter.numel() for parameter in model.parameters())
-                beside[way] = form_bytes(model)
+                beside[way] = sum(layer.form_bytes() for layer in compressed_layers(model).values())
             with torch.inference_mode():
                 found = alternate(work, repeats)
             keep({"part": "decode", "model": name, "dtype": named(dtype), "prompt": PROMPT, "numbers": numbers,
