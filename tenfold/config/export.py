@@ -64,6 +64,11 @@ def _check_native(shape: Shape) -> None:
     spans, remedy = shape.spans, "write form: merged, which keeps the spans for tenfold"
     if spans is None:
         raise ConfigError(f"form: native: {shape.name} has no local spans", remedy="write form: merged")
+    if shape.compressed:
+        raise ConfigError(
+            f"form: native: the layers of {shape.name} are compressed, which stock transformers has no layers for",
+            remedy="write form: dense, and that in form: native",
+        )
     if spans.get("pattern", "sliding") != "sliding":
         raise ConfigError(f"form: native: stock layers know sliding windows, not pattern {spans['pattern']}", remedy)
     if spans.get("sinks"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -316,7 +317,18 @@ def trim(model: nn.Module, share: float) -> nn.Module:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Put plain layers in the place of the compressed ones, in place; ``model`` is then one of plain transformers."""
+    """Put plain layers in the place of the compressed ones; the model is then one of plain transformers.
+
+    Args:
+        model: changed in place; may have adapters on it.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: a layer was given a bias that plain models of this architecture do not have.
+    """
+    _check_biases(model)
     plain: dict[int, nn.Module] = {}
     weights: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -333,6 +345,22 @@ def to_dense(model: nn.Module) -> nn.Module:
         if isinstance(around, LoraLayer):
             around.fan_in_fan_out = module.kind == "conv1d"  # how an adapter on it is to be merged
     return remark(model)
+
+
+def _check_biases(model: Any) -> None:
+    biased = [name for name, layer in compressed_layers(model).items() if layer.bias is not None]
+    own = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not biased or not isinstance(own, PreTrainedModel):
+        return
+    with torch.device("meta"):
+        stock = dict(type(own)(copy.deepcopy(own.config)).named_modules())
+    prefix = "base_model.model." if isinstance(model, PeftModel) else ""
+    for name in biased:
+        module = stock.get(name.removeprefix(prefix).removesuffix(".base_layer"))
+        if getattr(module, "bias", None) is None:
+            raise ModelError(
+                f"{name}: has a bias, which a plain {own.config.model_type} model has not", "keep it compressed"
+            )
 
 
 def compressed_layers(model: nn.Module) -> dict[str, LowRankRowsLinear]:

@@ -138,6 +138,19 @@ def test_a_layer_of_kept_rows_alone_is_a_plain_one(tmp_path):
     assert not hasattr(opened.model.config, "quantization_config")
 
 
+def test_a_bias_of_its_own_is_kept_and_has_no_plain_form(tmp_path):
+    opened = tiny_model("llama")
+    name, rows = "model.layers.0.mlp.up_proj", torch.randn(9, 64)
+    factors = Factors(torch.randn(128, 3), torch.randn(3, 64), torch.arange(9), rows, torch.randn(128))
+    install(opened.model, {name: factors})
+    save_model(opened.model, opened.tokenizer, tmp_path / "model")
+    again = tenfold.open_model(tmp_path / "model", device="cpu").model
+    assert torch.equal(again.get_submodule(name).bias, factors.bias)
+    assert torch.equal(logits(again), logits(opened.model))
+    with pytest.raises(ModelError, match=r"up_proj: has a bias, which a plain llama model has not"):
+        to_dense(again)
+
+
 def test_other_heads_find_their_layers(tmp_path):
     opened = opened_tiny("gpt2")
     opened.model.save_pretrained(tmp_path / "causal")
@@ -274,3 +287,5 @@ def test_forms_of_export():
         ExportConfig(form="dense").applied_to(Shape("base"))
     assert not ExportConfig(form="dense").applied_to(Shape("base", compressed=True, adapted=True)).compressed
     assert ExportConfig().applied_to(Shape("base", compressed=True)).compressed
+    with pytest.raises(ConfigError, match="form: native: the layers of base are compressed"):
+        ExportConfig(form="native").applied_to(Shape("base", compressed=True, spans={"size": 8}))
