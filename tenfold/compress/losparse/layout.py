@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ import torch
 from tenfold.compress.losparse.factors import stored
 from tenfold.compress.losparse.format import LowRankRowsConfig
 from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers
-from tenfold.kernels.low_rank_rows import FORMS, MANY, Form, seconds
+from tenfold.kernels.low_rank_rows import MANY, Form, seconds
 from tenfold.models.inference import machine
 
-WORTH = 0.97
-"""A form that takes more memory is taken where it needs at most this part of the time."""
+SLOWER = 1.05
+"""How much longer than the whole matrix a layer may take, so that its memory stays small."""
+GAIN = 0.87
+"""The joined form takes more memory than the stored one, and is taken where it needs at most this part of the time."""
 PATIENCE = 30.0
 """Seconds after which layers that have not been measured take the form of the nearest one that has."""
 _STEP = 0.05
@@ -22,7 +25,9 @@ _STEP = 0.05
 
 
 def settle(model: Any, *, measure: bool = True) -> dict[str, tuple[Form, Form]]:
-    """Let every compressed layer take the form that is fastest on this machine.
+    """Let every compressed layer take the form that is best on this machine: fast enough, and small.
+
+    No layer is then slower than its whole matrix by more than 5 %, as measured.
 
     What was measured on a machine of this kind is taken from the model's configuration, where new measurements go to,
     so that ``save_pretrained`` keeps them. Forms other than ``stored`` take memory beside that of the parameters.
@@ -78,9 +83,13 @@ def _fastest(layer: LowRankRowsLinear) -> tuple[Form, Form]:
     with torch.random.fork_rng(devices=[]):
         for tokens in (1, MANY):
             taken = seconds(shape, layer.rank, layer.kept, tokens, layer.rows.dtype, layer.rows.device)
-            best: Form = "stored"
-            for form in FORMS[1:]:
-                if taken[form] < WORTH * taken[best]:
-                    best = form
-            pair.append(best)
+            pair.append(_worth(taken))
     return pair[0], pair[1]
+
+
+def _worth(taken: Mapping[Form, float]) -> Form:
+    """The form that takes the least memory, of those that are fast enough."""
+    whole = SLOWER * taken["whole"]
+    if taken["stored"] <= whole and taken["joined"] > GAIN * taken["stored"]:
+        return "stored"
+    return "joined" if taken["joined"] <= whole else "stored" if taken["stored"] <= whole else "whole"

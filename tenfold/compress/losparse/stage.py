@@ -55,9 +55,10 @@ def run_losparse(config: LoSparseConfig, context: Context) -> StageOutput:
     trained, results = None, list[Result]()
     if config.trains:
         model, trained, results = _train(config, context, dataclasses.replace(opened, model=model), encoded, matrices)
-    context.progress.begin("timing its layers")
     layers, after = compressed_layers(model.to(dtype)), _size(model)
-    settle(model)
+    if config.layout == "fast":
+        context.progress.begin("timing its layers")
+        settle(model)
     context.progress.begin("writing the model")
     save_model(model, opened.tokenizer, context.folder / "model")
     measured = context.store.get("quality", partial(_quality, config, context, model, opened.tokenizer), list[Result])
@@ -233,7 +234,7 @@ def _forms(layers: Mapping[str, LowRankRowsLinear]) -> list[str]:
     size = sum(layer.form_bytes() for layer in faster) / 2**20
     return [
         f"{len(faster)} of {len(layers)} compressed matrices are faster on this machine in a form that takes more "
-        f"memory: {size:.3g} MiB beside the model. Its files hold the small form, and which one is the faster."
+        f"memory: {size:.3g} MiB beside the model, which layout: small saves. The files hold the small form."
     ]
 
 
