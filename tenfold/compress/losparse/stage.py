@@ -56,12 +56,12 @@ def run_losparse(config: LoSparseConfig, context: Context) -> StageOutput:
     if config.trains:
         model, trained, results = _train(config, context, dataclasses.replace(opened, model=model), encoded, matrices)
     layers, after = compressed_layers(model.to(dtype)), _size(model)
-    if config.layout == "fast":
+    measured = context.store.get("quality", partial(_quality, config, context, model, opened.tokenizer), list[Result])
+    if config.layout == "fast":  # after what is measured of its text, which no clock has to do with
         context.progress.begin("timing its layers")
         settle(model)
     context.progress.begin("writing the model")
     save_model(model, opened.tokenizer, context.folder / "model")
-    measured = context.store.get("quality", partial(_quality, config, context, model, opened.tokenizer), list[Result])
     return StageOutput(
         results=[*measured, *results],
         tables=[_sizes(matrices, layers, before, after)],
