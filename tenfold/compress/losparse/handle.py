@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,7 +12,7 @@ from tenfold.adapt.role_map import by_role
 from tenfold.compress.losparse.factors import Factors, stored
 from tenfold.compress.losparse.layer import Kind, LowRankRowsLinear, remark, replace_module
 from tenfold.compress.losparse.masked import LoSparseLinear
-from tenfold.compress.losparse.mathematics import split
+from tenfold.compress.losparse.mathematics import rest_of, split
 from tenfold.compress.losparse.pruner import Pruner, make_schedule
 from tenfold.config.losparse import LoSparsePaper
 from tenfold.errors import ConfigError, ModelError, RunError
@@ -145,6 +144,7 @@ def attach(
     *,
     total_steps: int | None = None,
     grams: Mapping[str, Tensor] | None = None,
+    starts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     costs: Mapping[str, int] | None = None,
     frozen: bool = False,
 ) -> LoSparse:
@@ -161,6 +161,8 @@ def attach(
         total_steps: optimizer steps of the run. Default: the running Trainer's.
         grams: ``[in, in]`` of a matrix's inputs, to split off what matters for its outputs; see
             `tenfold.compress.losparse.mathematics.split`.
+        starts: :math:`L` and :math:`R` of a matrix to begin with, of its rank, such as those that were found without
+            training; the rest is what they leave of the matrix.
         costs: of a row of each matrix. Default: its numbers, ``in_features``.
         frozen: leave :math:`S` as it is, with all matrices that are not replaced; low-rank parts, norms and biases
             train. Rows are ranked by what the loss would feel of each. It takes a fraction of the memory.
@@ -177,17 +179,22 @@ def attach(
     >>> handle.detach() is model
     True
     """
-    config = config or LoSparsePaper()
+    config, grams, starts = config or LoSparsePaper(), grams or {}, starts or {}
     slots = _slots(model, ranks, rows)
     costs = dict(costs) if costs is not None else {name: slot.in_features for name, slot in slots.items()}
     free = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     all_rows = sum(costs[name] * slot.out_features for name, slot in slots.items())
     if total_steps is not None:
         make_schedule(config, min(rows / all_rows, 1.0), total_steps)
-    originals, layers = {}, {}
+    originals: dict[str, nn.Module] = {}
+    layers: dict[str, LoSparseLinear] = {}
     for name, slot in slots.items():
-        module = model.get_submodule(name)
-        layers[name] = _layer(module, slot, ranks[name], (grams or {}).get(name), frozen)
+        module: Any = model.get_submodule(name)
+        weight = module.weight.detach().T if slot.layout == "conv1d" else module.weight.detach()
+        given = starts.get(name)
+        left, right, rest = rest_of(weight, *given) if given else split(weight, ranks[name], grams.get(name))
+        layer = LoSparseLinear(left.contiguous(), right.contiguous(), rest.contiguous(), module.bias, frozen=frozen)
+        layers[name] = layer.train(module.training)
         replace_module(model, name, layers[name])
         if not frozen:  # there the moments of the optimizer come later, and need more than these
             originals[name] = module
@@ -197,14 +204,6 @@ def attach(
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in ours or parameter.ndim == 1)
     return LoSparse(model, slots, pruner, originals, free)
-
-
-@torch.no_grad()
-def _layer(module: Any, slot: Slot, rank: int, gram: Tensor | None, frozen: bool) -> LoSparseLinear:
-    weight = module.weight.detach()
-    left, right, rest = split(weight.T if slot.layout == "conv1d" else weight, rank, gram)
-    layer = LoSparseLinear(left.contiguous(), right.contiguous(), rest.contiguous(), module.bias, frozen=frozen)
-    return layer.train(module.training)
 
 
 def _slots(model: Any, ranks: Mapping[str, int], rows: int) -> dict[str, Slot]:

@@ -213,6 +213,17 @@ class LowRankRowsLinear(nn.Linear):
         self.spare, self.kept = self.spare[:kept].clone(), kept
         self._forget()
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """``[out, rank]`` and ``[rank, in]``, whose product is the matrix without its kept rows; float64, on the CPU.
+
+        Kept rows are zero in it, or of an elastic layer what they are without being kept.
+        """
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        unit = torch.eye(self.rank, **exact)
+        low = torch.zeros(self.kept, self.rank, **exact) if self.spare is None else self.spare.to(**exact)
+        mix = torch.cat((unit, low, self.mix.detach().to(**exact)))[self.place.cpu().long()]
+        return mix, self.rows[: self.rank].detach().to(**exact)
+
     def plus(self, left: Tensor, right: Tensor) -> LowRankRowsLinear:
         """A layer for the sum of this matrix and ``left @ right``: its rank is larger by that of the summand, at most.
 
@@ -222,16 +233,11 @@ class LowRankRowsLinear(nn.Linear):
         """
         exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         order, rows = self.place.argsort().cpu(), self.rows.detach().to(**exact)
-        unit = torch.eye(self.rank, **exact)
-        low = torch.zeros(self.kept, self.rank, **exact) if self.spare is None else self.spare.to(**exact)
-        mix = torch.cat((unit, low, self.mix.detach().to(**exact)))[self.place.cpu().long()]
         kept = order[self.rank : self.rank + self.kept]
+        mix, basis = self.low_rank()
         left, right = left.detach().to(**exact), right.detach().to(**exact)
         factors = Factors(
-            torch.cat((mix, left), 1),
-            torch.cat((rows[: self.rank], right)),
-            kept,
-            rows[self.rank :] + left[kept] @ right,
+            torch.cat((mix, left), 1), torch.cat((basis, right)), kept, rows[self.rank :] + left[kept] @ right
         )
         elastic = self.spare is not None
         layer = self.from_factors(factors, self.bias, self.rows.dtype, self.kind, elastic=elastic)

@@ -90,6 +90,25 @@ def split(weight: Tensor, rank: int, gram: Tensor | None = None, ridge: float = 
     return Split(left, right, (exact - left.to(exact) @ right.to(exact)).to(weight.dtype))
 
 
+@torch.no_grad()
+def rest_of(weight: Tensor, left: Tensor, right: Tensor) -> Split:
+    """What a low-rank part that was found some other way leaves of a matrix; the part is balanced first, as in `split`.
+
+    Args:
+        weight: ``[out, in]``.
+        left: ``[out, rank]``.
+        right: ``[rank, in]``.
+
+    >>> left, right, rest = rest_of(torch.eye(2), torch.tensor([[100.0], [0.0]]), torch.tensor([[0.01, 0.0]]))
+    >>> left.abs().flatten().tolist(), rest.tolist()
+    ([1.0, 0.0], [[0.0, 0.0], [0.0, 1.0]])
+    """
+    exact = weight.double()
+    u, kernel = torch.linalg.qr(left.to(exact))
+    left, right = (factor.to(weight.dtype) for factor in rebalanced(u, kernel @ right.to(exact)))
+    return Split(left, right, (exact - left.to(exact) @ right.to(exact)).to(weight.dtype))
+
+
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of this rank as ``U`` (orthonormal columns) and ``S V^T``.
 

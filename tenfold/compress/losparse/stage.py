@@ -118,8 +118,10 @@ def _train(
     # A kept row costs what it holds, less the combination that the row would be otherwise.
     costs = {row.name: row.shape[1] - row.choice.rank for row in changed}
     rows = sum(costs[row.name] * row.choice.kept for row in changed)
+    layers = compressed_layers(opened.model)
+    starts = {row.name: layers[row.name].low_rank() for row in changed}
     whole = dataclasses.replace(opened, model=context.model.open(merge=True).model)
-    handle, trained, results = fit_compressed(whole, encoded, config, context, ranks, rows, costs=costs)
+    handle, trained, results = fit_compressed(whole, encoded, config, context, ranks, rows, starts=starts, costs=costs)
     return handle.model, trained, results
 
 

@@ -61,6 +61,7 @@ def fit_compressed(
     rows: int,
     *,
     grams: Mapping[str, Tensor] | None = None,
+    starts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     costs: Mapping[str, int] | None = None,
     teacher: Teacher | None = None,
 ) -> tuple[LoSparse, Trained, list[Result]]:
@@ -71,9 +72,10 @@ def fit_compressed(
         encoded: what it learns from.
         config: how to train, and when rows are pruned; with ``pruning: gates`` rows stay frozen.
         context: of the stage.
-        ranks: see `attach`, as for the next three.
+        ranks: see `attach`, as for the next four.
         rows: what may be kept.
         grams: of inputs.
+        starts: low-rank parts.
         costs: of rows.
         teacher: of the share ``config.distil``. Default: the model as it is given.
 
@@ -87,7 +89,9 @@ def fit_compressed(
     if gates and model.dtype != torch.float32 and model.device.type == "cpu":
         model = model.float()  # without autocast all has to be of one type
     steps = total_steps(config, encoded.sequences, encoded.tokens)
-    handle = attach(model, ranks, rows, config.paper, total_steps=steps, grams=grams, costs=costs, frozen=gates)
+    handle = attach(
+        model, ranks, rows, config.paper, total_steps=steps, grams=grams, starts=starts, costs=costs, frozen=gates
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:  # steps are smaller than what half precision tells apart
             parameter.data = parameter.data.float()

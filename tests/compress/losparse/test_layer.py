@@ -276,3 +276,12 @@ def test_peft_takes_it_for_a_linear_layer():
     loss = adapted(input_ids=torch.arange(5, 25)[None], labels=torch.arange(5, 25)[None]).loss
     loss.backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_its_low_rank_part_is_the_matrix_without_its_kept_rows():
+    factors = Factors(torch.randn(9, 2), torch.randn(2, 5), torch.tensor([7, 0, 3]), torch.randn(3, 5))
+    layer = LowRankRowsLinear.from_factors(factors)
+    left, right = layer.low_rank()
+    wanted = factors.dense().index_fill(0, factors.kept, 0.0)
+    torch.testing.assert_close((left @ right).float(), wanted, rtol=1e-5, atol=1e-5)
+    assert right.shape == (2, 5)

@@ -438,3 +438,18 @@ def test_a_refused_run_leaves_the_model_as_it_was():
     with pytest.raises(ConfigError, match="leave none"):
         attach(model, dict.fromkeys(names(model), 2), 100, total_steps=1)
     assert all(before[name] is module for name, module in model.named_modules())
+
+
+def test_it_begins_with_low_rank_parts_that_were_found_before():
+    model = tiny_model("llama").model.eval()
+    before, chosen = model(IDS[:2]).logits, names(model)
+    starts = {}
+    for name in chosen[1:]:
+        out, inner = model.get_submodule(name).weight.shape
+        starts[name] = 100 * torch.randn(out, 3), torch.randn(3, inner) / 1000
+    handle = attach(model, dict.fromkeys(chosen, 3), 2000, starts=starts)
+    torch.testing.assert_close(model(IDS[:2]).logits, before, rtol=1e-4, atol=1e-4)
+    for name, (left, right) in starts.items():
+        layer = handle.layers[name]
+        torch.testing.assert_close(layer.left @ layer.right, left @ right, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.left.T @ layer.left, layer.right @ layer.right.T, rtol=1e-3, atol=1e-4)
