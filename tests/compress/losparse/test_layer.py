@@ -161,12 +161,13 @@ def test_a_form_follows_its_parameters(form):
             right = nn.functional.linear(x.to(weight), weight, layer.bias)
             torch.testing.assert_close(layer(x.to(weight)), right, rtol=1e-5, atol=1e-5)
 
+    layer = copy.deepcopy(layer)  # whose parameters' versions count from the beginning
     check()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
     layer(x).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in layer.parameters())
     optimizer.step()
-    layer = copy.deepcopy(layer)  # whose parameters count from the beginning
+    layer = copy.deepcopy(layer)  # ... and again, to where they were when its form was made
     check()
     layer.load_state_dict(LowRankRowsLinear.from_factors(factors_of(seed=3, bias=True), elastic=True).state_dict())
     check()
