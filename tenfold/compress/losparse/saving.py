@@ -18,7 +18,7 @@ from tenfold.errors import ModelError
 
 
 @register_quantizer(METHOD)
-class LowRankRowsQuantizer(HfQuantizer):
+class _LowRankRowsQuantizer(HfQuantizer):
     """Puts compressed layers into a model that transformers is about to fill, and then leaves: nothing is packed.
 
     All is floating-point numbers that can be trained, so the model counts as a plain one from then on.
