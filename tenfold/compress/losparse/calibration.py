@@ -90,29 +90,37 @@ def weight_of(module: nn.Module) -> Tensor:
 def sensitivity(
     model: nn.Module, passages: Sequence[Tensor], names: Iterable[str], *, seed: int = 0, tell: Tell | None = None
 ) -> dict[str, Tensor]:
-    r"""How much the loss depends on each output of each matrix: :math:`D_j=E[(\partial\mathcal L/\partial y_j)^2]`.
+    r"""How much the loss depends on the outputs of each matrix: :math:`B=E[gg^\top]`, :math:`g=\partial\mathcal L/\partial y`.
 
-    The labels are drawn from the model's own predictions, so that :math:`D` is the diagonal of the Fisher information
-    of :math:`y`: a change :math:`\delta` of the output costs :math:`\tfrac12\sum_jD_j\delta_j^2` of loss, in
-    the model's own units and whatever the text. A model with a single score is read as its mean with variance 1.
+    The labels are the model's own, as likely as it finds them, so that :math:`B` is the Fisher information of
+    :math:`y`: a change :math:`\delta` of the outputs costs :math:`\tfrac12\delta^\top B\delta` of loss, in the model's
+    own units and whatever the text. A single score is read as the mean of a variance of 1.
 
     Args:
         model: any model with logits.
         passages: token ids, ``[tokens]`` each.
         names: of the matrices.
-        seed: of the labels.
+        seed: of the draws.
         tell: hears of the batches.
 
     Returns:
-        ``[out]`` of each matrix, float64; without those that no token reached.
+        ``[out, out]`` of each matrix, float32; ``[out]``, the diagonal alone, of all where the whole would take more
+        than `GRAM_BYTES`. Without those that no token reached. What lies off the diagonal is shrunk by
+        ``out / (out + tokens)``: few tokens say little of it.
     """
-    squares: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     counts: dict[str, int] = dict.fromkeys(names, 0)
+    whole = sum(4 * weight_of(model.get_submodule(name)).shape[0] ** 2 for name in counts) <= GRAM_BYTES
 
     def watch(name: str) -> Callable[..., None]:
         def on_gradient(gradient: Tensor) -> None:
             rows = gradient.reshape(-1, gradient.shape[-1]).float()
-            squares[name] = squares.get(name, 0) + rows.square().sum(0).double()
+            if name not in sums:
+                sums[name] = rows.new_zeros((rows.shape[1],) * (2 if whole else 1))
+            if whole:
+                sums[name].addmm_(rows.T, rows)
+            else:
+                sums[name] += rows.square().sum(0)
             counts[name] += len(rows)
 
         def on_output(module: Any, inputs: Any, output: Tensor) -> None:
@@ -138,20 +146,30 @@ def sensitivity(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: found / counts[name] for name, found in squares.items()}
+    for name, found in sums.items():
+        found /= counts[name]
+        if whole:
+            own = found.diagonal().clone()
+            found *= counts[name] / (counts[name] + len(own))
+            found.diagonal().copy_(own)
+    return sums
 
 
 def _own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The sum of the losses on labels that the model draws itself."""
+    r"""A sum over tokens whose gradient has the covariance of that of the loss on labels that the model draws itself.
+
+    That is :math:`\operatorname{diag}p-pp^\top` at the logits, as of :math:`s-p\sum s` with
+    :math:`s=\sqrt p\,\varepsilon`. A label that is drawn has it too, but a rare one counts for so much that many more
+    tokens are needed.
+    """
     flat = logits.reshape(-1, logits.shape[-1]).float()
-    if flat.shape[-1] == 1:
-        return (flat * torch.randn(flat.shape, generator=generator).to(flat)).sum()
-    with torch.no_grad():
-        # The place where the cumulated probabilities pass a number in [0, 1): the same on every device.
-        reached = flat.softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(flat), 1, generator=generator).to(flat) * reached[:, -1:]
-        labels = torch.searchsorted(reached, drawn, right=True)[:, 0].clamp_max(flat.shape[-1] - 1)
-    return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
+    noise = torch.randn(flat.shape, generator=generator).to(flat.device)
+    if flat.shape[-1] > 1:
+        with torch.no_grad():
+            likely = flat.softmax(-1)
+            noise = noise.mul_(likely.sqrt())
+            noise = noise.sub_(likely.mul_(noise.sum(-1, keepdim=True)))
+    return (flat * noise).sum()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from tenfold.compress.losparse.calibration import Moments
 from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.mathematics import RIDGE
-from tenfold.compress.losparse.plan import Choice, leading
+from tenfold.compress.losparse.plan import Choice, among, diagonal, leading, made_up, weighed
 
 
 class Second(NamedTuple):
@@ -49,14 +50,14 @@ class Second(NamedTuple):
         )
 
     def error(self, weight: Tensor, factors: Factors, outputs: Tensor) -> float:
-        r"""How far off the outputs are, :math:`\sum_jD_jE[(W_jx-\hat W_j\tilde x-b_j)^2]` over the same of the outputs.
+        r"""How far off the outputs are, :math:`\sum_jB_{jj}E[(W_jx-\hat W_j\tilde x-b_j)^2]` over the same of them.
 
         Args:
             weight: :math:`W`, ``[out, in]``.
             factors: :math:`\hat W`; their bias is what is added to the one that the layer had.
-            outputs: :math:`D`, ``[out]``.
+            outputs: :math:`B`, ``[out, out]`` or ``[out]``.
         """
-        weight, new, outputs = (part.to(self.own) for part in (weight, factors.dense(), outputs))
+        weight, new, outputs = (part.to(self.own) for part in (weight, factors.dense(), diagonal(outputs)))
         before = ((weight @ self.before) * weight).sum(1)
         squares = before - 2 * ((weight @ self.cross) * new).sum(1) + ((new @ self.own) * new).sum(1)
         if factors.bias is not None:
@@ -72,16 +73,17 @@ def fit(
     r"""Factors of a matrix whose outputs come nearest to those before.
 
     The matrix that does so without any limit is :math:`W'=W+W(E[x\tilde x^\top]-\tilde G)\tilde G^{-1}` (with
-    ``refit``; else :math:`W`). Its kept rows are stored; of the others the low-rank part is
-    :math:`D^{-1/2}UU^\top D^{1/2}W'` with the leading left singular vectors :math:`U` of
-    :math:`D^{1/2}W'\tilde C`, :math:`\tilde G=\tilde C\tilde C^\top`: reduced-rank regression.
+    ``refit``; else :math:`W`). Of the rows that are not kept the low-rank part is
+    :math:`B^{-1/2}UU^\top B^{1/2}W'` with the leading left singular vectors :math:`U` of
+    :math:`B^{1/2}W'\tilde C`, :math:`\tilde G=\tilde C\tilde C^\top`: reduced-rank regression. Kept rows are those of
+    :math:`W'`, and make up for the errors of the others where the loss depends on both.
 
     Args:
         weight: :math:`W`, ``[out, in]``, float64.
         choice: rank and number of kept rows.
         order: ``[out]``, the rows in the order in which they are kept.
         seen: what the matrix reads.
-        outputs: :math:`D`, ``[out]``, above 0.
+        outputs: :math:`B`, ``[out, out]`` or its diagonal, ``[out]``; positive.
         refit: see above.
         bias: let a bias carry what is the same for all tokens.
 
@@ -93,14 +95,15 @@ def fit(
     if refit:
         weight = weight + torch.cholesky_solve((weight @ (used.cross - used.own)).T, half).T
     kept, others = order[: choice.kept], order[choice.kept :]
-    scale = outputs[others].sqrt()[:, None]
+    price = among(outputs.to(weight), kept, others)
     left = weight.new_zeros(len(weight), choice.rank)
-    basis, right = low_rank(scale * weight[others], half, choice.rank)
-    left[others] = basis / scale
-    factors = Factors(left, right, kept, weight[kept])
+    basis, right = low_rank(weighed(weight[others], price), half, choice.rank)
+    left[others] = weighed(basis, price, undo=True)
+    rows = weight[kept] + made_up(outputs, kept, others, weight[others] - left[others] @ right)
+    factors = Factors(left, right, kept, rows)
     if not bias:
         return factors
-    return Factors(left, right, kept, weight[kept], plain @ used.before_mean - factors.dense() @ used.own_mean)
+    return replace(factors, bias=plain @ used.before_mean - factors.dense() @ used.own_mean)
 
 
 def low_rank(weight: Tensor, half: Tensor, rank: int) -> tuple[Tensor, Tensor]:

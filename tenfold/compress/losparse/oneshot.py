@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tenfold.compress.losparse.calibration import Moments, Tell, batches_of, moments, sensitivity, shared, weight_of
 from tenfold.compress.losparse.factors import Factors, stored
 from tenfold.compress.losparse.fit import Second, fit, root
-from tenfold.compress.losparse.plan import Choice, Curve, choose, curve
+from tenfold.compress.losparse.plan import Choice, Curve, choose, curve, diagonal
 from tenfold.compress.losparse.streams import Blocks, block_of
 from tenfold.config.budget import Budget
 from tenfold.errors import ConfigError, DataError, ModelError
@@ -217,26 +217,35 @@ def _curves(
     notes: list[str],
     tell: Tell | None,
 ) -> tuple[dict[str, Curve], dict[str, Tensor]]:
-    """What each choice costs of each matrix that enough tokens reach; and :math:`D` of these."""
+    """What each choice costs of each matrix that enough tokens reach; and :math:`B` of these, or its diagonal."""
     found: dict[str, Curve] = {}
     used: dict[str, Tensor] = {}
     total = sum(ids.numel() for ids in texts.fitted)
     for name, sums in moments(model, texts.fitted, names, tell=tell):
         weight = weight_of(model.get_submodule(name)).double()
-        squares = outputs.get(name, torch.ones(len(weight)) if not outputs else None)
-        if sums.tokens < FEWEST_TOKENS or squares is None:
+        price = outputs.get(name, torch.ones(len(weight)) if not outputs else None)
+        if sums.tokens < FEWEST_TOKENS or price is None:
             continue
-        if not (sums.own.isfinite().all() and squares.isfinite().all()):
+        if not (sums.own.isfinite().all() and price.isfinite().all()):
             raise ModelError(f"{name}: reads numbers or has gradients that are not finite", "open the model in float32")
-        squares = squares.to(weight) + 1e-6 * squares.mean().to(weight) + 1e-30
         # An expert counts by the tokens that reach it.
-        seen = squares.sqrt()[:, None] * (weight @ root(Second.of(sums).own.double())) * (sums.tokens / total) ** 0.5
-        found[name], used[name] = curve(seen.float()), squares
+        seen = (weight @ root(Second.of(sums).own.double())) * (sums.tokens / total) ** 0.5
+        used[name] = _positive(price.to(weight.device))
+        found[name] = curve(seen.float(), used[name])
     if few := [name for name in names if name not in found]:
         notes.append(f"fewer than {FEWEST_TOKENS} of the calibration tokens reach {', '.join(few)}: left as they are")
     if not found:
         raise DataError("no matrix is reached by enough tokens", f"give texts of {FEWEST_TOKENS} tokens or more")
     return {name: found[name] for name in names if name in found}, used
+
+
+def _positive(price: Tensor) -> Tensor:
+    """With a little for outputs that nothing depends on."""
+    mean = diagonal(price).mean()
+    if price.ndim == 1:
+        return price + 1e-6 * mean + 1e-30
+    price.diagonal().add_(1e-3 * mean + 1e-30)
+    return price
 
 
 @dataclass(frozen=True)
@@ -263,7 +272,7 @@ class _Work:
     Args:
         choices: of each matrix.
         orders: of the rows of each.
-        outputs: :math:`D` of each.
+        outputs: :math:`B` of each, or its diagonal.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import Tensor
 from tenfold.compress.losparse.factors import stored
 from tenfold.errors import ConfigError
 
-KEPT_SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+KEPT_SHARES = (0.0, 0.03, 0.07, 0.12, 0.2, 0.3, 0.45, 0.65)
 """Shares of the rows of a matrix that may be kept; with each of them the low-rank part is made for the rest."""
 
 
@@ -39,14 +39,16 @@ class Curve(NamedTuple):
     order: Tensor
 
 
-def curve(matrix: Tensor, shares: Sequence[float] = KEPT_SHARES) -> Curve:
+def curve(matrix: Tensor, outputs: Tensor | None = None, shares: Sequence[float] = KEPT_SHARES) -> Curve:
     r"""How much of a matrix is lost, by rank and rows that are kept.
 
-    The loss of a choice is exact for its rows: the sum of the squared singular values beyond the rank of those rows
+    The loss of a choice is exact for its rows: the sum of the squared singular values beyond the rank, of those rows
     that are not kept. Kept is what the low-rank part of all rows, at a third of the full rank, would miss most of.
 
     Args:
-        matrix: ``[out, in]``, float32 or float64, such that its squared Frobenius norm is a loss: :math:`D^{1/2}WC`.
+        matrix: ``[out, in]``, float32 or float64: :math:`WC`, such that its squared Frobenius norm is that of outputs.
+        outputs: :math:`B`, ``[out, out]``, or its diagonal, ``[out]``: what an error of outputs costs. Default: the
+            same for all.
         shares: of rows that may be kept.
 
     >>> found = curve(torch.eye(4, dtype=torch.float64), shares=[0, 0.5])
@@ -54,11 +56,64 @@ def curve(matrix: Tensor, shares: Sequence[float] = KEPT_SHARES) -> Curve:
     [(0, 2, 2.0), (1, 2, 1.0), (4, 4, 0.0)]
     """
     out, inner = matrix.shape
-    size = float(matrix.norm()) or 1.0
-    matrix = matrix / size  # so that products are neither too small nor too large for float32
-    order = row_order(matrix)
-    counts = dict.fromkeys(int(share * out) for share in shares)
-    return points(out, inner, {kept: size**2 * spectrum(matrix[order[kept:]]).double() for kept in counts}, order)
+    outputs = matrix.new_ones(out) if outputs is None else outputs.to(matrix)
+    # So that products are neither too small nor too large for float32.
+    size, price = float(matrix.norm()) or 1.0, float(outputs.max()) or 1.0
+    matrix, outputs = matrix / size, outputs / price
+    order = row_order(weighed(matrix, diagonal(outputs)))
+    spectra = {}
+    for kept in dict.fromkeys(int(share * out) for share in shares):
+        own = among(outputs, order[:kept], order[kept:])
+        spectra[kept] = size**2 * price * spectrum(weighed(matrix[order[kept:]], own)).double()
+    return points(out, inner, spectra, order)
+
+
+def diagonal(outputs: Tensor) -> Tensor:
+    """What an error of each output costs by itself, ``[out]``."""
+    return outputs if outputs.ndim == 1 else outputs.diagonal()
+
+
+def among(outputs: Tensor, kept: Tensor, others: Tensor) -> Tensor:
+    r"""What errors of the other rows cost where kept rows make up for them as well as they can (`made_up`).
+
+    That is the Schur complement :math:`B_{oo}-B_{ok}B_{kk}^{-1}B_{ko}`; of a diagonal its own part.
+    """
+    if outputs.ndim == 1 or len(kept) == 0:
+        return outputs[others] if outputs.ndim == 1 else outputs[others][:, others]
+    exact = outputs.double()
+    across = exact[kept][:, others]
+    spared = across.T @ torch.cholesky_solve(across, torch.linalg.cholesky(exact[kept][:, kept]))
+    return (exact[others][:, others] - spared).to(outputs)
+
+
+def made_up(outputs: Tensor, kept: Tensor, others: Tensor, error: Tensor) -> Tensor:
+    r"""What to add to kept rows, such that the loss feels least of the errors of the others.
+
+    Args:
+        outputs: :math:`B`, ``[out, out]``, or its diagonal, with which nothing can be made up for.
+        kept: which rows are kept.
+        others: which are not.
+        error: what the others lack, ``[others, in]``, float64.
+    """
+    if outputs.ndim == 1 or len(kept) == 0:
+        return error.new_zeros(len(kept), error.shape[1])
+    exact = outputs.to(error)
+    return torch.cholesky_solve(exact[kept][:, others] @ error, torch.linalg.cholesky(exact[kept][:, kept]))
+
+
+def weighed(matrix: Tensor, outputs: Tensor, *, undo: bool = False) -> Tensor:
+    r""":math:`B^{1/2}` times a matrix, such that its squared Frobenius norm is a loss.
+
+    Args:
+        matrix: ``[out, n]``.
+        outputs: :math:`B`, ``[out, out]``, or its diagonal, ``[out]``; positive.
+        undo: take the square root off again.
+    """
+    if outputs.ndim == 1:
+        half = outputs.sqrt()[:, None]
+        return matrix / half if undo else half * matrix
+    half = torch.linalg.cholesky(outputs.double()).to(matrix)
+    return torch.linalg.solve_triangular(half.T, matrix, upper=True) if undo else half.T @ matrix
 
 
 def points(out_features: int, in_features: int, spectra: Mapping[int, Tensor], order: Tensor) -> Curve:

@@ -133,7 +133,7 @@ def test_sensitivity_is_the_fisher_diagonal_of_the_outputs():
     model = tiny_model("llama", num_hidden_layers=1).model.double()
     name = "model.layers.0.mlp.down_proj"
     ids = texts(64, 32)
-    found = sensitivity(model, ids, [name])[name]
+    found = sensitivity(model, ids, [name])[name].diagonal().double()
     exact = torch.zeros(64, dtype=torch.float64)
     for passage in ids[:16]:
         with torch.enable_grad():
@@ -215,24 +215,34 @@ def second(x, near):
     return Second(near.T @ near / n, x.T @ near / n, x.T @ x / n, near.mean(0), x.mean(0))
 
 
+def products(channels):
+    root = torch.randn(channels, channels, generator=torch.Generator().manual_seed(5)).double()
+    return root @ root.T + torch.eye(channels).double()
+
+
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(14, 10), (7, 10)])
-def test_fit_is_reduced_rank_regression(shape, bias):
+def test_fit_is_reduced_rank_regression(shape, bias, whole):
     """No other factors of this rank come nearer: those that descend from it by gradient do not get lower."""
     x, near = pairs()
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(3)).double()
-    outputs = torch.linspace(0.2, 4, shape[0]).double()
+    outputs = products(shape[0]) if whole else torch.linspace(0.2, 4, shape[0]).double()
+    price = outputs if whole else torch.diag(outputs)
     found = fit(weight, Choice(3, 2), torch.arange(shape[0]), second(x, near), outputs, refit=True, bias=bias)
 
     def loss(left, right, rows, shift):
         made = torch.cat((rows, (left @ right)[2:])) @ near.T
-        return (outputs[:, None] * (weight @ x.T - made - shift[:, None]).square()).sum() / len(x)
+        away = weight @ x.T - made - shift[:, None]
+        return (price @ away * away).sum() / len(x)
 
     shift = found.bias if bias else torch.zeros(shape[0]).double()
     start = [found.left, found.right, found.rows, shift]
     at = loss(*start).item()
     error = second(x, near).error(weight, found, outputs)
-    assert abs(error - at / float((outputs[:, None] * (weight @ x.T).square()).sum() / len(x))) < 1e-9
+    made = found.dense() @ near.T + (found.bias[:, None] if bias else 0)
+    squares, before = ((price.diagonal()[:, None] * y.square()).sum() for y in (weight @ x.T - made, weight @ x.T))
+    assert abs(error - float(squares / before)) < 1e-9
     parts = [part.clone().requires_grad_() for part in start]
     free = parts if bias else parts[:3]
     optimizer = torch.optim.LBFGS(free, max_iter=300, tolerance_grad=1e-12, line_search_fn="strong_wolfe")

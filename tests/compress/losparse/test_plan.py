@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tenfold.compress.losparse.factors import stored
-from tenfold.compress.losparse.plan import Choice, choose, curve, nearest, points
+from tenfold.compress.losparse.plan import Choice, choose, curve, nearest, points, weighed
 from tenfold.errors import ConfigError
 
 
@@ -26,6 +26,21 @@ def test_a_curve_is_what_is_really_lost(shape):
             assert loss == 0
         assert numbers == stored(*shape, *choice) <= shape[0] * shape[1]
     assert {choice.kept for choice in found.choices} == {0, int(0.3 * shape[0]), int(0.7 * shape[0]), shape[0]}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_curve_counts_errors_by_what_outputs_cost(whole):
+    matrix, half = random(8, 6), random(8, 8, seed=2)
+    outputs = half @ half.T if whole else torch.linspace(0.1, 5, 8).double()
+    found = curve(matrix, outputs, shares=[0, 0.25])
+    for choice, loss in zip(found.choices[:-1], found.loss, strict=False):
+        others = found.order[choice.kept :]
+        price = torch.linalg.inv(torch.linalg.inv(outputs if whole else torch.diag(outputs))[others][:, others])
+        values, vectors = torch.linalg.eigh(price)
+        root = vectors * values.sqrt() @ vectors.T
+        lost = torch.linalg.svdvals(root @ matrix[others])[choice.rank :].square().sum()
+        assert abs(float(lost - loss)) < 1e-9
+        torch.testing.assert_close(weighed(weighed(matrix[others], price), price, undo=True), matrix[others])
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
