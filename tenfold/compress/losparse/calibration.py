@@ -90,7 +90,7 @@ def weight_of(module: nn.Module) -> Tensor:
 def sensitivity(
     model: nn.Module, passages: Sequence[Tensor], names: Iterable[str], *, seed: int = 0, tell: Tell | None = None
 ) -> dict[str, Tensor]:
-    r"""How much the loss depends on the outputs of each matrix: :math:`B=E[gg^\top]`, :math:`g=\partial\mathcal L/\partial y`.
+    r"""How much the loss depends on the outputs :math:`y` of each matrix: :math:`B=E[gg^\top]` of its gradients there.
 
     The labels are the model's own, as likely as it finds them, so that :math:`B` is the Fisher information of
     :math:`y`: a change :math:`\delta` of the outputs costs :math:`\tfrac12\delta^\top B\delta` of loss, in the model's
