@@ -315,3 +315,41 @@ def test_numbers_that_are_not_finite_are_refused_by_name():
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("inf")
     with pytest.raises(ModelError, match=r"layers\.\d.*not finite"):
         compress_once(model, texts(), budget=HALF)
+
+
+def test_outputs_count_alone_where_their_products_would_take_too_much(monkeypatch):
+    model = tiny_model("llama").model
+    names = [slot.name for slot in layer_map(model).select(["all-linear"])]
+    whole = sensitivity(model, texts(), names)
+    monkeypatch.setattr("tenfold.compress.losparse.calibration.GRAM_BYTES", 1000)
+    alone = sensitivity(model, texts(), names)
+    for name in names:
+        assert whole[name].shape == (len(alone[name]),) * 2
+        torch.testing.assert_close(whole[name].diagonal(), alone[name])
+        assert bool((torch.linalg.eigvalsh(whole[name].double()) > 0).all())
+    found = compress_once(model, texts(), budget=HALF)
+    assert 0.49 < found.share <= 0.5
+
+
+def test_what_the_loss_depends_on_is_kept_better():
+    """A head that reads few of the channels: with weighing these are what the budget goes to."""
+    model = tiny_model("llama").model
+    model.lm_head.weight.data[:, 16:] *= 0.01
+    ids = texts(24)
+    away = [
+        distance(model, with_factors(model, compress_once(model, ids, budget=HALF, weigh=weigh).factors))
+        for weigh in (False, True)
+    ]
+    assert away[1] < 0.7 * away[0]
+
+
+def test_progress_tells_every_part():
+    said = {}
+    compress_once(
+        tiny_model("llama").model,
+        texts(),
+        budget=HALF,
+        progress=lambda label, done, total: said.setdefault(label, []).append((done, total)),
+    )
+    assert list(said) == ["sensitivity", "inputs", "fit"]
+    assert all(steps[-1][0] == steps[-1][1] == len(steps) for steps in said.values())
