@@ -41,19 +41,15 @@ class Moments:
         r""":math:`\sum x\tilde x^\top`."""
         self.before = zeros.clone() if paired and measured else self.own
         r""":math:`\sum xx^\top`."""
-        self.own_sum = zeros[0].clone()
-        self.before_sum = zeros[0].clone() if paired else self.own_sum
 
     def add(self, own: Tensor, before: Tensor | None = None) -> None:
         """Take in tokens, ``[..., in]``; in pairs with what came in their place before."""
         own = own.detach().reshape(-1, own.shape[-1]).to(self.own.dtype)
         self.tokens += len(own)
         self.own.addmm_(own.T, own)
-        self.own_sum += own.sum(0)
         if before is not None:
             before = before.detach().reshape(own.shape).to(own)
             self.cross.addmm_(before.T, own)
-            self.before_sum += before.sum(0)
             if self.before is not self.own:
                 self.before.addmm_(before.T, before)
 

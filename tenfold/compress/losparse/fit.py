@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,11 @@ from torch import Tensor
 from tenfold.compress.losparse.calibration import Moments
 from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.mathematics import RIDGE
-from tenfold.compress.losparse.plan import Choice, among, diagonal, leading, made_up, weighed
+from tenfold.compress.losparse.plan import Choice, among, diagonal, leading, weighed
+
+STEADINESS = 0.1
+"""Of a refit: what is added to the diagonal of the Gram matrix, as a share of its mean. Directions with fewer inputs
+than that are hardly refitted, as what so few tokens say of them would not hold for others."""
 
 
 class Second(NamedTuple):
@@ -21,54 +24,45 @@ class Second(NamedTuple):
         own: :math:`E[\tilde x\tilde x^\top]`, ``[in, in]``.
         cross: :math:`E[x\tilde x^\top]`.
         before: :math:`E[xx^\top]`.
-        own_mean: :math:`E[\tilde x]`, ``[in]``.
-        before_mean: :math:`E[x]`.
     """
 
     own: Tensor
     cross: Tensor
     before: Tensor
-    own_mean: Tensor
-    before_mean: Tensor
 
     @classmethod
     def of(cls, sums: Moments) -> Second:
         """The means of sums over tokens."""
-        parts = (sums.own, sums.cross, sums.before, sums.own_sum, sums.before_sum)
-        return cls(*(part / max(1, sums.tokens) for part in parts))
+        return cls(*(part / max(1, sums.tokens) for part in (sums.own, sums.cross, sums.before)))
 
     def double(self) -> Second:
         """In float64, as a fit needs it."""
         return Second(*(part.double() for part in self))
 
-    def centred(self) -> Second:
-        """Covariances in place of second moments: what is left for a matrix with a bias of its own."""
-        return self._replace(
-            own=self.own - torch.outer(self.own_mean, self.own_mean),
-            cross=self.cross - torch.outer(self.before_mean, self.own_mean),
-            before=self.before - torch.outer(self.before_mean, self.before_mean),
-        )
-
     def error(self, weight: Tensor, factors: Factors, outputs: Tensor) -> float:
-        r"""How far off the outputs are, :math:`\sum_jB_{jj}E[(W_jx-\hat W_j\tilde x-b_j)^2]` over the same of them.
+        r"""How far off the outputs are, :math:`\sum_jB_{jj}E[(W_jx-\hat W_j\tilde x)^2]` over the same of them.
 
         Args:
             weight: :math:`W`, ``[out, in]``.
-            factors: :math:`\hat W`; their bias is what is added to the one that the layer had.
+            factors: :math:`\hat W`.
             outputs: :math:`B`, ``[out, out]`` or ``[out]``.
         """
         weight, new, outputs = (part.to(self.own) for part in (weight, factors.dense(), diagonal(outputs)))
         before = ((weight @ self.before) * weight).sum(1)
         squares = before - 2 * ((weight @ self.cross) * new).sum(1) + ((new @ self.own) * new).sum(1)
-        if factors.bias is not None:
-            bias = factors.bias.to(self.own)
-            squares = squares + bias * (bias - 2 * (weight @ self.before_mean - new @ self.own_mean))
         whole = float((outputs * before).sum())
         return max(0.0, float((outputs * squares).sum())) / whole if whole > 0 else 0.0
 
 
 def fit(
-    weight: Tensor, choice: Choice, order: Tensor, seen: Second, outputs: Tensor, *, refit: bool, bias: bool
+    weight: Tensor,
+    choice: Choice,
+    order: Tensor,
+    seen: Second,
+    outputs: Tensor,
+    *,
+    refit: bool,
+    steadiness: float = STEADINESS,
 ) -> Factors:
     r"""Factors of a matrix whose outputs come nearest to those before.
 
@@ -76,7 +70,7 @@ def fit(
     ``refit``; else :math:`W`). Of the rows that are not kept the low-rank part is
     :math:`B^{-1/2}UU^\top B^{1/2}W'` with the leading left singular vectors :math:`U` of
     :math:`B^{1/2}W'\tilde C`, :math:`\tilde G=\tilde C\tilde C^\top`: reduced-rank regression. Kept rows are those of
-    :math:`W'`, and make up for the errors of the others where the loss depends on both.
+    :math:`W'`.
 
     Args:
         weight: :math:`W`, ``[out, in]``, float64.
@@ -85,25 +79,22 @@ def fit(
         seen: what the matrix reads.
         outputs: :math:`B`, ``[out, out]`` or its diagonal, ``[out]``; positive.
         refit: see above.
-        bias: let a bias carry what is the same for all tokens.
+        steadiness: of the refit, see `STEADINESS`.
 
     Returns:
-        Tensors in float64. The bias is what is added to the one that the layer had.
+        Tensors in float64.
     """
-    used = (seen.centred() if bias else seen).double()
-    half, plain = root(used.own), weight
+    used = seen.double()
+    half = root(used.own)
     if refit:
-        weight = weight + torch.cholesky_solve((weight @ (used.cross - used.own)).T, half).T
+        steady = root(used.own, steadiness / len(half))
+        weight = weight + torch.cholesky_solve((weight @ (used.cross - used.own)).T, steady).T
     kept, others = order[: choice.kept], order[choice.kept :]
-    price = among(outputs.to(weight), kept, others)
+    price = among(outputs.to(weight), others)
     left = weight.new_zeros(len(weight), choice.rank)
     basis, right = low_rank(weighed(weight[others], price), half, choice.rank)
     left[others] = weighed(basis, price, undo=True)
-    rows = weight[kept] + made_up(outputs, kept, others, weight[others] - left[others] @ right)
-    factors = Factors(left, right, kept, rows)
-    if not bias:
-        return factors
-    return replace(factors, bias=plain @ used.before_mean - factors.dense() @ used.own_mean)
+    return Factors(left, right, kept, weight[kept])
 
 
 def low_rank(weight: Tensor, half: Tensor, rank: int) -> tuple[Tensor, Tensor]:

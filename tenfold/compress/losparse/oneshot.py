@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tenfold.compress.losparse.calibration import Moments, Tell, batches_of, moments, sensitivity, shared, weight_of
 from tenfold.compress.losparse.factors import Factors, stored
 from tenfold.compress.losparse.fit import Second, fit, root
-from tenfold.compress.losparse.plan import Choice, Curve, choose, curve, diagonal
+from tenfold.compress.losparse.plan import DOUBT, Choice, Curve, choose, curve, diagonal
 from tenfold.compress.losparse.streams import Blocks, block_of
 from tenfold.config.budget import Budget
 from tenfold.errors import ConfigError, DataError, ModelError
@@ -64,7 +64,7 @@ class OneShot:
     """A compressed model, as parts.
 
     Args:
-        factors: of each matrix that is replaced, in model order, in the weight's type; a bias is the whole one.
+        factors: of each matrix that is replaced, in model order, in the weight's type.
         matrices: what became of each matrix that was looked at, in model order.
         parameters: of the whole model before.
         parameter_bytes: theirs.
@@ -153,7 +153,7 @@ def compress_once(
         sum(found.numbers[-1].item() for found in curves.values()) if budget.unit == "share" else 1
     )
     price = (lambda name, choice: _bytes(model.get_submodule(name), choice)) if budget.unit == "bytes" else None
-    choices = choose(curves, allowed, price)
+    choices = choose(curves, allowed, price, DOUBT)
     work = _Work(model, choices, {name: found.order for name, found in curves.items()}, outputs)
     blocks = Blocks.of(model, list(curves), texts.batches) if refit and held else None
     if refit and held and blocks is None:
@@ -363,9 +363,9 @@ class _Work:
         """Fit one matrix, with a refit where held-out texts say so, and put it into the model."""
         module, row = self._model.get_submodule(name), self.replaced[name]
         weight, outputs = self._weight(name), self._outputs[name]
-        chosen = fit(weight, row.choice, self._orders[name], seen, outputs, refit=False, bias=False)
+        chosen = fit(weight, row.choice, self._orders[name], seen, outputs, refit=False)
         if held is not None:
-            other = fit(weight, row.choice, self._orders[name], seen, outputs, refit=True, bias=False)
+            other = fit(weight, row.choice, self._orders[name], seen, outputs, refit=True)
             error, refitted = (held.error(weight, one, outputs) for one in (chosen, other))
             row = replace(row, error=error, refitted=refitted, refit=refitted < error)
             chosen = other if row.refit else chosen
@@ -376,30 +376,24 @@ class _Work:
 def restored(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Give matrices the values back that they have now."""
     modules: list[Any] = [model.get_submodule(name) for name in names]
-    values = [(module.weight.detach().clone(), module.bias) for module in modules]
+    values = [module.weight.detach().clone() for module in modules]
     try:
         yield
     finally:
-        for module, (weight, bias) in zip(modules, values, strict=True):
+        for module, weight in zip(modules, values, strict=True):
             module.weight.copy_(weight)
-            module.bias = bias
 
 
 def _put(module: Any, factors: Factors) -> None:
     """Let a layer compute what its factors say."""
     weight_of(module).copy_(factors.dense())
-    if factors.bias is not None:
-        module.bias = nn.Parameter(factors.bias, requires_grad=False)
 
 
 def _as_stored(factors: Factors, module: Any) -> Factors:
-    """In the type of the layer's weight, with the bias that the layer had in what the factors bring."""
-    dtype = module.weight.dtype
-    bias = factors.bias
-    if bias is not None and module.bias is not None:
-        bias = bias + module.bias.double()
-    left, right, rows = (part.to(dtype) for part in (factors.left, factors.right, factors.rows))
-    return Factors(left, right, factors.kept, rows, None if bias is None else bias.to(dtype))
+    """In the type of the layer's weight."""
+    parts = (factors.left, factors.right, factors.rows)
+    left, right, rows = (part.to(module.weight.dtype) for part in parts)
+    return Factors(left, right, factors.kept, rows)
 
 
 def _bytes(module: Any, choice: Choice) -> int:

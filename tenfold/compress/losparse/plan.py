@@ -15,6 +15,10 @@ from tenfold.errors import ConfigError
 KEPT_SHARES = (0.0, 0.03, 0.07, 0.12, 0.2, 0.3, 0.45, 0.65)
 """Shares of the rows of a matrix that may be kept; with each of them the low-rank part is made for the rest."""
 
+DOUBT = 1.25
+"""Which rows matter is chosen by the same tokens that say how much they do, so what keeping them saves is found too
+large. They are kept where they save more than a fifth of what is lost without."""
+
 
 class Choice(NamedTuple):
     """What is stored of a matrix: it is left as it is where ``kept`` is all of its rows."""
@@ -63,7 +67,7 @@ def curve(matrix: Tensor, outputs: Tensor | None = None, shares: Sequence[float]
     order = row_order(weighed(matrix, diagonal(outputs)))
     spectra = {}
     for kept in dict.fromkeys(int(share * out) for share in shares):
-        own = among(outputs, order[:kept], order[kept:])
+        own = among(outputs, order[kept:])
         spectra[kept] = size**2 * price * spectrum(weighed(matrix[order[kept:]], own)).double()
     return points(out, inner, spectra, order)
 
@@ -73,32 +77,9 @@ def diagonal(outputs: Tensor) -> Tensor:
     return outputs if outputs.ndim == 1 else outputs.diagonal()
 
 
-def among(outputs: Tensor, kept: Tensor, others: Tensor) -> Tensor:
-    r"""What errors of the other rows cost where kept rows make up for them as well as they can (`made_up`).
-
-    That is the Schur complement :math:`B_{oo}-B_{ok}B_{kk}^{-1}B_{ko}`; of a diagonal its own part.
-    """
-    if outputs.ndim == 1 or len(kept) == 0:
-        return outputs[others] if outputs.ndim == 1 else outputs[others][:, others]
-    exact = outputs.double()
-    across = exact[kept][:, others]
-    spared = across.T @ torch.cholesky_solve(across, torch.linalg.cholesky(exact[kept][:, kept]))
-    return (exact[others][:, others] - spared).to(outputs)
-
-
-def made_up(outputs: Tensor, kept: Tensor, others: Tensor, error: Tensor) -> Tensor:
-    r"""What to add to kept rows, such that the loss feels least of the errors of the others.
-
-    Args:
-        outputs: :math:`B`, ``[out, out]``, or its diagonal, with which nothing can be made up for.
-        kept: which rows are kept.
-        others: which are not.
-        error: what the others lack, ``[others, in]``, float64.
-    """
-    if outputs.ndim == 1 or len(kept) == 0:
-        return error.new_zeros(len(kept), error.shape[1])
-    exact = outputs.to(error)
-    return torch.cholesky_solve(exact[kept][:, others] @ error, torch.linalg.cholesky(exact[kept][:, kept]))
+def among(outputs: Tensor, rows: Tensor) -> Tensor:
+    """What errors of some rows alone cost."""
+    return outputs[rows] if outputs.ndim == 1 else outputs[rows][:, rows]
 
 
 def weighed(matrix: Tensor, outputs: Tensor, *, undo: bool = False) -> Tensor:
@@ -186,7 +167,10 @@ def _ranks(full: int) -> list[int]:
 
 
 def choose(
-    curves: Mapping[str, Curve], budget: float, price: Callable[[str, Choice], float] | None = None
+    curves: Mapping[str, Curve],
+    budget: float,
+    price: Callable[[str, Choice], float] | None = None,
+    doubt: float = 1.0,
 ) -> dict[str, Choice]:
     """What to store of each matrix, such that all together lose the least within the budget.
 
@@ -197,6 +181,7 @@ def choose(
         curves: of each matrix.
         budget: of all matrices together, never exceeded; in the unit of the price.
         price: what a choice costs. Default: the numbers that it stores.
+        doubt: what the loss of choices with some rows kept is multiplied by, see `DOUBT`.
 
     Raises:
         ConfigError: a budget that buys nothing; names the smallest that does.
@@ -222,9 +207,17 @@ def choose(
             f"budget: {budget:,.0f} buys neither a rank nor a row of any matrix",
             remedy=f"give {smallest:,.0f} or more ({100 * smallest / everything:.2g}%)",
         )
+    curves = {
+        name: found._replace(loss=torch.where(_some_rows(found), doubt * found.loss, found.loss))
+        for name, found in curves.items()
+    }
     places = _at_price(curves, costs, budget)
     _fill(curves, costs, places, budget)
     return {name: found.choices[places[name]] for name, found in curves.items()}
+
+
+def _some_rows(found: Curve) -> Tensor:
+    return torch.tensor([0 < choice.kept < found.choices[-1].kept for choice in found.choices])
 
 
 def _at_price(curves: Mapping[str, Curve], costs: Mapping[str, Tensor], budget: float) -> dict[str, int]:

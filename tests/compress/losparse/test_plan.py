@@ -35,7 +35,7 @@ def test_a_curve_counts_errors_by_what_outputs_cost(whole):
     found = curve(matrix, outputs, shares=[0, 0.25])
     for choice, loss in zip(found.choices[:-1], found.loss, strict=False):
         others = found.order[choice.kept :]
-        price = torch.linalg.inv(torch.linalg.inv(outputs if whole else torch.diag(outputs))[others][:, others])
+        price = (outputs if whole else torch.diag(outputs))[others][:, others]
         values, vectors = torch.linalg.eigh(price)
         root = vectors * values.sqrt() @ vectors.T
         lost = torch.linalg.svdvals(root @ matrix[others])[choice.rank :].square().sum()
@@ -59,6 +59,13 @@ def test_rows_of_their_own_are_kept_and_others_share():
     found = curve(matrix, shares=[0, 2.5 / 12])
     choice = choose({"m": found}, stored(12, 8, 1, 2))["m"]
     assert choice == Choice(rank=1, kept=2)
+
+
+def test_rows_that_save_little_are_doubted():
+    matrix = torch.cat((random(10, 8), 1.5 * random(2, 8, seed=1)))
+    found = {"m": curve(matrix, shares=[0, 2.5 / 12])}
+    taken = [choose(found, stored(12, 8, 3, 2), doubt=doubt)["m"].kept for doubt in (1, 4)]
+    assert taken == [2, 0]
 
 
 def test_a_small_budget_is_spent_as_well_as_any_choice_can():
