@@ -27,7 +27,8 @@ an architecture needs no entry anywhere. Below is what was tried, with tiny rand
 - **Experts** are adapted where they are linear layers. In transformers 5 most are slices of one parameter: these and
   the routers stay as they are, attention and shared parts are adapted, and a note of the stage says what was left out.
 - In DeepSeek-V3, Qwen3-Next and their kin, PEFT {peft} takes the names `gate_proj`, `up_proj` and `down_proj` for the
-  stacked experts, also where a dense or shared part has them; no adapter folder can name these layers, so they stay.
+  stacked experts, also where a dense or shared part has them: under `target_modules` nothing can name these layers, so
+  they stay. PEFT's `target_parameters` can (`model.layers.0.mlp.shared_expert.gate_proj.weight`), from Python.
 - In **Mamba** and its kin `in_proj` is adapted. The model reads the weights of `x_proj`, `dt_proj` and `out_proj`
   without calling the layers: an adapter there would not be seen, and asking for one is refused.
 - Weights that several layers share (Zamba) stay as they are: an adapter on one could not be merged.

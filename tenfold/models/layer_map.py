@@ -303,7 +303,7 @@ def _fixed(model: Any, modules: dict[str, Any]) -> dict[str, str]:
             found[name] = "the model reads the weight without calling the layer, so no adapter would be seen"
     shared = [name for names in owners.values() if len(names) > 1 for name in names]
     found |= dict.fromkeys(shared, "several layers share the weight, so no adapter could be merged")
-    taken = "PEFT takes the name for the stacked experts of this model, so no adapter folder can mean the layer"
+    taken = "PEFT takes the name for the stacked experts of this model, so no target module can mean the layer"
     return found | dict.fromkeys(_taken_by_peft(model, [name for names in owners.values() for name in names]), taken)
 
 

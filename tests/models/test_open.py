@@ -9,12 +9,13 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from tenfold.errors import ConfigError, ModelError
-from tenfold.models.export import save_model
+from tenfold.models.export import save_adapter, save_model
 from tenfold.models.heads import auto_class
-from tenfold.models.open import open_model
+from tenfold.models.open import open_model, open_tokenizer
 from tenfold.models.tiny import tiny_model
 
 
@@ -78,6 +79,21 @@ def test_what_transformers_opens_for_a_task_that_it_cannot_do_is_refused(kind, h
     assert ("'classification'" in caught.value.remedy) == (kind != "bart")
     assert auto_class(AutoConfig.for_model("bert", is_decoder=True), "causal", "theirs")
     assert auto_class(AutoConfig.for_model("bert"), "classification", "theirs")
+
+
+def test_the_tokenizer_alone_is_that_of_the_model_with_its_adapters(folder, tmp_path, monkeypatch):
+    opened = open_model(folder, device="cpu")
+    opened.tokenizer.chat_template = "{{ messages[0].content }}"
+    adapted = get_peft_model(opened.model, LoraConfig(target_modules=["q_proj"]))
+    adapter = save_adapter(adapted, opened.tokenizer, tmp_path / "adapter", base=str(folder))
+    whole = {"base": open_model(folder, device="cpu"), "adapter": open_model(adapter, device="cpu")}
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("opened"))
+    for name, found in {"base": open_tokenizer(folder), "adapter": open_tokenizer(adapter)}.items():
+        assert found.get_vocab() == whole[name].tokenizer.get_vocab()
+        assert found.chat_template == whole[name].tokenizer.chat_template
+    assert open_tokenizer(folder, adapters=[adapter]).chat_template == "{{ messages[0].content }}"
+    with pytest.raises(ModelError, match="no such folder"):
+        open_tokenizer("./nothing")
 
 
 @pytest.mark.parametrize(("kind", "task"), [("bert", "seq2seq"), ("modernbert", "causal"), ("distilbert", "seq2seq")])
