@@ -12,7 +12,7 @@ from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.mathematics import RIDGE
 from tenfold.compress.losparse.plan import Choice, among, diagonal, leading, weighed
 
-STEADINESS = 0.1
+STEADINESS = 0.3
 """Of a refit: what is added to the diagonal of the Gram matrix, as a share of its mean. Directions with fewer inputs
 than that are hardly refitted, as what so few tokens say of them would not hold for others."""
 
