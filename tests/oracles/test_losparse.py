@@ -12,10 +12,10 @@ from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.handle import attach
 from tenfold.compress.losparse.layer import LowRankRowsLinear
 from tenfold.compress.losparse.masked import LoSparseLinear
-from tenfold.compress.losparse.mathematics import rank_for, split
+from tenfold.compress.losparse.mathematics import rank_for, split_off
 from tenfold.compress.losparse.oneshot import OneShot, Replaced
-from tenfold.compress.losparse.plan import Choice
-from tenfold.compress.losparse.pruner import Pruner, make_schedule
+from tenfold.compress.losparse.plan import RankAndRows
+from tenfold.compress.losparse.pruner import Pruner, pruning_schedule
 from tenfold.config.losparse import LoSparsePaper
 from tenfold.core.importance import Importance, ScoredPart
 from tenfold.errors import ConfigError
@@ -36,7 +36,7 @@ class _SplitLayer(torch.nn.Module):
 
     def __init__(self, layer, rank):
         super().__init__()
-        self.parts, self.bias = split(layer.weight, rank), layer.bias
+        self.parts, self.bias = split_off(layer.weight, rank), layer.bias
 
     def forward(self, x):
         left, right, rest = self.parts
@@ -90,7 +90,7 @@ W3 = torch.tensor([[((7 * i + 3 * j) % 11 - 5) / 10 for j in range(4)] for i in 
 
 def test_03_svd_split():
     assert rank_for(0.5, 6, 4) == 2
-    left, right, rest = split(W3, 2)
+    left, right, rest = split_off(W3, 2)
     values = torch.tensor(
         [1.0567822023651727, 0.9288763553644787, 0.6243940512731958, 0.2013260091087697], dtype=torch.float64
     )
@@ -106,24 +106,24 @@ def test_03_svd_split():
 
 def test_03_rounding_of_the_factors_goes_into_the_rest():
     weight = W3.to(torch.bfloat16)
-    left, right, rest = split(weight, 2)
+    left, right, rest = split_off(weight, 2)
     error = (left.double() @ right.double() + rest.double() - weight.double()).abs().max()
     assert error <= rest.abs().max() * 2**-8  # one rounding of the rest, none of the factors
 
 
 def test_04_optimality():
-    left, right, rest = split(W3, 2)
+    left, right, rest = split_off(W3, 2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         scale = 10 ** -(4 * torch.rand((), generator=generator, dtype=torch.float64))
         noise = [torch.randn(part.shape, generator=generator, dtype=part.dtype) for part in (left, right)]
         assert (W3 - (left + scale * noise[0]) @ (right + scale * noise[1])).norm() >= rest.norm()
-    zeros = split(torch.zeros(6, 4), 2)
+    zeros = split_off(torch.zeros(6, 4), 2)
     assert all(not part.any() and part.isfinite().all() for part in zeros)
-    assert split(torch.outer(W3[:, 0], W3[0]), 1).rest.abs().max() < 1e-14
-    assert split(torch.outer(W3[:, 0], W3[0]), 3).rest.isfinite().all()
+    assert split_off(torch.outer(W3[:, 0], W3[0]), 1).rest.abs().max() < 1e-14
+    assert split_off(torch.outer(W3[:, 0], W3[0]), 3).rest.isfinite().all()
     with pytest.raises(ConfigError, match=r"rank: must be in \[0, 4\]"):
-        split(W3, 5)
+        split_off(W3, 5)
 
 
 def test_11_budget_report():
@@ -139,7 +139,7 @@ def test_11_budget_report():
     kept = {role: int(0.15 * out) for role, (out, _) in layer.items()}  # rows of each, never above 15 %
     assert 30 * sum(kept[role] * layer[role][1] for role in layer) <= 15_925_248
     matrices = tuple(
-        Replaced(f"{index}.{role}", shape, Choice(ranks[role], kept[role]), bytes=0)
+        Replaced(f"{index}.{role}", shape, RankAndRows(ranks[role], kept[role]), bytes=0)
         for index in range(30)
         for role, shape in layer.items()
     )
@@ -158,7 +158,7 @@ X15 = fill((6, 20), 5, 2, 13, 20) * torch.tensor([10, 3, 1, 0.3, 0.1, 0.03], dty
 
 def test_15_whitened_split():
     gram = X15 @ X15.T
-    plain, whitened = split(W15, 2), split(W15, 2, gram, ridge=0)
+    plain, whitened = split_off(W15, 2), split_off(W15, 2, gram, ridge=0)
     assert abs((plain.rest @ X15).norm() - 4.502554206194) < 1e-9
     assert abs((whitened.rest @ X15).norm() - 0.468592539741) < 1e-9
     cholesky = torch.linalg.cholesky(gram)
@@ -170,17 +170,17 @@ def test_15_whitened_split():
         whitened.left.T @ whitened.left, whitened.right @ whitened.right.T, rtol=0, atol=1e-9
     )  # balanced
     for rank in range(7):
-        error = (split(W15, rank, gram, ridge=0).rest @ X15).norm()
-        assert error <= (split(W15, rank).rest @ X15).norm() + 1e-12
+        error = (split_off(W15, rank, gram, ridge=0).rest @ X15).norm()
+        assert error <= (split_off(W15, rank).rest @ X15).norm() + 1e-12
 
 
 def test_15_fewer_tokens_than_inputs():
     few = X15[:, :3]
     for ridge in (0, 1e-6):
-        parts = split(W15, 3, few @ few.T, ridge=ridge)
+        parts = split_off(W15, 3, few @ few.T, ridge=ridge)
         assert all(part.isfinite().all() for part in parts)
         assert (parts.rest @ few).norm() < 1e-4
-    assert all(part.isfinite().all() for part in split(W15, 2, torch.zeros(6, 6)))
+    assert all(part.isfinite().all() for part in split_off(W15, 2, torch.zeros(6, 6)))
 
 
 SHAPES_10 = [(12,), (5, 12), (2, 3, 12), (2, 1, 4, 12), (1, 1, 1, 12), (0, 12)]
@@ -366,7 +366,7 @@ def test_08_allocation(share, first, second, spent):
 
 
 def test_09_schedule():
-    schedule = make_schedule(LoSparsePaper(tinit=2, tfinal=4, interval=2), 0.5, 20)
+    schedule = pruning_schedule(LoSparsePaper(tinit=2, tfinal=4, interval=2), 0.5, 20)
     values = {3: 0.90033, 4: 0.81487, 6: 0.68222, 8: 0.59329, 10: 0.53936, 12: 0.51166, 14: 0.50146, 15: 0.50018}
     assert schedule.value(2) == 1
     assert all(abs(schedule.value(step) - value) < 5e-6 for step, value in values.items())

@@ -16,7 +16,7 @@ from tenfold.adapt.adalora.attaching import Matrix, set_patterns, trainable
 from tenfold.adapt.adalora.layer import ADAPTER
 from tenfold.adapt.adalora.mathematics import penalty
 from tenfold.adapt.adalora.plan import RankPlan, make_schedule, settings, too_short
-from tenfold.adapt.adalora.shrinking import cut
+from tenfold.adapt.adalora.shrinking import cut_triplets
 from tenfold.adapt.cutting import uncuttable
 from tenfold.adapt.running import LogCallback, check_same, find_total, running_trainer
 from tenfold.adapt.step_hooks import Replaced, StepHooks, replace_closure, skips
@@ -249,7 +249,7 @@ class Controller:
             index = mask.nonzero().flatten()
             # A matrix that keeps nothing keeps one masked triplet, because PEFT knows no rank 0.
             keep[name] = index if len(index) else self.scores[name].argmax()[None]
-        self._dropped = cut(self.matrices, keep, optimizer)
+        self._dropped = cut_triplets(self.matrices, keep, optimizer)
         self.masks = {name: mask[keep[name]] for name, mask in self.masks.items()}
         self.scores = {name: score[keep[name]] for name, score in self.scores.items()}
         self._tell_peft()

@@ -13,7 +13,7 @@ from tenfold.adapt.adalora.layer import ADAPTER
 
 
 @torch.no_grad()
-def cut(
+def cut_triplets(
     matrices: Mapping[str, Matrix], keep: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Remove the triplets that are not kept, with their gradients and the optimizer's moments.

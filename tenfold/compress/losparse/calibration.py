@@ -54,7 +54,7 @@ class Moments:
                 self.before.addmm_(before.T, before)
 
 
-def batches_of(passages: Sequence[Tensor], device: torch.device, tokens: int = BATCH_TOKENS) -> list[Tensor]:
+def equal_batches(passages: Sequence[Tensor], device: torch.device, tokens: int = BATCH_TOKENS) -> list[Tensor]:
     """Passages of one length together, ``[passages, tokens]``, in order; no padding."""
     by_length: dict[int, list[Tensor]] = {}
     for passage in passages:
@@ -131,7 +131,7 @@ def sensitivity(
     hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in counts]
     embeddings = {model.get_input_embeddings(), *(m for m in model.modules() if isinstance(m, nn.Embedding))}  # type: ignore[operator]
     hooks += [module.register_forward_hook(differentiable) for module in embeddings]
-    batches = batches_of(passages, input_device(model), BATCH_TOKENS // 2)
+    batches = equal_batches(passages, input_device(model), BATCH_TOKENS // 2)
     generator = torch.Generator().manual_seed(seed)
     try:
         with evaluating(model), frozen(model), torch.enable_grad():
@@ -203,7 +203,7 @@ def moments(
         with evaluating(model), inputs_of(model, part) as seen:
             for done, ids in enumerate(batches, 1):
                 read(model, ids)
-                for leader, followers in shared(seen).items():
+                for leader, followers in same_inputs(seen).items():
                     for own in seen[leader]:
                         collected.setdefault(leader, Moments(own)).add(own)
                     for follower in followers:
@@ -233,7 +233,7 @@ def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list
             hook.remove()
 
 
-def shared(seen: Mapping[str, Sequence[Tensor]]) -> dict[str, list[str]]:
+def same_inputs(seen: Mapping[str, Sequence[Tensor]]) -> dict[str, list[str]]:
     """Matrices by the first one that reads the very same inputs."""
     found: dict[str, list[str]] = {}
     for name, inputs in seen.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from tenfold.compress.losparse.calibration import Moments
 from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.mathematics import RIDGE
-from tenfold.compress.losparse.plan import Choice, among, diagonal, leading, weighed
+from tenfold.compress.losparse.plan import RankAndRows, among, diagonal, leading, weighed
 
 STEADINESS = 0.3
 """Of a refit: what is added to the diagonal of the Gram matrix, as a share of its mean. Directions with fewer inputs
@@ -54,9 +54,9 @@ class Second(NamedTuple):
         return max(0.0, float((outputs * squares).sum())) / whole if whole > 0 else 0.0
 
 
-def fit(
+def fit_matrix(
     weight: Tensor,
-    choice: Choice,
+    choice: RankAndRows,
     order: Tensor,
     seen: Second,
     outputs: Tensor,
@@ -92,12 +92,12 @@ def fit(
     kept, others = order[: choice.kept], order[choice.kept :]
     price = among(outputs.to(weight), others)
     left = weight.new_zeros(len(weight), choice.rank)
-    basis, right = low_rank(weighed(weight[others], price), half, choice.rank)
+    basis, right = nearest_low_rank(weighed(weight[others], price), half, choice.rank)
     left[others] = weighed(basis, price, undo=True)
     return Factors(left, right, kept, weight[kept])
 
 
-def low_rank(weight: Tensor, half: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def nearest_low_rank(weight: Tensor, half: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Two factors, ``[rows, rank]`` orthonormal and ``[rank, in]``, whose product errs least on its inputs.
 
     What the inputs never show is projected along with the rest, not dropped.

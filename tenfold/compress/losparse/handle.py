@@ -12,8 +12,8 @@ from tenfold.adapt.role_map import by_role
 from tenfold.compress.losparse.factors import Factors, stored
 from tenfold.compress.losparse.layer import Kind, LowRankRowsLinear, remark, replace_module
 from tenfold.compress.losparse.masked import LoSparseLinear
-from tenfold.compress.losparse.mathematics import rest_of, split
-from tenfold.compress.losparse.pruner import Pruner, make_schedule
+from tenfold.compress.losparse.mathematics import rest_of, split_off
+from tenfold.compress.losparse.pruner import Pruner, pruning_schedule
 from tenfold.config.losparse import LoSparsePaper
 from tenfold.errors import ConfigError, ModelError, RunError
 from tenfold.models.layer_map import Slot, layer_map
@@ -160,7 +160,7 @@ def attach(
         config: when and how rows are pruned.
         total_steps: optimizer steps of the run. Default: the running Trainer's.
         grams: ``[in, in]`` of a matrix's inputs, to split off what matters for its outputs; see
-            `tenfold.compress.losparse.mathematics.split`.
+            `tenfold.compress.losparse.mathematics.split_off`.
         starts: :math:`L` and :math:`R` of a matrix to begin with, of its rank, such as those that were found without
             training; the rest is what they leave of the matrix.
         costs: of a row of each matrix. Default: its numbers, ``in_features``.
@@ -185,14 +185,14 @@ def attach(
     free = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     all_rows = sum(costs[name] * slot.out_features for name, slot in slots.items())
     if total_steps is not None:
-        make_schedule(config, min(rows / all_rows, 1.0), total_steps)
+        pruning_schedule(config, min(rows / all_rows, 1.0), total_steps)
     originals: dict[str, nn.Module] = {}
     layers: dict[str, LoSparseLinear] = {}
     for name, slot in slots.items():
         module: Any = model.get_submodule(name)
         weight = module.weight.detach().T if slot.layout == "conv1d" else module.weight.detach()
         given = starts.get(name)
-        left, right, rest = rest_of(weight, *given) if given else split(weight, ranks[name], grams.get(name))
+        left, right, rest = rest_of(weight, *given) if given else split_off(weight, ranks[name], grams.get(name))
         layer = LoSparseLinear(left.contiguous(), right.contiguous(), rest.contiguous(), module.bias, frozen=frozen)
         layers[name] = layer.train(module.training)
         replace_module(model, name, layers[name])

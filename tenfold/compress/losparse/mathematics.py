@@ -52,7 +52,7 @@ def rank_for(share: float, out_features: int, in_features: int) -> int:
 
 
 @torch.no_grad()
-def split(weight: Tensor, rank: int, gram: Tensor | None = None, ridge: float = RIDGE) -> Split:
+def split_off(weight: Tensor, rank: int, gram: Tensor | None = None, ridge: float = RIDGE) -> Split:
     r"""Take the best low-rank part out of a matrix; what it leaves is exact.
 
     Without a Gram matrix :math:`LR` is the truncated singular value decomposition of :math:`W`. With
@@ -73,7 +73,7 @@ def split(weight: Tensor, rank: int, gram: Tensor | None = None, ridge: float = 
     Raises:
         ConfigError: a rank that the matrix cannot have.
 
-    >>> left, right, rest = split(torch.outer(torch.arange(4.0), torch.ones(3)), 1)
+    >>> left, right, rest = split_off(torch.outer(torch.arange(4.0), torch.ones(3)), 1)
     >>> left.shape, right.shape, bool(rest.abs().max() < 1e-6)
     (torch.Size([4, 1]), torch.Size([1, 3]), True)
     """
@@ -92,7 +92,7 @@ def split(weight: Tensor, rank: int, gram: Tensor | None = None, ridge: float = 
 
 @torch.no_grad()
 def rest_of(weight: Tensor, left: Tensor, right: Tensor) -> Split:
-    """What a low-rank part that was found some other way leaves of a matrix; the part is balanced first, as in `split`.
+    """What a low-rank part that was found some other way leaves of a matrix; balanced first, as in `split_off`.
 
     Args:
         weight: ``[out, in]``.

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.compress.losparse.calibration import Moments, Tell, batches_of, moments, sensitivity, shared, weight_of
+from tenfold.compress.losparse.calibration import (
+    Moments,
+    Tell,
+    equal_batches,
+    moments,
+    same_inputs,
+    sensitivity,
+    weight_of,
+)
 from tenfold.compress.losparse.factors import Factors, stored
-from tenfold.compress.losparse.fit import Second, fit, root
-from tenfold.compress.losparse.plan import DOUBT, Choice, Curve, choose, curve, diagonal
+from tenfold.compress.losparse.fit import Second, fit_matrix, root
+from tenfold.compress.losparse.plan import DOUBT, Curve, RankAndRows, curve, diagonal, spend
 from tenfold.compress.losparse.streams import Blocks, block_of
 from tenfold.config.budget import Budget
 from tenfold.errors import ConfigError, DataError, ModelError
@@ -47,7 +55,7 @@ class Replaced:
 
     name: str
     shape: tuple[int, int]
-    choice: Choice
+    choice: RankAndRows
     bytes: int
     error: float | None = None
     refitted: float | None = None
@@ -113,8 +121,8 @@ def compress_once(
 
     1. A backward pass says how much the loss depends on each output (`calibration.sensitivity`).
     2. A forward pass says which inputs each matrix sees; with both, what each rank and row is worth (`plan.curve`).
-    3. One budget is spent where it saves most of the loss (`plan.choose`).
-    4. Block by block, each matrix is fitted to what the compressed matrices before it really give it (`fit.fit`).
+    3. One budget is spent where it saves most of the loss (`plan.spend`).
+    4. Block by block, each matrix is fitted to what the compressed matrices before it really give it (`fit.fit_matrix`).
 
     Args:
         model: any ``transformers`` model with linear layers in blocks.
@@ -153,7 +161,7 @@ def compress_once(
         sum(found.numbers[-1].item() for found in curves.values()) if budget.unit == "share" else 1
     )
     price = (lambda name, choice: _bytes(model.get_submodule(name), choice)) if budget.unit == "bytes" else None
-    choices = choose(curves, allowed, price, DOUBT)
+    choices = spend(curves, allowed, price, DOUBT)
     work = _Work(model, choices, {name: found.order for name, found in curves.items()}, outputs)
     blocks = Blocks.of(model, list(curves), texts.batches) if refit and held else None
     if refit and held and blocks is None:
@@ -258,7 +266,7 @@ class Texts:
     @classmethod
     def of(cls, fitted: Sequence[Tensor], held: Sequence[Tensor], device: torch.device) -> Texts:
         """Of passages."""
-        return cls(batches_of(fitted, device), batches_of(held, device))
+        return cls(equal_batches(fitted, device), equal_batches(held, device))
 
     @property
     def batches(self) -> list[Tensor]:
@@ -278,7 +286,7 @@ class _Work:
     def __init__(
         self,
         model: nn.Module,
-        choices: Mapping[str, Choice],
+        choices: Mapping[str, RankAndRows],
         orders: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
     ) -> None:
@@ -314,7 +322,7 @@ class _Work:
             for at, ids in enumerate(batches):
                 inputs, before[at] = blocks.inputs(index, inside, before[at], ids)
                 seen.append(inputs)
-            groups = {leader: [leader, *others] for leader, others in shared(seen[0]).items()}
+            groups = {leader: [leader, *others] for leader, others in same_inputs(seen[0]).items()}
             grouped = {name for group in groups.values() for name in group}
             groups |= {name: [name] for name in inside if name not in grouped}
             with restored(self._model, inside):
@@ -363,9 +371,9 @@ class _Work:
         """Fit one matrix, with a refit where held-out texts say so, and put it into the model."""
         module, row = self._model.get_submodule(name), self.replaced[name]
         weight, outputs = self._weight(name), self._outputs[name]
-        chosen = fit(weight, row.choice, self._orders[name], seen, outputs, refit=False)
+        chosen = fit_matrix(weight, row.choice, self._orders[name], seen, outputs, refit=False)
         if held is not None:
-            other = fit(weight, row.choice, self._orders[name], seen, outputs, refit=True)
+            other = fit_matrix(weight, row.choice, self._orders[name], seen, outputs, refit=True)
             error, refitted = (held.error(weight, one, outputs) for one in (chosen, other))
             row = replace(row, error=error, refitted=refitted, refit=refitted < error)
             chosen = other if row.refit else chosen
@@ -396,7 +404,7 @@ def _as_stored(factors: Factors, module: Any) -> Factors:
     return Factors(left, right, factors.kept, rows)
 
 
-def _bytes(module: Any, choice: Choice) -> int:
+def _bytes(module: Any, choice: RankAndRows) -> int:
     """What is stored of a matrix."""
     out, inner = weight_of(module).shape
     size: int = module.weight.element_size()

@@ -20,7 +20,7 @@ DOUBT = 1.25
 large. They are kept where they save more than a fifth of what is lost without."""
 
 
-class Choice(NamedTuple):
+class RankAndRows(NamedTuple):
     """What is stored of a matrix: it is left as it is where ``kept`` is all of its rows."""
 
     rank: int
@@ -37,7 +37,7 @@ class Curve(NamedTuple):
         order: ``[out]``, the rows in the order in which they are kept.
     """
 
-    choices: tuple[Choice, ...]
+    choices: tuple[RankAndRows, ...]
     numbers: Tensor
     loss: Tensor
     order: Tensor
@@ -111,9 +111,9 @@ def points(out_features: int, in_features: int, spectra: Mapping[int, Tensor], o
         lost = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1))).cpu()
         for rank in _ranks(len(values)):
             if stored(out_features, in_features, rank, kept) < out_features * in_features:
-                choices.append(Choice(rank, kept))
+                choices.append(RankAndRows(rank, kept))
                 losses.append(float(lost[rank]))
-    choices.append(Choice(0, out_features))
+    choices.append(RankAndRows(0, out_features))
     losses.append(0.0)
     numbers = [stored(out_features, in_features, *choice) for choice in choices]
     return Curve(
@@ -166,12 +166,12 @@ def _ranks(full: int) -> list[int]:
     return list(range(full + 1)) if full < 64 else [*range(8), *range(8, full, 8), full]
 
 
-def choose(
+def spend(
     curves: Mapping[str, Curve],
     budget: float,
-    price: Callable[[str, Choice], float] | None = None,
+    price: Callable[[str, RankAndRows], float] | None = None,
     doubt: float = 1.0,
-) -> dict[str, Choice]:
+) -> dict[str, RankAndRows]:
     """What to store of each matrix, such that all together lose the least within the budget.
 
     For a price of each number every matrix takes the choice of which price and loss together are least; the lowest
@@ -187,8 +187,8 @@ def choose(
         ConfigError: a budget that buys nothing; names the smallest that does.
 
     >>> curves = {"a": curve(torch.eye(4).double()), "b": curve(10 * torch.eye(4).double())}
-    >>> choose(curves, 24)
-    {'a': Choice(rank=0, kept=2), 'b': Choice(rank=0, kept=4)}
+    >>> spend(curves, 24)
+    {'a': RankAndRows(rank=0, kept=2), 'b': RankAndRows(rank=0, kept=4)}
     """
     costs = {
         name: found.numbers

@@ -23,7 +23,7 @@ STATE = "tenfold.losparse"
 """Key in the optimizer's state, which torch saves and loads with the moments whatever loop does it."""
 
 
-def make_schedule(config: LoSparsePaper, share: float, total: int) -> CubicSchedule:
+def pruning_schedule(config: LoSparsePaper, share: float, total: int) -> CubicSchedule:
     """The share of the rest that may be kept at each step of a run.
 
     Args:
@@ -34,7 +34,7 @@ def make_schedule(config: LoSparsePaper, share: float, total: int) -> CubicSched
     Raises:
         ConfigError: phases that do not fit the run.
 
-    >>> schedule = make_schedule(LoSparsePaper(), 0.5, total=200)
+    >>> schedule = pruning_schedule(LoSparsePaper(), 0.5, total=200)
     >>> schedule.warmup, schedule.cooldown, schedule.every
     (10, 60, 1)
     """
@@ -225,7 +225,7 @@ class Pruner:
             )
         if self.schedule is None:
             total = find_total(trainer, self._total_steps, None, "LoSparse")
-            self.schedule = make_schedule(self.config, self.rows / self.all_rows, total)
+            self.schedule = pruning_schedule(self.config, self.rows / self.all_rows, total)
             self._importance = self._make_importance()
             self._started()
         if trainer is not None:

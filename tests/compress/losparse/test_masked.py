@@ -8,7 +8,7 @@ from torch import nn
 
 from tenfold.adapt.cutting import cut
 from tenfold.compress.losparse.masked import LoSparseLinear
-from tenfold.compress.losparse.mathematics import split
+from tenfold.compress.losparse.mathematics import split_off
 
 OUT, IN, RANK = 7, 5, 2
 
@@ -20,7 +20,7 @@ def _seeded():
 
 def layer(bias=True, frozen=False, dtype=torch.float64):
     weight = torch.randn(OUT, IN, dtype=dtype)
-    made = LoSparseLinear(*split(weight, RANK), nn.Parameter(torch.randn(OUT, dtype=dtype)) if bias else None)
+    made = LoSparseLinear(*split_off(weight, RANK), nn.Parameter(torch.randn(OUT, dtype=dtype)) if bias else None)
     return LoSparseLinear(made.left.data, made.right.data, made.rest.data, made.bias, frozen=frozen), weight
 
 

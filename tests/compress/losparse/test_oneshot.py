@@ -4,10 +4,10 @@ import re
 import pytest
 import torch
 
-from tenfold.compress.losparse.calibration import batches_of, moments, sensitivity, weight_of
-from tenfold.compress.losparse.fit import Second, fit, low_rank, root
+from tenfold.compress.losparse.calibration import equal_batches, moments, sensitivity, weight_of
+from tenfold.compress.losparse.fit import Second, fit_matrix, nearest_low_rank, root
 from tenfold.compress.losparse.oneshot import compress_once
-from tenfold.compress.losparse.plan import Choice
+from tenfold.compress.losparse.plan import RankAndRows
 from tenfold.compress.losparse.streams import Blocks
 from tenfold.config.budget import Budget
 from tenfold.errors import ConfigError, DataError, ModelError
@@ -152,7 +152,7 @@ def test_sensitivity_is_the_fisher_diagonal_of_the_outputs():
 
 def test_moments_by_passes_are_those_of_one_pass(monkeypatch):
     model = tiny_model("llama").model
-    batches = batches_of(texts(), torch.device("cpu"))
+    batches = equal_batches(texts(), torch.device("cpu"))
     names = [slot.name for slot in layer_map(model).select(["all-linear"])]
     whole = dict(moments(model, batches, names))
     assert whole[names[0]] is whole[names[1]]  # q and k read the same
@@ -179,7 +179,7 @@ def test_moments_by_passes_are_those_of_one_pass(monkeypatch):
 def test_blocks_one_by_one_are_the_model(kind):
     model = tiny_model(kind).model
     names = [slot.name for slot in layer_map(model).select(["all-linear"])]
-    batches = batches_of([*texts(40), *texts(3, 17)], torch.device("cpu"))
+    batches = equal_batches([*texts(40), *texts(3, 17)], torch.device("cpu"))
     blocks = Blocks.of(model, names, batches)
     assert blocks is not None
     assert len(blocks.names) == 2
@@ -200,7 +200,7 @@ def test_blocks_one_by_one_are_the_model(kind):
 def test_encoder_decoders_have_no_blocks_one_by_one():
     model = tiny_model("t5").model
     names = [slot.name for slot in layer_map(model).select(["all-linear"])]
-    assert Blocks.of(model, names, batches_of(texts(), torch.device("cpu"))) is None
+    assert Blocks.of(model, names, equal_batches(texts(), torch.device("cpu"))) is None
 
 
 def pairs(tokens=400, inner=10, seed=0):
@@ -229,7 +229,7 @@ def test_fit_is_reduced_rank_regression(shape, whole):
     outputs = products(shape[0]) if whole else torch.linspace(0.2, 4, shape[0]).double()
     price = outputs if whole else torch.diag(outputs)
     seen, order = second(x, near), torch.arange(shape[0])
-    found = fit(weight, Choice(3, 2), order, seen, outputs, refit=True, steadiness=1e-9)
+    found = fit_matrix(weight, RankAndRows(3, 2), order, seen, outputs, refit=True, steadiness=1e-9)
 
     def away(left, right):
         return weight @ x.T - torch.cat((found.rows, (left @ right)[2:])) @ near.T
@@ -256,8 +256,8 @@ def test_fit_is_reduced_rank_regression(shape, whole):
 
     optimizer.step(closure)
     assert at <= loss(*parts).item() * (1 + 1e-4)
-    plain = fit(weight, Choice(3, 2), order, seen, outputs, refit=False)
-    steady = fit(weight, Choice(3, 2), order, seen, outputs, refit=True)
+    plain = fit_matrix(weight, RankAndRows(3, 2), order, seen, outputs, refit=False)
+    steady = fit_matrix(weight, RankAndRows(3, 2), order, seen, outputs, refit=True)
     assert at < loss(steady.left, steady.right).item() < loss(plain.left, plain.right).item()
 
 
@@ -265,7 +265,7 @@ def test_directions_without_inputs_are_projected_along():
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
     gram = torch.zeros(5, 5).double()
     gram[0, 0] = 1
-    basis, right = low_rank(weight, root(gram), 2)
+    basis, right = nearest_low_rank(weight, root(gram), 2)
     assert right.isfinite().all()
     torch.testing.assert_close((basis @ right)[:, 0], weight[:, 0], rtol=1e-5, atol=1e-5)
 

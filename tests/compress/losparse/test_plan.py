@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tenfold.compress.losparse.factors import stored
-from tenfold.compress.losparse.plan import Choice, choose, curve, nearest, points, weighed
+from tenfold.compress.losparse.plan import RankAndRows, curve, nearest, points, spend, weighed
 from tenfold.errors import ConfigError
 
 
@@ -57,14 +57,14 @@ def test_rows_of_their_own_are_kept_and_others_share():
     order = curve(matrix).order
     assert set(order[:2].tolist()) == {10, 11}
     found = curve(matrix, shares=[0, 2.5 / 12])
-    choice = choose({"m": found}, stored(12, 8, 1, 2))["m"]
-    assert choice == Choice(rank=1, kept=2)
+    choice = spend({"m": found}, stored(12, 8, 1, 2))["m"]
+    assert choice == RankAndRows(rank=1, kept=2)
 
 
 def test_rows_that_save_little_are_doubted():
     matrix = torch.cat((random(10, 8), 1.5 * random(2, 8, seed=1)))
     found = {"m": curve(matrix, shares=[0, 2.5 / 12])}
-    taken = [choose(found, stored(12, 8, 3, 2), doubt=doubt)["m"].kept for doubt in (1, 4)]
+    taken = [spend(found, stored(12, 8, 3, 2), doubt=doubt)["m"].kept for doubt in (1, 4)]
     assert taken == [2, 0]
 
 
@@ -72,7 +72,7 @@ def test_a_small_budget_is_spent_as_well_as_any_choice_can():
     """Against all combinations; a price reaches only some of them, and what is left is spent after it."""
     curves = {str(seed): curve(random(6, 5, seed=seed) * 2.0**seed) for seed in range(3)}
     for budget in (20, 37, 50, 71, 88):
-        chosen = choose(curves, budget)
+        chosen = spend(curves, budget)
         place = {name: curves[name].choices.index(choice) for name, choice in chosen.items()}
         spent = sum(float(curves[name].numbers[at]) for name, at in place.items())
         loss = sum(float(curves[name].loss[at]) for name, at in place.items())
@@ -87,8 +87,8 @@ def test_a_small_budget_is_spent_as_well_as_any_choice_can():
 
 def test_matrices_compete_in_one_unit():
     """What matters a hundred times more is kept first, whatever its shape."""
-    chosen = choose({"small": curve(random(8, 8)), "large": curve(100 * random(8, 8, seed=1))}, 70)
-    assert chosen["large"] == Choice(0, 8)
+    chosen = spend({"small": curve(random(8, 8)), "large": curve(100 * random(8, 8, seed=1))}, 70)
+    assert chosen["large"] == RankAndRows(0, 8)
     assert chosen["small"].rank + chosen["small"].kept <= 1
 
 
@@ -108,7 +108,7 @@ def test_the_budget_is_met_on_real_shapes(share):
             }
             curves[f"{layer}.{role}"] = points(out, inner, spectra, torch.arange(out))
     whole = 106_168_320
-    chosen = choose(curves, share * whole)
+    chosen = spend(curves, share * whole)
     spent = sum(stored(*SMOL[name.split(".")[1]], *choice) for name, choice in chosen.items())
     assert 0.998 * share * whole <= spent <= share * whole
 
@@ -119,13 +119,13 @@ def test_a_price_of_ones_own():
     def price(name, choice):
         return 4 * stored(8, 8, *choice) + (32 if choice.kept < 8 else 0)
 
-    chosen = choose(curves, 300, price)
+    chosen = spend(curves, 300, price)
     assert 200 < sum(price(name, choice) for name, choice in chosen.items()) <= 300
-    assert choose(curves, 1e9, price) == {"a": Choice(0, 8), "b": Choice(0, 8)}
+    assert spend(curves, 1e9, price) == {"a": RankAndRows(0, 8), "b": RankAndRows(0, 8)}
 
 
 def test_a_budget_that_buys_nothing_is_refused_with_the_least_that_does():
     curves = {"a": curve(random(8, 6)), "b": curve(random(5, 9))}
     with pytest.raises(ConfigError, match=r"give 6 or more"):  # a row of a
-        choose(curves, 5)
-    assert sum(choice.rank + choice.kept for choice in choose(curves, 13).values()) >= 1
+        spend(curves, 5)
+    assert sum(choice.rank + choice.kept for choice in spend(curves, 13).values()) >= 1

@@ -11,7 +11,7 @@ from tenfold.adapt.fitting import prepare
 from tenfold.adapt.training import _Watch
 from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.layer import LowRankRowsLinear, install
-from tenfold.compress.losparse.mathematics import split
+from tenfold.compress.losparse.mathematics import split_off
 from tenfold.compress.losparse.training import fit_compact, fit_compressed, uncompressed
 from tenfold.config.losparse import LoSparseConfig
 from tenfold.data.read import read_rows
@@ -70,7 +70,7 @@ def test_what_is_compact_is_trained_further(number_rows, tmp_path):
     before = opened.model(IDS).logits.detach()
     factors = {}
     for name in names(opened.model):
-        left, right, rest = split(opened.model.get_submodule(name).weight.detach(), 16)
+        left, right, rest = split_off(opened.model.get_submodule(name).weight.detach(), 16)
         kept = rest.norm(dim=1).argsort(descending=True)[:8]
         factors[name] = Factors(left, right, kept, (left @ right + rest)[kept])
     model = install(opened.model, factors)
