@@ -25,15 +25,16 @@ import torch
 from transformers import set_seed
 
 from benchmarks import keep_in, rows_in, section
-from benchmarks.losparse_oneshot import DATA, LENGTH, RESULTS, calibration, texts
+from benchmarks.losparse_oneshot import DATA, LENGTH, PIECE, RESULTS, calibration, texts
 from benchmarks.losparse_peers import Subject, affordable, truncated
-from benchmarks.losparse_speed import ROWS
 from tenfold.adapt.training import train
 from tenfold.compress.losparse.factors import Factors, stored
-from tenfold.compress.losparse.handle import attach
+from tenfold.compress.losparse.handle import LoSparse, attach
 from tenfold.compress.losparse.layer import compressed_layers, install
+from tenfold.compress.losparse.oneshot import OneShot, compress_once
+from tenfold.config.budget import Budget
 from tenfold.config.training import TextTrainingFields
-from tenfold.data.encode import encode
+from tenfold.data.encode import Encoded, encode
 from tenfold.data.groups import hash_share
 from tenfold.data.rows import Completion, Text
 from tenfold.evaluate.compare import t_quantile
@@ -61,8 +62,23 @@ def by_parts(subject: Subject, factors: dict[str, Factors]) -> Numbers:
     return lambda: whole + sum(stored(m.out_features, m.in_features, m.rank, m.kept) for m in layers)
 
 
+def compressed(subject: Subject, kept: float, refit: bool = True) -> OneShot:
+    """LoSparse without training, which all runs of a size begin with: made once."""
+    if (key := (kept, refit)) not in _FOUND:
+        _FOUND[key] = compress_once(subject.model, list(subject.ids), budget=Budget(kept, "share"), refit=refit)
+    return _FOUND[key]
+
+
+_FOUND: dict[tuple[float, bool], OneShot] = {}
+
+
+def after_oneshot(subject: Subject, kept: float, steps: int) -> Numbers:
+    """LoSparse as it is by default: compressed, then trained."""
+    return by_parts(subject, compressed(subject, kept).factors)
+
+
 def low_rank(subject: Subject, kept: float, steps: int) -> Numbers:
-    """Rank alone, whitened."""
+    """Rank alone, whitened, with one ratio for all matrices, then trained."""
     factors = {}
     for name, matrix in subject.matrices.items():
         left, right = truncated(matrix.weight, subject.moments[name])
@@ -82,24 +98,35 @@ def norms(subject: Subject, kept: float, steps: int) -> Numbers:
     return by_parts(subject, factors)
 
 
-def scheduled(subject: Subject, kept: float, steps: int, rank: float = 1 - ROWS, frozen: bool = False) -> Numbers:
-    """LoSparse in the course of the run: ``rank`` of what is kept is rank, the rest is rows chosen while training."""
-    shapes = {name: tuple(matrix.weight.shape) for name, matrix in subject.matrices.items()}
-    ranks = {name: affordable(*shape, rank * kept, pivoted=True) for name, shape in shapes.items()}
-    budget = int(kept * subject.numbers) - sum(stored(*shape, ranks[name], 0) for name, shape in shapes.items())
+def scheduled(subject: Subject, kept: float, steps: int, frozen: bool = False) -> Numbers:
+    """LoSparse in the course of the run, from the ranks that were found without training, as the stage does it."""
+    first = compressed(subject, kept, refit=False)
+    choices = {row.name: row.choice for row in first.matrices if row.name in first.factors}
+    costs = {row.name: row.shape[1] - row.choice.rank for row in first.matrices if row.name in choices}
     handle = attach(
         subject.model,
-        ranks,
-        budget,
+        {name: choice.rank for name, choice in choices.items()},
+        sum(costs[name] * choice.kept for name, choice in choices.items()),
         total_steps=steps,
-        grams={name: moments.gram for name, moments in subject.moments.items()} if rank else None,
-        costs={name: shape[1] - ranks[name] for name, shape in shapes.items()},
+        starts={name: (parts.left, parts.right) for name, parts in first.factors.items()},
+        costs=costs,
         frozen=frozen,
     )
+    return _pruned(subject, handle)
+
+
+def rows_alone(subject: Subject, kept: float, steps: int) -> Numbers:
+    """The same course without rank."""
+    ranks = dict.fromkeys(subject.matrices, 0)
+    return _pruned(subject, attach(subject.model, ranks, int(kept * subject.numbers), total_steps=steps))
+
+
+def _pruned(subject: Subject, handle: LoSparse) -> Numbers:
+    whole = subject.numbers - sum(layer.out_features * layer.in_features for layer in handle.layers.values())
 
     def numbers() -> int:
         handle.finish()
-        return int(handle.attached()["numbers"])
+        return whole + int(handle.attached()["numbers"])
 
     return numbers
 
@@ -110,14 +137,15 @@ def dense(subject: Subject, kept: float, steps: int) -> Numbers:
 
 
 METHODS: dict[str, Callable[[Subject, float, int], Numbers]] = {
+    "LoSparse": after_oneshot,
     "LoSparse, scheduled": scheduled,
     "low rank": low_rank,
-    "rows, scheduled": partial(scheduled, rank=0.0),
+    "rows, scheduled": rows_alone,
     "rows, ln_structured": norms,
 }
 FROZEN: dict[str, Callable[[Subject, float, int], Numbers]] = {
     "LoSparse, frozen rows": partial(scheduled, frozen=True),
-    "LoSparse, scheduled": scheduled,
+    "LoSparse": after_oneshot,
     "low rank": low_rank,
 }
 """For the classification."""
@@ -137,13 +165,19 @@ def questions() -> dict[str, list[tuple[str, str]]]:
     return {"train": asked["train"][count:], "validation": asked["train"][:count], "test": asked["test"]}
 
 
-def examples(task: str, tokenizer: Any) -> Any:
+def examples(task: str, tokenizer: Any) -> Encoded:
     """Training texts as tokens."""
     if task == "text":
         rows: list[Any] = [Text(str(index), text) for index, text in enumerate(texts()["calibration"][:-VALIDATION])]
         return encode(rows, tokenizer, max_length=128, packing=True)
     rows = [Completion(str(index), prompt, answer) for index, (prompt, answer) in enumerate(questions()["train"])]
     return encode(rows, tokenizer, max_length=128, packing=False, chat=False)
+
+
+def joined(encoded: Encoded, pieces: int) -> Tensor:
+    """``[pieces, PIECE]``: what is learned from is calibrated on, one example after the other."""
+    ids = torch.tensor([token for example in encoded.examples for token in example["input_ids"]])
+    return ids[: pieces * PIECE].view(-1, PIECE)
 
 
 def scored(task: str, split: str, model: Any, tokenizer: Any, few: int | None = None) -> dict[str, Any]:
@@ -177,7 +211,7 @@ def measure(
     average = encoded.tokens / len(encoded.examples)
     steps = steps or round(TOKENS / (2 * average))
     fields: dict[str, Any] = {"steps": steps, "batch_size": 2, "max_length": 128, "learning_rate": rate}
-    subject = Subject(model.eval(), calibration(tokenizer, pieces))
+    subject = Subject(model.eval(), calibration(tokenizer, pieces) if task == "text" else joined(encoded, pieces))
     began = time.perf_counter()
     numbers = {**METHODS, **FROZEN, "dense": dense}[method](subject, kept, steps)
     ready = time.perf_counter() - began
@@ -215,6 +249,7 @@ def classification(seeds: int = 2, kept: Iterable[float] = KEPT, **few: Any) -> 
 def _compare(
     part: str, task: str, methods: Iterable[str], seeds: int, shares: Iterable[float], few: dict[str, Any]
 ) -> None:
+    _FOUND.clear()
     once(part, task, "dense", 1.0, RATES[0], 0, "test", **few)
     for kept in shares:
         rates = {
@@ -237,7 +272,7 @@ def _validated(part: str, task: str, method: str, kept: float, rate: float, few:
 def training_tables() -> None:
     """What each method reaches, and its distance to LoSparse on the same documents and seeds."""
     for part, title, first in (
-        ("training", "Trained, at equal size and tokens", "LoSparse, scheduled"),
+        ("training", "Trained, at equal size and tokens", "LoSparse"),
         ("classification", "Questions of six kinds, with frozen rows", "LoSparse, frozen rows"),
     ):
         found = [row for row in rows_in(RESULTS) if row["part"] == part and row["split"] == "test"]
