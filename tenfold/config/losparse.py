@@ -20,6 +20,9 @@ from tenfold.errors import ConfigError
 class LoSparsePaper(Config):
     """How rows are pruned on a schedule, for ``pruning: schedule`` and ``gates``."""
 
+    low_rank: Annotated[float, Field(ge=0, lt=1)] | None = None
+    r"""Share of each matrix that goes to its low-rank part, :math:`\rho`, the same for all; the rest of the budget is for
+    rows. Default: ranks where they save most of the loss. The paper's runs: 0.05, and 0.35 for summaries."""
     tinit: StepSpan = 0.05
     """Steps before the first row is pruned, :math:`t_i`. The paper's runs: 3 to 10 % of the steps."""
     tfinal: StepSpan = 0.3
@@ -121,6 +124,8 @@ class LoSparseConfig(TextTrainingFields):
             raise ValueError(f"budget: {self.budget} buys nothing: write 50%, 60M or 120MiB")
         if self.pruning != "oneshot" and not self.trains:
             raise ValueError(f"pruning: {self.pruning} chooses rows while training: give steps, epochs or tokens")
+        if self.paper.low_rank is not None and self.pruning == "oneshot":
+            raise ValueError("paper.low_rank: without training the budget itself chooses ranks; say pruning: schedule")
         if self.distil and not self.trains:
             raise ValueError("distil: needs a training: give steps, epochs or tokens")
         return self

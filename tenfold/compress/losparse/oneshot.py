@@ -122,7 +122,7 @@ def compress_once(
     1. A backward pass says how much the loss depends on each output (`calibration.sensitivity`).
     2. A forward pass says which inputs each matrix sees; with both, what each rank and row is worth (`plan.curve`).
     3. One budget is spent where it saves most of the loss (`plan.spend`).
-    4. Block by block, each matrix is fitted to what the compressed matrices before it really give it (`fit.fit_matrix`).
+    4. Block by block, each matrix is fitted to what the compressed ones before it really give it (`fit.fit_matrix`).
 
     Args:
         model: any ``transformers`` model with linear layers in blocks.

@@ -15,8 +15,10 @@ from tenfold.adapt.distil import by_model
 from tenfold.adapt.fitting import prepare
 from tenfold.adapt.role_map import by_role
 from tenfold.adapt.training import Trained
+from tenfold.compress.losparse.factors import stored
 from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, install
 from tenfold.compress.losparse.layout import settle
+from tenfold.compress.losparse.mathematics import rank_for
 from tenfold.compress.losparse.oneshot import Replaced, compress_once
 from tenfold.compress.losparse.training import fit_compact, fit_compressed
 from tenfold.config.budget import parse_budget
@@ -54,7 +56,9 @@ def run_losparse(config: LoSparseConfig, context: Context) -> StageOutput:
     model, matrices, notes = _once(config, context, opened, encoded)
     trained, results = None, list[Result]()
     if config.trains:
-        model, trained, results = _train(config, context, dataclasses.replace(opened, model=model), encoded, matrices)
+        opened = dataclasses.replace(opened, model=model)
+        model, trained, results, more = _train(config, context, opened, encoded, matrices)
+        notes += more
     layers, after = compressed_layers(model.to(dtype)), _size(model)
     measured = context.store.get("quality", partial(_quality, config, context, model, opened.tokenizer), list[Result])
     if config.layout == "fast":  # after what is measured of its text, which no clock has to do with
@@ -108,21 +112,25 @@ def _passages(config: LoSparseConfig, opened: Opened, encoded: Encoded) -> list[
 
 def _train(
     config: LoSparseConfig, context: Context, opened: Opened, encoded: Encoded, matrices: Sequence[Replaced]
-) -> tuple[Any, Trained, list[Result]]:
+) -> tuple[Any, Trained, list[Result], list[str]]:
     """Train what was compressed, or begin with the whole model again and let training choose the rows."""
     if config.pruning == "oneshot":
         teacher = by_model(context.model.open(merge=True).model) if config.distil else None
-        return opened.model, *fit_compact(opened, encoded, config, context, teacher=teacher)
-    changed = [row for row in matrices if row.choice.kept < row.shape[0]]
-    ranks = {row.name: row.choice.rank for row in changed}
+        return opened.model, *fit_compact(opened, encoded, config, context, teacher=teacher), []
+    share, layers = config.paper.low_rank, compressed_layers(opened.model)
+    if share is None:
+        changed = [row for row in matrices if row.name in layers]
+        ranks = {row.name: row.choice.rank for row in changed}
+        starts = {row.name: layers[row.name].low_rank() for row in changed}
+    else:
+        changed, starts = list(matrices), {}
+        ranks = {row.name: rank_for(share, *row.shape) for row in changed}
     # A kept row costs what it holds, less the combination that the row would be otherwise.
-    costs = {row.name: row.shape[1] - row.choice.rank for row in changed}
-    rows = sum(costs[row.name] * row.choice.kept for row in changed)
-    layers = compressed_layers(opened.model)
-    starts = {row.name: layers[row.name].low_rank() for row in changed}
+    costs = {row.name: row.shape[1] - ranks[row.name] for row in changed}
+    rows = sum(row.numbers - stored(*row.shape, ranks[row.name], 0) for row in changed)
     whole = dataclasses.replace(opened, model=context.model.open(merge=True).model)
     handle, trained, results = fit_compressed(whole, encoded, config, context, ranks, rows, starts=starts, costs=costs)
-    return handle.model, trained, results
+    return handle.model, trained, results, handle.report()["notes"]
 
 
 def _quality(config: LoSparseConfig, context: Context, model: Any, tokenizer: Any) -> list[Result]:
