@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WAITING = {}
+WAITING: set[str] = set()
 """Public names that nothing uses yet, and who will."""
 
 
