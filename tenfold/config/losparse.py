@@ -22,7 +22,8 @@ class LoSparsePaper(Config):
 
     low_rank: Annotated[float, Field(ge=0, lt=1)] | None = None
     r"""Share of each matrix that goes to its low-rank part, :math:`\rho`, the same for all; the rest of the
-    budget is for rows. Default: ranks where they save most of the loss. The paper's runs: 0.05, and 0.35 for summaries."""
+    budget is for rows. Default: ranks where they save most of the loss. The paper's runs: 0.05, and 0.35 for
+    summaries."""
     tinit: StepSpan = 0.05
     """Steps before the first row is pruned, :math:`t_i`. The paper's runs: 3 to 10 % of the steps."""
     tfinal: StepSpan = 0.3
