@@ -15,6 +15,7 @@ from tenfold.compress.losparse.calibration import (
     Tell,
     equal_batches,
     moments,
+    read,
     same_inputs,
     sensitivity,
     weight_of,
@@ -25,7 +26,7 @@ from tenfold.compress.losparse.plan import DOUBT, Curve, RankAndRows, curve, dia
 from tenfold.compress.losparse.streams import Blocks, block_of
 from tenfold.config.budget import Budget
 from tenfold.errors import ConfigError, DataError, ModelError
-from tenfold.models.inference import input_device
+from tenfold.models.inference import evaluating, input_device
 from tenfold.models.layer_map import layer_map
 from tenfold.models.quantised import parameter_count, refuse_quantised
 
@@ -33,6 +34,8 @@ HELD_OUT = 8
 """One passage of so many is not fitted to: it decides whether a refit helps."""
 SENSITIVE_TOKENS = 4096
 """Tokens that go backward; the mean square of a gradient needs fewer than the directions of inputs do."""
+COMPARED_TOKENS = 2048
+"""Held-out tokens whose predictions say whether the model as a whole gains by a refit."""
 FEWEST_TOKENS = 32
 """A matrix that fewer tokens reach (an expert) stays as it is."""
 PLACE_BYTES = 4
@@ -129,7 +132,8 @@ def compress_once(
         passages: token ids, ``[tokens]`` each, of texts like those that the model will see; every eighth is held out.
         budget: of the replaced matrices: a share of their numbers, a count, or bytes (all that is stored for them).
         targets: as `tenfold.models.layer_map.LayerMap.select` takes them.
-        refit: whether step 4 is tried; each matrix keeps it only where its outputs on held-out passages come nearer.
+        refit: whether step 4 is tried; a matrix keeps it only where its outputs on held-out passages come nearer, and
+            the model where its predictions there do. Else each is fitted to what it reads in the model as it is.
         weigh: whether step 1 is done; without it all outputs of all matrices count alike.
         progress: called with what is done, how many steps of it, and of how many.
 
@@ -162,14 +166,16 @@ def compress_once(
     )
     price = (lambda name, choice: _bytes(model.get_submodule(name), choice)) if budget.unit == "bytes" else None
     choices = spend(curves, allowed, price, DOUBT)
-    work = _Work(model, choices, {name: found.order for name, found in curves.items()}, outputs)
+    orders = {name: found.order for name, found in curves.items()}
+    work = _Work(model, choices, orders, outputs)
+    work.at_once(texts, progress)
     blocks = Blocks.of(model, list(curves), texts.batches) if refit and held else None
     if refit and held and blocks is None:
         notes.append("not refitted: the blocks of this model cannot be called one by one")
-    if blocks is None:
-        work.at_once(texts, progress)
-    else:
-        work.by_blocks(blocks, texts, progress)
+    if blocks is not None:
+        other = _Work(model, choices, orders, outputs)
+        other.by_blocks(blocks, texts, progress)
+        work = _nearer(model, texts, work, other, notes)
     return OneShot(
         {name: work.factors[name] for name in curves if name in work.factors},
         tuple(work.replaced[name] for name in curves),
@@ -334,7 +340,7 @@ class _Work:
                         _put(self._model.get_submodule(name), self.factors[name])
                 now = [blocks.run(index, hidden, ids) for hidden, ids in zip(now, batches, strict=True)]
             if tell is not None:
-                tell("fit", index + 1, len(blocks.names))
+                tell("refit", index + 1, len(blocks.names))
 
     def _pair(
         self, blocks: Blocks, index: int, name: str, now: Sequence[Tensor], before: Sequence[list[Tensor]], texts: Texts
@@ -378,6 +384,38 @@ class _Work:
             row = replace(row, error=error, refitted=refitted, refit=refitted < error)
             chosen = other if row.refit else chosen
         self.replaced[name], self.factors[name] = row, _as_stored(chosen, module)
+
+
+def _nearer(model: nn.Module, texts: Texts, plain: _Work, refitted: _Work, notes: list[str]) -> _Work:
+    """The one of two with which the predictions on held-out texts are nearer to the model's."""
+    away = {"plain": 0.0, "refitted": 0.0}
+    count = 0
+    for ids in texts.held:
+        with evaluating(model):
+            wanted = read(model, ids).logits.float()
+        for name, work in (("plain", plain), ("refitted", refitted)):
+            with restored(model, list(work.factors)), evaluating(model):
+                for matrix, factors in work.factors.items():
+                    _put(model.get_submodule(matrix), factors)
+                away[name] += _divergence(wanted, read(model, ids).logits.float())
+        count += wanted[..., 0].numel()
+        if count >= COMPARED_TOKENS:
+            break
+    keep = away["refitted"] < away["plain"]
+    notes.append(
+        f"fitted to what compressed layers give, the predictions on {count} held-out tokens are "
+        f"{away['refitted'] / count:.4f} nats from the model's, without {away['plain'] / count:.4f}: "
+        f"{'kept' if keep else 'left out'}"
+    )
+    return refitted if keep else plain
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> float:
+    """Summed over tokens; of models with a single score, half of the squared difference."""
+    if wanted.shape[-1] == 1:
+        return float((wanted - found).square().sum() / 2)
+    before, after = wanted.log_softmax(-1), found.log_softmax(-1)
+    return float((before.exp() * (before - after)).sum())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -353,5 +354,28 @@ def test_progress_tells_every_part():
         budget=HALF,
         progress=lambda label, done, total: said.setdefault(label, []).append((done, total)),
     )
-    assert list(said) == ["sensitivity", "inputs", "fit"]
-    assert all(steps[-1][0] == steps[-1][1] == len(steps) for steps in said.values())
+    assert list(said) == ["sensitivity", "inputs", "fit", "refit"]
+    assert all(steps[-1][0] == steps[-1][1] > 0 for steps in said.values())
+
+
+def test_a_refit_is_kept_where_predictions_come_nearer(monkeypatch):
+    """The first layer leaves so little that the second reads other inputs; and once refits make things worse."""
+    model = tiny_model("llama").model
+    ids = texts(64)
+    little = Budget(0.25, "share")
+    kept, without = (compress_once(model, ids, budget=little, refit=refit) for refit in (True, False))
+    held = torch.stack(ids[7::8])
+    away = [distance(model, with_factors(model, found.factors), held) for found in (kept, without)]
+    assert away[0] <= away[1] + 1e-6
+    note = next(note for note in kept.notes if "held-out tokens" in note)
+    assert f"{away[1]:.4f}" in note
+    assert note.endswith(": kept") == any(matrix.refitted is not None for matrix in kept.matrices)
+
+    def spoiled(self, blocks, texts, tell):
+        self.at_once(texts, tell)
+        self.factors = {name: replace(one, left=one.left * 0, rows=one.rows * 0) for name, one in self.factors.items()}
+
+    monkeypatch.setattr("tenfold.compress.losparse.oneshot._Work.by_blocks", spoiled)
+    found = compress_once(model, ids, budget=little)
+    assert found.matrices == without.matrices
+    assert any(note.endswith("left out") for note in found.notes)
