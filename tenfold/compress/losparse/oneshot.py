@@ -310,8 +310,10 @@ class _Work:
         """Fit all to what they read in the model as it is."""
         fitted = moments(self._model, texts.fitted, self._changed, tell=tell)
         held = moments(self._model, texts.held, self._changed)
-        for name, seen in fitted:
+        for done, (name, seen) in enumerate(fitted, 1):
             self._replace(name, Second.of(seen), None)
+            if tell is not None:
+                tell("fit", done, len(self._changed))
         for name, seen in held:
             weight, outputs = self._weight(name), self._outputs[name]
             error = Second.of(seen).error(weight, self.factors[name], outputs)
