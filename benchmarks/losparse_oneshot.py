@@ -194,7 +194,7 @@ def oneshot_table() -> None:
     print(
         "| kept | method | numbers | bytes | perplexity, Python | perplexity, Wikipedia | repeated 4-grams | minutes |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for kept in sorted({row["kept"] for row in found}, reverse=True):
         of_share = [row for row in found if row["kept"] == kept]
         for row in sorted(of_share, key=lambda row: mean_nll(row, "python")[0]):
@@ -202,7 +202,7 @@ def oneshot_table() -> None:
             share = "" if kept == 1 else f"{kept:.0%}"
             print(
                 f"| {share} | {row['method']} | {row['numbers']:.1%} | {row['bytes']:.1%} | {' | '.join(cells)} | "
-                f"{statistics.mean(row['repeated']):.2f} | {row['seconds'] / 60:.1f} |"
+                f"{statistics.mean(row['repeated']):.2f} |"
             )
 
 
