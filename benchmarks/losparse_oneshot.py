@@ -191,9 +191,7 @@ def oneshot_table() -> None:
         f"({sum(first['python tokens']):,.0f} tokens) and {len(first['wikipedia nll'])} passages of Wikipedia "
         f"({sum(first['wikipedia tokens']):,.0f}); {first['calibration tokens']:,} calibration tokens.\n"
     )
-    print(
-        "| kept | method | numbers | bytes | perplexity, Python | perplexity, Wikipedia | repeated 4-grams | minutes |"
-    )
+    print("| kept | method | numbers | bytes | perplexity, Python | perplexity, Wikipedia | repeated 4-grams |")
     print("|---|---|---|---|---|---|---|")
     for kept in sorted({row["kept"] for row in found}, reverse=True):
         of_share = [row for row in found if row["kept"] == kept]
