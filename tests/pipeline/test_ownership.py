@@ -54,6 +54,7 @@ VERBS = {
     "align": ["--data", "ROWS"],
     "audit": ["--data", "ROWS"],
     "lengthen": ["--data", "ROWS"],
+    "compress": ["--data", "ROWS"],
     "steer": ["--prompts", "<mark>a</mark>"],
     "generate": [],
     "evaluate": ["--data", "ROWS", "--tasks", "perplexity"],

@@ -57,7 +57,7 @@ def curve(matrix: Tensor, outputs: Tensor | None = None, shares: Sequence[float]
 
     >>> found = curve(torch.eye(4, dtype=torch.float64), shares=[0, 0.5])
     >>> [(choice.rank, choice.kept, float(loss)) for choice, loss in zip(found.choices, found.loss)][-3:]
-    [(0, 2, 2.0), (1, 2, 1.0), (4, 4, 0.0)]
+    [(0, 2, 2.0), (1, 2, 1.0), (0, 4, 0.0)]
     """
     out, inner = matrix.shape
     outputs = matrix.new_ones(out) if outputs is None else outputs.to(matrix)

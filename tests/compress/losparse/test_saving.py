@@ -1,6 +1,7 @@
 """Compressed models in files: the same model again, for tenfold and transformers; a plain one for those without."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -93,7 +94,9 @@ for folder in map(str, sys.argv[2:]):
 
 def in_a_process(*arguments):
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(tenfold.__file__).parents[1])
+    talkative = {key: value for key, value in os.environ.items() if not key.startswith("TRANSFORMERS_")}
+    where = Path(tenfold.__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=where, env=talkative)
     assert done.returncode == 0, done.stderr
     return done
 
