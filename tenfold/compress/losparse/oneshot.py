@@ -405,9 +405,8 @@ def _nearer(model: nn.Module, texts: Texts, plain: _Work, refitted: _Work, notes
             break
     keep = away["refitted"] < away["plain"]
     notes.append(
-        f"fitted to what compressed layers give, the predictions on {count} held-out tokens are "
-        f"{away['refitted'] / count:.4f} nats from the model's, without {away['plain'] / count:.4f}: "
-        f"{'kept' if keep else 'left out'}"
+        f"refit {'kept' if keep else 'left out'}: with it the predictions on {count} held-out tokens are "
+        f"{away['refitted'] / count:.4f} nats from those of the model before, without it {away['plain'] / count:.4f}"
     )
     return refitted if keep else plain
 

@@ -71,7 +71,7 @@ def run_losparse(config: LoSparseConfig, context: Context) -> StageOutput:
         tables=[_sizes(matrices, layers, before, after)],
         figures=_maps({row.name: slots[row.name] for row in matrices}, layers),
         attached=_attached(matrices, layers, before, after),
-        notes=[*encoded.notes, *notes, *_said(matrices, layers), *_forms(layers)],
+        notes=[*encoded.notes, *notes, *_said(matrices, layers, before, after), *_forms(layers)],
         timings={} if trained is None else {"training": trained.seconds},
         artefact="model",
         continues_with="model",
@@ -248,8 +248,14 @@ def _forms(layers: Mapping[str, LowRankRowsLinear]) -> list[str]:
     ]
 
 
-def _said(matrices: Sequence[Replaced], layers: Mapping[str, LowRankRowsLinear]) -> list[str]:
-    notes = []
+def _said(
+    matrices: Sequence[Replaced], layers: Mapping[str, LowRankRowsLinear], before: _Size, after: _Size
+) -> list[str]:
+    dense, now = _numbers(matrices, layers)
+    notes = [
+        f"{now / dense:.1%} of the numbers of the replaced matrices are left, {after.numbers / before.numbers:.1%} of "
+        f"those of the whole model: {before.bytes / 2**20:.4g} MiB became {after.bytes / 2**20:.4g}."
+    ]
     if whole := [row.name for row in matrices if row.name not in layers]:
         notes.append(f"{len(whole)} of {len(matrices)} matrices stayed as they are: the budget saves more elsewhere.")
     tried = [row for row in matrices if row.refitted is not None]
