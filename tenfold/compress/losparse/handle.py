@@ -221,13 +221,13 @@ def _slots(model: Any, ranks: Mapping[str, int], rows: int) -> dict[str, Slot]:
     for name, module in model.named_modules():
         if isinstance(module, LoSparseLinear) or (name in ranks and not _is_plain(module)):
             raise ModelError(
-                f"{name} is a {type(module).__name__}, which is no plain matrix (any more)",
+                f"{name} is a {type(module).__name__}, not a plain matrix",
                 remedy="open the model as it was before it was compressed, or take a dense export of it",
             )
     known = {slot.name: slot for slot in layer_map(model).slots if slot.layout in ("linear", "conv1d")}
     for name, rank in ranks.items():
         if name not in known:
-            raise ConfigError(f"ranks: {name!r} is no matrix of this model", remedy=f"such as {next(iter(known))}")
+            raise ConfigError(f"ranks: {name!r} is not a matrix of this model", remedy=f"such as {next(iter(known))}")
         slot = known[name]
         if slot.fixed or slot.part == "head":
             raise ModelError(

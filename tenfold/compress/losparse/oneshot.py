@@ -376,7 +376,7 @@ class _Work:
         return weight_of(self._model.get_submodule(name)).double()
 
     def _replace(self, name: str, seen: Second, held: Second | None) -> None:
-        """Fit one matrix, with a refit where held-out texts say so, and put it into the model."""
+        """Fit one matrix, with a refit where held-out texts say so."""
         module, row = self._model.get_submodule(name), self.replaced[name]
         weight, outputs = self._weight(name), self._outputs[name]
         chosen = fit_matrix(weight, row.choice, self._orders[name], seen, outputs, refit=False)

@@ -84,7 +84,7 @@ def absorb(model: Any) -> None:
     """Add the active LoRA adapters of a PEFT model into its compressed layers, and tell PEFT that it is done.
 
     Raises:
-        ModelError: an adapter that is no plain low-rank product.
+        ModelError: an adapter other than a plain low-rank product.
     """
     for name, module in list(model.named_modules()):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None

@@ -60,10 +60,8 @@ def fit_compressed(
     ranks: Mapping[str, int],
     rows: int,
     *,
-    grams: Mapping[str, Tensor] | None = None,
     starts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     costs: Mapping[str, int] | None = None,
-    teacher: Teacher | None = None,
 ) -> tuple[LoSparse, Trained, list[Result]]:
     """Compress a model while it trains; afterwards its compressed layers are in it.
 
@@ -72,26 +70,23 @@ def fit_compressed(
         encoded: what it learns from.
         config: how to train, and when rows are pruned; with ``pruning: gates`` rows stay frozen.
         context: of the stage.
-        ranks: see `attach`, as for the next four.
+        ranks: see `attach`, as for the next three.
         rows: what may be kept.
-        grams: of inputs.
         starts: low-rank parts.
         costs: of rows.
-        teacher: of the share ``config.distil``. Default: the model as it is given.
+
+    The teacher of the share ``config.distil`` is the model as it is given.
 
     Returns:
         The handle, whose report says where the budget went; what was done; the figures of the training.
     """
-    if config.distil and teacher is None:
-        teacher = uncompressed(opened.model, ranks)
+    teacher = uncompressed(opened.model, ranks) if config.distil else None
     gates = config.pruning == "gates"
     model = opened.model if gates else full.attach(opened.model, FullConfig())
     if gates and model.dtype != torch.float32 and model.device.type == "cpu":
         model = model.float()  # without autocast all has to be of one type
     steps = total_steps(config, encoded.sequences, encoded.tokens)
-    handle = attach(
-        model, ranks, rows, config.paper, total_steps=steps, grams=grams, starts=starts, costs=costs, frozen=gates
-    )
+    handle = attach(model, ranks, rows, config.paper, total_steps=steps, starts=starts, costs=costs, frozen=gates)
     for parameter in model.parameters():
         if parameter.requires_grad:  # steps are smaller than what half precision tells apart
             parameter.data = parameter.data.float()

@@ -395,7 +395,7 @@ def test_runs_that_cannot_be_are_refused(keys, error, message):
 def test_models_that_cannot_be_compressed_are_refused():
     llama = lambda **more: tiny_model("llama", **more).model  # noqa: E731
     q = "model.layers.0.self_attn.q_proj"
-    with pytest.raises(ConfigError, match="'nonsense' is no matrix"):
+    with pytest.raises(ConfigError, match="'nonsense' is not a matrix"):
         attach(llama(), {"nonsense": 2}, 10)
     with pytest.raises(ConfigError, match="ranks: empty"):
         attach(llama(), {}, 10)
@@ -405,7 +405,7 @@ def test_models_that_cannot_be_compressed_are_refused():
         attach(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])), {q: 2}, 10)
     model = llama()
     attach(model, {q: 2}, 10)
-    with pytest.raises(ModelError, match="LoSparseLinear, which is no plain matrix"):
+    with pytest.raises(ModelError, match="LoSparseLinear, not a plain matrix"):
         attach(model, {"model.layers.0.self_attn.k_proj": 2}, 10)
     model = llama()
     model.get_submodule("model.layers.1.self_attn").q_proj.weight = model.get_submodule(q).weight
