@@ -11,11 +11,14 @@ from tenfold.adapt.fitting import prepare
 from tenfold.adapt.training import _Watch
 from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.layer import LowRankRowsLinear, install
-from tenfold.compress.losparse.mathematics import split_off
+from tenfold.compress.losparse.mathematics import rank_for, split_off
+from tenfold.compress.losparse.stage import run_losparse
 from tenfold.compress.losparse.training import fit_compact, fit_compressed, uncompressed
 from tenfold.config.losparse import LoSparseConfig
 from tenfold.data.read import read_rows
+from tenfold.errors import ConfigError
 from tenfold.models.layer_map import layer_map
+from tenfold.models.open import open_model
 from tenfold.models.reference import ModelRef
 from tenfold.stage.context import Context
 from tenfold.stage.progress import Progress
@@ -140,3 +143,16 @@ def test_killed_while_pruning_it_comes_to_the_same(number_rows, tmp_path, monkey
     assert logs[0] == logs[1]
     for mine, his in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, his)
+
+
+def test_the_papers_share_of_low_rank_is_that_of_every_matrix_and_rows_have_the_rest(number_rows, tmp_path):
+    config, context, _, _ = begun(tmp_path, number_rows, budget="40%", pruning="schedule", paper={"low_rank": 0.1})
+    output = run_losparse(config, context)
+    model = open_model(tmp_path / "model").model
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LowRankRowsLinear)}
+    assert list(layers) == names(open_model("tiny:llama").model)
+    for layer in layers.values():
+        assert layer.rank <= rank_for(0.1, layer.out_features, layer.in_features)
+    assert 0.37 < output.attached["share of the replaced matrices"] <= 0.4
+    with pytest.raises(ConfigError, match="low_rank"):
+        LoSparseConfig.parse({"paper": {"low_rank": 0.1}}, "test")
