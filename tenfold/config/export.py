@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
 
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind, Needs, StageConfig
@@ -26,6 +28,9 @@ class ExportConfig(StageConfig):
     needs its base. ``native``: a model with spans (MASFormer) in an architecture of transformers that knows them, for
     those who do not have tenfold. ``dense``: a compressed model (LoSparse) with plain layers again, as large as it was
     before, for those who do not have tenfold and for converters to other formats, such as GGUF."""
+    rows: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of a model that was compressed with ``elastic: true`` (LoSparse), the share of its kept rows that stay, the most
+    important ones. Lower it for a smaller model of the same folder. Default: all."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the merged weights. Default: that of the opened model. ``bfloat16`` halves the folder of a
     float32 model."""
@@ -54,9 +59,17 @@ class ExportConfig(StageConfig):
             _check_native(shape)
         if self.form == "dense" and not shape.compressed:
             raise ConfigError(f"form: dense: {shape.name} has no compressed layers", remedy="write form: merged")
+        if self.rows is not None and not shape.compressed:
+            raise ConfigError(f"rows: {shape.name} has no compressed layers", remedy="leave rows out")
         if self.form == "adapter":
             return shape
         return replace(shape, adapted=False, compressed=shape.compressed and self.form != "dense")
+
+    @model_validator(mode="after")
+    def _rows_are_of_models(self) -> Self:
+        if self.rows is not None and self.form in ("adapter", "native"):
+            raise ValueError(f"rows: form: {self.form} has no compressed rows: write form: merged or dense")
+        return self
 
 
 def _check_native(shape: Shape) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from tenfold.attend.masformer.native import save_native
-from tenfold.compress.losparse.layer import to_dense
+from tenfold.compress.losparse.layer import compressed_layers, to_dense, trim
 from tenfold.config.export import ExportConfig
 from tenfold.errors import ConfigError
 from tenfold.models.export import merge, push_to_hub, save_adapter, save_model
+from tenfold.models.quantised import parameter_count
 from tenfold.models.reference import ModelRef
 from tenfold.stage.context import Context, StageOutput
 
@@ -21,6 +23,7 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
     whole = ref.load is not None and config.form != "adapter"
     opened = (dataclasses.replace(ref, load=None) if whole else ref).open()
     adapted = hasattr(opened.model, "peft_config")
+    attached: dict[str, Any] = {"form": config.form}
     if config.form == "adapter":
         if not adapted:
             raise ConfigError(
@@ -31,6 +34,10 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
     else:
         folder = context.folder / "model"
         model = opened.model
+        if config.rows is not None:
+            trim(model, config.rows)
+            layers = compressed_layers(model).values()
+            attached |= {"kept rows": sum(layer.kept for layer in layers), "numbers": parameter_count(model)}
         if config.form == "dense":
             context.progress.begin("making its layers whole")
             to_dense(model)
@@ -46,7 +53,7 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
         push_to_hub(folder, config.push_to_hub)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return StageOutput(
-        attached={"form": config.form, "bytes": size},
+        attached=attached | {"bytes": size},
         artefact=folder.name,
         # An adapter that is only copied changes nothing for the stages that follow.
         continues_with=None if config.form == "adapter" else "model",

@@ -75,8 +75,10 @@ def record_layers(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
         ours = renaming(list(known.modules))._original_source_patterns
         before = [one for one in before if one._original_source_patterns != ours]
     if modules:
-        layouts = known.layouts if isinstance(known, LowRankRowsConfig) else {}
-        model.config.quantization_config = LowRankRowsConfig(modules, layouts)
+        found = LowRankRowsConfig(modules)
+        if isinstance(known, LowRankRowsConfig) and known.modules == found.modules:
+            found.layouts = known.layouts  # other sizes are to be measured anew
+        model.config.quantization_config = found
         before = [*before, renaming(list(modules))]
     elif isinstance(known, LowRankRowsConfig):
         del model.config.quantization_config

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import tenfold
+from tenfold import cli
 from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, install, to_dense, trim
 from tenfold.config.shape import Shape
@@ -292,3 +293,32 @@ def test_forms_of_export():
     assert ExportConfig().applied_to(Shape("base", compressed=True)).compressed
     with pytest.raises(ConfigError, match="form: native: the layers of base are compressed"):
         ExportConfig(form="native").applied_to(Shape("base", compressed=True, spans={"size": 8}))
+
+
+def test_a_smaller_model_of_an_elastic_folder(tmp_path, capsys):
+    """From the command line, with what cannot be done."""
+    opened = tiny_model("llama")
+    save_model(opened.model, opened.tokenizer, tmp_path / "plain")
+    fixed = opened_tiny()
+    save_model(fixed.model, fixed.tokenizer, tmp_path / "fixed")
+    compress(opened.model, kept=10, elastic=True)
+    opened.model.config.quantization_config.layouts = {"here": {}}  # of these sizes
+    save_model(opened.model, opened.tokenizer, tmp_path / "model")
+    given = ["export", str(tmp_path / "model"), "--rows", "0.5", "--device", "cpu"]
+    assert cli.main([*given, "--out", str(tmp_path / "run")]) == 0
+    smaller = tenfold.open_model(tmp_path / "run/01-export/model", device="cpu").model
+    assert {layer.kept for layer in compressed_layers(smaller).values()} == {5}
+    assert "here" not in smaller.config.quantization_config.layouts
+    assert cli.main([*given, "--form", "dense", "--out", str(tmp_path / "dense")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense/01-export/model")
+    torch.testing.assert_close(logits(plain), logits(smaller), rtol=1e-4, atol=1e-4)
+    told = json.loads((tmp_path / "run/01-export/summary.json").read_text())["attached"]
+    assert told["kept rows"] == 5 * len(compressed_layers(smaller))
+    for source, rows, why in (
+        ("plain", "0.5", "plain has no compressed layers"),
+        ("model", "2", "--rows: must be at most 1.0, got 2.0"),
+        ("fixed", "0.5", "no layer of this model is elastic"),
+    ):
+        asked = ["export", str(tmp_path / source), "--rows", rows, "--device", "cpu", "--out", str(tmp_path / "again")]
+        assert cli.main(asked) == 2
+        assert why in " ".join(capsys.readouterr().err.split())
