@@ -263,10 +263,6 @@ def _compare(
             once(part, task, method, kept, rates[method], seed, "test", **few)
 
 
-def _validated(part: str, task: str, method: str, kept: float, rate: float, few: dict[str, Any]) -> float:
-    return once(part, task, method, kept, rate, TUNING_SEED, "validation", **few)
-
-
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
