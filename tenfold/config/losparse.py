@@ -72,7 +72,7 @@ class LoSparseConfig(TextTrainingFields):
     paper). It costs ``rank`` numbers a row."""
     layout: Literal["fast", "small"] = "fast"
     """Whether speed or memory counts where the model runs; the files are as small either way. ``fast``: each matrix
-    computes in the form that was measured to be best, and none more than 5 % slower than before; one that saves too
+    computes in the form that was measured to be best, and none is more than 5 % slower than before; one that saves too
     little for that is in memory as a whole as well. ``small``: nothing but what the files hold."""
     pruning: Literal["oneshot", "schedule", "gates"] = "oneshot"
     """How the rows that stay are chosen. ``oneshot``: by the backward pass, before any training. ``schedule``: while

@@ -80,7 +80,7 @@ class LowRankRowsLinear(nn.Linear):
         # What other forms multiply with, and the versions of the parameters that it was made of.
         for form in ("joined", "whole"):
             self.register_buffer(f"made_{form}", None, persistent=False)
-        self._made_of: dict[Form, list[tuple[int, int]]] = {}
+        self._made_of: dict[Form, tuple[int, ...]] = {}
 
     @classmethod
     def from_factors(
@@ -141,12 +141,15 @@ class LowRankRowsLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
         form = self.few if input.numel() <= FEW * self.in_features else self.many
+        # Not as attributes: modules look those up slowly, which of a small matrix is a part of the time.
+        held: dict[str, Any] = self._parameters
+        rows, mix, bias = held["rows"], held["mix"], held["bias"]
         # What is made of the parameters has no gradient to them, and is not there while they are trained.
-        if form == "stored" or (torch.is_grad_enabled() and self.rows.requires_grad):
-            return product(input, self.rows, self.mix, self.place, self.bias)
+        if form == "stored" or (torch.is_grad_enabled() and rows.requires_grad):
+            return product(input, rows, mix, self.place, bias)
         if form == "joined":
-            return joined(input, self.rows, self._made(form), self.bias)
-        return nn.functional.linear(input, self._made(form), self.bias)
+            return joined(input, rows, self._made(form), bias)
+        return nn.functional.linear(input, self._made(form), bias)
 
     def take(self, few: Form, many: Form) -> None:
         """Choose the forms for few and many tokens; what they need beside the parameters is made at their first use."""
@@ -160,10 +163,12 @@ class LowRankRowsLinear(nn.Linear):
 
     def _made(self, form: Form) -> Tensor:
         """What a form multiplies with; made again when a parameter has changed or gone elsewhere."""
-        made: Tensor | None = getattr(self, f"made_{form}")
+        made = self._buffers["made_whole" if form == "whole" else "made_joined"]
         if made is not None and torch.compiler.is_compiling():
             return made
-        versions = [(id(one), -1 if one.is_inference() else one._version) for one in (self.rows, self.mix)]
+        held: dict[str, Any] = self._parameters
+        rows, mix = held["rows"], held["mix"]
+        versions = (id(rows), _version(rows), id(mix), _version(mix))
         if made is None or self._made_of[form] != versions:
             with torch.no_grad():
                 if form == "whole":
@@ -294,6 +299,11 @@ def install(model: nn.Module, factors: Mapping[str, Factors], *, elastic: bool =
                 twins[id(owner)] = _twin(layer, owner)
             replace_module(model, other, twins[id(owner)])
     return remark(model)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; of an inference tensor nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def trim(model: nn.Module, share: float) -> nn.Module:

@@ -14,8 +14,6 @@ from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers
 from tenfold.kernels.low_rank_rows import MANY, Form, seconds
 from tenfold.models.inference import machine
 
-SLOWER = 1.05
-"""How much longer than the whole matrix a layer may take, so that its memory stays small."""
 GAIN = 0.87
 """The joined form takes more memory than the stored one, and is taken where it needs at most this part of the time."""
 PATIENCE = 30.0
@@ -27,7 +25,7 @@ _STEP = 0.05
 def settle(model: Any, *, measure: bool = True) -> dict[str, tuple[Form, Form]]:
     """Let every compressed layer take the form that is best on this machine: fast enough, and small.
 
-    No layer is then slower than its whole matrix by more than 5 %, as measured.
+    No layer is then slower than its whole matrix, as measured. A measurement is off by a few percent.
 
     What was measured on a machine of this kind is taken from the model's configuration, where new measurements go to,
     so that ``save_pretrained`` keeps them. Forms other than ``stored`` take memory beside that of the parameters.
@@ -89,7 +87,7 @@ def _fastest(layer: LowRankRowsLinear) -> tuple[Form, Form]:
 
 def _worth(taken: Mapping[Form, float]) -> Form:
     """The form that takes the least memory, of those that are fast enough."""
-    whole = SLOWER * taken["whole"]
+    whole = taken["whole"]
     if taken["stored"] <= whole and taken["joined"] > GAIN * taken["stored"]:
         return "stored"
     return "joined" if taken["joined"] <= whole else "stored" if taken["stored"] <= whole else "whole"
