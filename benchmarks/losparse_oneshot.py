@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks import done_in, keep_in, rows_in, section
 from benchmarks.losparse_peers import PEERS, ROUNDED, At, Made, Subject, applied, rounded
 from tenfold.compress.losparse.oneshot import compress_once
+from tenfold.compress.losparse.own_text import own_text
 from tenfold.config.budget import Budget
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
@@ -107,7 +108,7 @@ def oneshot(source: str = "demo", methods: Iterable[str] = (), pieces: int = PIE
     """A row for each method and share; those that ignore shares have one row."""
     opened = open_model(source, device="cpu")
     opened.model.eval()
-    subject = Subject(opened.model, calibration(opened.tokenizer, pieces))
+    subject = Subject(opened.model, calibration(opened.tokenizer, pieces), opened.tokenizer)
     keys = {"part": "oneshot", "model": Path(source).stem}
     if not done(**keys, method="dense"):
         _keep(keys | {"method": "dense", "kept": 1.0}, opened, subject, None, 0.0, few)
@@ -128,11 +129,15 @@ def oneshot(source: str = "demo", methods: Iterable[str] = (), pieces: int = PIE
             _keep(keys | {"method": name, "kept": 1.0}, opened, subject, rounded(subject, bits), 0.0, few)
 
 
-def ours(subject: Subject, **options: Any) -> At:
-    """LoSparse without training."""
+def ours(subject: Subject, own: float = 0.0, **options: Any) -> At:
+    """LoSparse without training; a share of the calibration may be the model's own text, at as many tokens in all."""
+    pieces = list(subject.ids)
+    if own:
+        pieces = pieces[: round((1 - own) * len(pieces))]
+        pieces += own_text(subject.model, subject.tokenizer, subject.ids.numel() - len(pieces) * PIECE, length=PIECE)
 
     def at(kept: float) -> Made:
-        found = compress_once(subject.model, list(subject.ids), budget=Budget(kept, "share"), **options)
+        found = compress_once(subject.model, pieces, budget=Budget(kept, "share"), **options)
         biases = {name: parts.bias for name, parts in found.factors.items() if parts.bias is not None}
         numbers = found.numbers + sum(bias.numel() for bias in biases.values())
         indices = sum(parts.left.shape[0] for parts in found.factors.values())
@@ -142,7 +147,7 @@ def ours(subject: Subject, **options: Any) -> At:
     return at
 
 
-OURS = {"rank and rows (LoSparse)": ours, "rank and rows, no refit": partial(ours, refit=False),
+OURS = {"rank and rows (LoSparse)": ours, "rank and rows, half of the text its own": partial(ours, own=0.5), "rank and rows, no refit": partial(ours, refit=False),
         "rank and rows, all outputs alike": partial(ours, weigh=False)}  # fmt: skip
 METHODS: dict[str, Callable[[Subject], At]] = {**PEERS, **OURS}
 """All that are asked for shares."""

@@ -126,10 +126,12 @@ class Subject:
     Args:
         model: with the matrices of `READS` in each block.
         ids: ``[pieces, tokens]``.
+        tokenizer: where the model is to write texts itself.
     """
 
     model: Any
     ids: Tensor
+    tokenizer: Any = None
     matrices: dict[str, nn.Linear] = field(init=False)
 
     def __post_init__(self) -> None:

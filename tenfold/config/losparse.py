@@ -64,6 +64,10 @@ class LoSparseConfig(TextTrainingFields):
     calibration: Annotated[int, Field(ge=128)] = 16384
     """Tokens of the data that say which directions and rows matter. Raise it for wide models, which have more
     directions than so many tokens show; time grows in proportion."""
+    own_text: Annotated[float, Field(ge=0, le=0.9)] = 0.5
+    """Share of these tokens that the model writes itself, by its own distribution from random beginnings, so that it
+    does not forget what your texts do not show (not in the paper). Lower it where only texts like yours matter, raise
+    it where your texts are few and the model is for much else."""
     refit: bool = True
     """Fit each matrix to what the compressed layers before it really give it, where held-out tokens show that this
     helps (not in the paper). Turn it off to save half of the time."""

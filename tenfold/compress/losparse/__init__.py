@@ -3,7 +3,7 @@
 What the neurons of a matrix have in common is kept as low rank, and what is particular to a few of them as whole rows.
 
 * `factors`, `mathematics`: a compressed matrix, what it costs, and the best low-rank part of one;
-* `calibration`, `plan`, `fit`, `streams`, `oneshot`: without training;
+* `calibration`, `own_text`, `plan`, `fit`, `streams`, `oneshot`: without training;
 * `masked`, `pruner`, `handle`, `training`: rows that are chosen while the model trains;
 * `layer`, `layout`: what computes with the result, at the speed of the better of two ways;
 * `format`, `saving`, `unmade`: files that transformers opens. Importing this package teaches it how.
@@ -13,6 +13,7 @@ from tenfold.compress.losparse import saving as saving
 from tenfold.compress.losparse.handle import LoSparse, attach
 from tenfold.compress.losparse.layer import install, to_dense, trim
 from tenfold.compress.losparse.oneshot import compress_once
+from tenfold.compress.losparse.own_text import own_text
 from tenfold.config.losparse import LoSparseConfig
 
-__all__ = ["LoSparse", "LoSparseConfig", "attach", "compress_once", "install", "to_dense", "trim"]
+__all__ = ["LoSparse", "LoSparseConfig", "attach", "compress_once", "install", "own_text", "to_dense", "trim"]

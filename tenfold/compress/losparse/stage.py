@@ -20,6 +20,7 @@ from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers
 from tenfold.compress.losparse.layout import settle
 from tenfold.compress.losparse.mathematics import rank_for
 from tenfold.compress.losparse.oneshot import Replaced, compress_once
+from tenfold.compress.losparse.own_text import own_text
 from tenfold.compress.losparse.training import fit_compact, fit_compressed
 from tenfold.config.budget import parse_budget
 from tenfold.config.losparse import LoSparseConfig
@@ -36,6 +37,8 @@ from tenfold.stage.context import RESUME, Context, StageOutput
 from tenfold.stage.record import Figure, Series, Table
 from tenfold.stage.results import Result
 
+OWN_LENGTH = 256
+"""Tokens of a text that the model writes."""
 ONE_SHOT = f"{RESUME}oneshot"
 """Folder of the compressed model before it is trained."""
 
@@ -90,7 +93,7 @@ def _once(
     else:
         found = compress_once(
             opened.model,
-            _passages(config, opened, encoded),
+            _passages(config, context, opened, encoded),
             budget=parse_budget(config.budget),
             targets=config.targets,
             refit=config.refit and config.pruning == "oneshot",
@@ -102,12 +105,16 @@ def _once(
     return model, store.get("matrices", list, list[Replaced]), store.get("notes", list, list[str])
 
 
-def _passages(config: LoSparseConfig, opened: Opened, encoded: Encoded) -> list[Tensor]:
-    """Training sequences from all over the data, of about as many tokens as are asked for."""
+def _passages(config: LoSparseConfig, context: Context, opened: Opened, encoded: Encoded) -> list[Tensor]:
+    """Training sequences from all over the data and texts of the model, of about as many tokens as are asked for."""
     whole = [example["input_ids"] for example in encoded.examples]
-    share = min(1.0, config.calibration / encoded.tokens)
-    chosen = [ids for index, ids in enumerate(whole) if int((index + 1) * share) > int(index * share)]
-    return [torch.tensor(ids, device=input_device(opened.model)) for ids in chosen or whole[:1]]
+    share = min(1.0, (1 - config.own_text) * config.calibration / encoded.tokens)
+    chosen = [ids for index, ids in enumerate(whole) if int((index + 1) * share) > int(index * share)] or whole[:1]
+    given = [torch.tensor(ids, device=input_device(opened.model)) for ids in chosen]
+    own = sum(map(len, given)) * config.own_text / (1 - config.own_text)
+    length = min(OWN_LENGTH, config.max_length)
+    tell = partial(context.progress, "texts of its own")
+    return given + own_text(opened.model, opened.tokenizer, int(own), length=length, seed=context.seed, tell=tell)
 
 
 def _train(
