@@ -31,7 +31,7 @@ from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
-from tenfold.config.training import TrainingFields
+from tenfold.config.training import TextTrainingFields
 from tenfold.data.encode import encode
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
@@ -100,7 +100,7 @@ def attach_peft(model, size: str, rate: float):
             int((layer.lora_E["default"] != 0).sum()) * (layer.in_features + layer.out_features) for layer in layers
         )
 
-    return adapted, TrainingFields(**fields(rate)), [StepByHand()], final
+    return adapted, TextTrainingFields(**fields(rate)), [StepByHand()], final
 
 
 def attach_ours(model, size: str, rate: float):
