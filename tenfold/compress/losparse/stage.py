@@ -111,10 +111,12 @@ def _passages(config: LoSparseConfig, context: Context, opened: Opened, encoded:
     share = min(1.0, (1 - config.own_text) * config.calibration / encoded.tokens)
     chosen = [ids for index, ids in enumerate(whole) if int((index + 1) * share) > int(index * share)] or whole[:1]
     given = [torch.tensor(ids, device=input_device(opened.model)) for ids in chosen]
-    own = sum(map(len, given)) * config.own_text / (1 - config.own_text)
+    if not config.own_text:
+        return given
+    own = round(sum(map(len, given)) * config.own_text / (1 - config.own_text))
     length = min(OWN_LENGTH, config.max_length)
     tell = partial(context.progress, "texts of its own")
-    return given + own_text(opened.model, opened.tokenizer, int(own), length=length, seed=context.seed, tell=tell)
+    return given + own_text(opened.model, opened.tokenizer, own, length=length, seed=context.seed, tell=tell)
 
 
 def _train(
