@@ -33,11 +33,11 @@ from tenfold.adapt import adalora, lora
 from tenfold.adapt.training import train
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
+from tenfold.core.statistics import t_quantile
 from tenfold.data.encode import Encoded, collate, encode
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Completion, Row, Text
-from tenfold.evaluate.compare import t_quantile
 from tenfold.evaluate.perplexity import ratio
 from tenfold.models.open import open_model
 from tenfold.models.tiny import tiny_model

@@ -32,11 +32,11 @@ from tenfold.adapt.training import train
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.lora import LoraConfig
 from tenfold.config.training import TextTrainingFields
+from tenfold.core.statistics import t_quantile
 from tenfold.data.encode import encode
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Row
-from tenfold.evaluate.compare import t_quantile
 from tenfold.evaluate.perplexity import document_sums, perplexity, ratio
 from tenfold.models.layer_map import layer_map
 from tenfold.models.open import open_model

@@ -39,9 +39,9 @@ from tenfold.cache.gear import GearCache
 from tenfold.cache.gear.measure import measure_decoding, measure_quality
 from tenfold.compat import quiet_upstream
 from tenfold.config.gear import parse_kv
+from tenfold.core.statistics import t_quantile
 from tenfold.engines.requests import Request
 from tenfold.engines.session import Session
-from tenfold.evaluate.compare import t_quantile
 from tenfold.models.head_sizes import head_dim, kv_heads
 from tenfold.models.inference import evaluating, prompt_ids
 from tenfold.models.memory import peak_growth

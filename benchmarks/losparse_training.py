@@ -35,10 +35,10 @@ from tenfold.compress.losparse.layer import compressed_layers, install
 from tenfold.compress.losparse.oneshot import OneShot, compress_once
 from tenfold.config.budget import Budget
 from tenfold.config.training import TextTrainingFields
+from tenfold.core.statistics import t_quantile
 from tenfold.data.encode import Encoded, encode
 from tenfold.data.groups import hash_share
 from tenfold.data.rows import Completion, Text
-from tenfold.evaluate.compare import t_quantile
 from tenfold.evaluate.perplexity import document_sums, perplexity, ratio
 from tenfold.models.inference import evaluating
 from tenfold.models.open import open_model

@@ -44,8 +44,8 @@ from tenfold.attend.pasta.tasks import Item, task_items
 from tenfold.attend.text_marks import Marked, encode, from_spans
 from tenfold.compat import quiet_upstream
 from tenfold.config.pasta import profile_path
+from tenfold.core.statistics import t_quantile
 from tenfold.data.text_checks import fluency, json_contains, json_valid, pronouns_changed
-from tenfold.evaluate.compare import t_quantile
 from tenfold.models.generation import continue_inputs
 from tenfold.models.inference import evaluating, prompt_ids
 from tenfold.models.memory import peak_growth

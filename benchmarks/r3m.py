@@ -47,11 +47,11 @@ from tenfold.align.r3m.losses import PairLoss, pair_loss, perturbation, r3m_loss
 from tenfold.compat import quiet_upstream
 from tenfold.config.lora import LoraConfig
 from tenfold.config.r3m import AUDIT_LAM, R3MPaper, RobustFields
+from tenfold.core.statistics import t_quantile
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
 from tenfold.data.rows import Preference
 from tenfold.data.step_audit import preference_values, step_audit
-from tenfold.evaluate.compare import t_quantile
 from tenfold.evaluate.ranking import precision_at, roc_auc
 from tenfold.models.inference import evaluating
 from tenfold.models.memory import peak_growth

@@ -1,1 +1,1 @@
-"""Pure tensor mathematics used by two methods or more: no models, no files."""
+"""Pure tensor mathematics and statistics used by two methods or more: no models, no files."""

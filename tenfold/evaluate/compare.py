@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
+from tenfold.core.statistics import t_quantile
 from tenfold.errors import DataError
 from tenfold.evaluate.perplexity import Perplexity, document_sums, ratio
 from tenfold.stage.results import Metric, Result
@@ -93,15 +93,6 @@ def compare(before: Perplexity, after: Perplexity) -> Comparison:
         improved=improved,
         perplexity_ratio=fraction,
     )
-
-
-def t_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t: half the width of a 95 % interval, in standard errors.
-
-    >>> round(t_quantile(1), 3), round(t_quantile(10), 3)
-    (12.706, 2.228)
-    """
-    return float(stats.t.ppf(0.975, degrees))
 
 
 def paired_metric(name: str, change: Tensor, unit: str = "") -> Metric:

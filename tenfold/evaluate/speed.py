@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from tenfold.core.statistics import t_quantile
 from tenfold.errors import ConfigError
-from tenfold.evaluate.compare import t_quantile
 from tenfold.models.inference import (
     evaluating,
     input_device,

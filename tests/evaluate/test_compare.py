@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tenfold.core.statistics import t_quantile
 from tenfold.errors import DataError
-from tenfold.evaluate.compare import compare, t_quantile
+from tenfold.evaluate.compare import compare
 from tenfold.evaluate.perplexity import Perplexity
 from tenfold.stage.results import Result
 
