@@ -21,6 +21,8 @@ class Question:
         answers: all that may be answered, each once; at most 12 tokens long.
         view: the state itself, for agents that are written by hand; never changed by them.
         seed: of whatever an agent draws, so that the same question has the same answer.
+        time: seconds on the game's clock when it is asked.
+        game: names the game and the side, for agents that remember something within one.
     """
 
     rules: str
@@ -28,6 +30,8 @@ class Question:
     answers: tuple[str, ...]
     view: Any = None
     seed: int = 0
+    time: float = 0.0
+    game: str = ""
 
 
 @dataclass(frozen=True)
