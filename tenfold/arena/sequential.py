@@ -52,7 +52,7 @@ def log_wealth(scores: Any, mean: float = 0.5, counts: Any = 1) -> NDArray[np.fl
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What a series of pairs says so far.
 
     Args:
@@ -76,7 +76,7 @@ class Verdict:
         'a is better than b (9 pairs, 1.00 of the points, at least 0.59)'
         """
         if self.score is None:
-            return f"{first} and {second}: nothing played"
+            return f"{first} and {second}: no games that count"
         low, high = self.interval
         if self.better is None:
             said = "cannot separate" if self.final else "not separated yet:"
@@ -88,7 +88,7 @@ class Verdict:
         return f"{one} is better than {other} ({self.pairs} pairs, {share:.2f} of the points, at least {least:.2f})"
 
 
-def judge(scores: Sequence[float], *, most: int, level: float = 0.05) -> Verdict:
+def judge(scores: Sequence[float], *, most: int, level: float = 0.05) -> Judgement:
     """Whether the first or the second agent is better, as far as these pairs say.
 
     Args:
@@ -113,11 +113,11 @@ def judge(scores: Sequence[float], *, most: int, level: float = 0.05) -> Verdict
     if not ((found >= 0) & (found <= 1)).all():
         raise DataError(f"scores: {list(scores)[:8]} are not within [0, 1]", remedy="give shares of the points")
     if not len(found):
-        return Verdict(None, False, 0, None, (0.0, 1.0))
+        return Judgement(None, False, 0, None, (0.0, 1.0))
     mean, better = float(found.mean()), None
     if log_wealth(found) >= -math.log(level):
         better = 0 if mean > 0.5 else 1
-    return Verdict(better, better is not None or len(found) >= most, len(found), mean, unrefuted(found, level))
+    return Judgement(better, better is not None or len(found) >= most, len(found), mean, unrefuted(found, level))
 
 
 def unrefuted(scores: Any, level: float = 0.05) -> tuple[float, float]:

@@ -140,7 +140,7 @@ def test_what_is_said():
     assert judge([1, 0], most=3).text("a", "b").startswith("not separated yet: a and b")
     empty = judge([], most=3)
     assert (empty.better, empty.final, empty.score) == (None, False, None)
-    assert empty.text("a", "b") == "a and b: nothing played"
+    assert empty.text("a", "b") == "a and b: no games that count"
 
 
 @pytest.mark.parametrize(
