@@ -84,7 +84,8 @@ class EnginePlayer:
                         f"{self.name}: the engine {self.engine.name} failed: {reply.error}",
                         remedy="run the same command again: what is finished is kept",
                     )
-                choice = reply.text if reply.text in question.answers else spoken_choice(reply.text, question.answers)
+                said = reply.text.strip()
+                choice = said if said in question.answers else spoken_choice(said, question.answers)
                 seconds = sum(astuple(reply.seconds))
                 found[key] = [reply.text, choice, seconds, reply.prompt_tokens, reply.tokens]
             self.memory.add(found)
@@ -96,12 +97,14 @@ class EnginePlayer:
 
     def _request(self, question: Question) -> Request:
         prompt = f"{question.rules}\n\n{question.state}"
+        # A text goes on behind "Your move:", else on a line of its own.
+        space = " " if prompt.endswith(":") and not self.chat else ""
         fields: dict[str, Any] = {"max_new_tokens": MOST_TOKENS, "temperature": self.temperature, "seed": question.seed}
         if "choices" in self.engine.capabilities:
-            fields["choices"] = question.answers
+            fields["choices"] = tuple(space + answer for answer in question.answers)
         if self.chat:
             return Request(messages=[{"role": "user", "content": prompt}], **fields)
-        return Request(prompt + "\n", **fields)
+        return Request(prompt if space else prompt + "\n", **fields)
 
     def _key(self, question: Question) -> str:
         drawn = (self.temperature, question.seed) if self.temperature else ()
@@ -176,28 +179,22 @@ class TwoThread:
 
     The slow agent is asked for a plan at the first question of a game, and for the next one at the first question after
     its plan has arrived, each time by what stands then. The fast one is asked everything, with the last plan that has
-    arrived behind its state; its answers alone are charged.
+    arrived between rules and state; its answers alone are charged.
 
     Args:
         fast: acts.
         slow: plans; its seconds say when a plan arrives.
         plans: what may be planned, each a short text.
-        ask: put behind the rules for the slow agent.
         name: by default made of both.
+
+    Raises:
+        ConfigError: no plans.
     """
 
-    def __init__(
-        self,
-        fast: Agent,
-        slow: Agent,
-        plans: Sequence[str],
-        *,
-        ask: str = "Do not act now: choose the plan to act by from now on.",
-        name: str = "",
-    ) -> None:
+    def __init__(self, fast: Agent, slow: Agent, plans: Sequence[str], *, name: str = "") -> None:
         if not plans:
             raise ConfigError("plans: none are given", remedy="give the plans that the slow agent may choose from")
-        self.fast, self.slow, self.plans, self.ask = fast, slow, tuple(plans), ask
+        self.fast, self.slow, self.plans = fast, slow, tuple(plans)
         self.name = name or f"{fast.name} with plans of {slow.name}"
         self._threads: dict[str, _Thread] = {}
 
@@ -211,8 +208,9 @@ class TwoThread:
             thread.arrive(question.time)
             if thread.arrives is None:
                 idle[question.game] = question
+        ask = f"Do not act now. Answer with the plan to act by from now on, one of: {'; '.join(self.plans)}."
         asked = [
-            replace(question, rules=f"{question.rules}\n\n{self.ask}", answers=self.plans) for question in idle.values()
+            replace(question, rules=f"{question.rules}\n\n{ask}", answers=self.plans) for question in idle.values()
         ]
         for question, plan in zip(asked, self.slow.answer(asked) if asked else [], strict=True):
             thread = self._threads[question.game]
@@ -222,4 +220,4 @@ class TwoThread:
 
     def _with_plan(self, question: Question) -> Question:
         plan = self._threads[question.game].plan
-        return question if plan is None else replace(question, state=f"{question.state}\nYour plan: {plan}")
+        return question if plan is None else replace(question, state=f"Your plan: {plan}.\n{question.state}")

@@ -83,10 +83,12 @@ class Tournament:
     Args:
         names: of the agents.
         matchups: of every two of them.
+        most: pairs of games that every two might play.
     """
 
     names: tuple[str, ...]
     matchups: tuple[Matchup, ...]
+    most: int
 
     @property
     def pairs(self) -> list[SeedPair]:
@@ -101,9 +103,16 @@ class Tournament:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the results must know."""
-        unrated = sum(matchup.unrated for matchup in self.matchups)
-        out = self.games - 2 * len(self.pairs)
-        return (f"{unrated} of {self.games} games were unrated; {out} are left out with them",) if unrated else ()
+        found = []
+        if unrated := sum(matchup.unrated for matchup in self.matchups):
+            out = self.games - 2 * len(self.pairs)
+            found.append(f"{unrated} of {self.games} games were unrated; {out} are left out with them")
+        if early := sum(len(matchup.games) < self.most for matchup in self.matchups):
+            found.append(
+                f"{early} of {len(self.matchups)} series ended once somebody was better: who wins early is flattered, "
+                "so play all pairs for strengths without bias"
+            )
+        return tuple(found)
 
     def table(self) -> Table:
         """What was found out about every two."""
@@ -186,7 +195,7 @@ def play_tournament(
         playing = [two for two in playing if verdicts[two].better is None]
         if not playing:
             break
-    return Tournament(tuple(names), tuple(Matchup(*two, games[two], verdicts[two]) for two in rivals))
+    return Tournament(tuple(names), tuple(Matchup(*two, games[two], verdicts[two]) for two in rivals), pairs)
 
 
 def _key(first: str, second: str, seed: int) -> str:

@@ -50,6 +50,12 @@ def test_the_constant_part_comes_first_and_chat_is_used_where_it_can_be():
     EnginePlayer(plain, "a").answer([ASKED])
     assert plain.seen[0].text == "You fight.\n\nThey are near.\n"
 
+    going_on = Talker(" low guard", capabilities=["text", "choices"])
+    answer = EnginePlayer(going_on, "a").answer([replace(ASKED, state="They are near.\nYour move:")])[0]
+    assert going_on.seen[0].text.endswith("They are near.\nYour move:")
+    assert going_on.seen[0].choices == (" jab", " low guard", " guard", " wait")
+    assert answer.choice == "low guard"
+
     @dataclass
     class Tokenizer:
         chat_template: str | None
@@ -189,17 +195,19 @@ def test_a_plan_counts_from_when_it_arrives_and_the_next_one_is_made_then():
     assert [(question.state, question.answers) for question in slow.seen] == [
         (state, ("attack", "keep away")) for state in ("s0", "s3", "s6")
     ]
-    plans = [question.state.partition("\nYour plan: ")[2] for question in fast.seen]
-    assert plans == ["", "", "", "s0", "s0", "s0", "s3", "s3"]
+    assert [question.state for question in fast.seen[:4]] == ["s0", "s1", "s2", "Your plan: s0.\ns3"]
+    plans = [question.state.removesuffix(f"s{n}") for n, question in enumerate(fast.seen)]
+    assert plans[3:] == ["Your plan: s0.\n"] * 3 + ["Your plan: s3.\n"] * 2
     assert all(question.rules == "r" for question in fast.seen)
     assert slow.seen[0].rules.startswith("r\n\nDo not act now")
+    assert slow.seen[0].rules.endswith("one of: attack; keep away.")
     assert agent.name == "fast with plans of slow"
 
 
 def test_a_plan_without_delay_counts_at_once_and_an_invalid_one_never():
     agent, fast, slow = two_threads(0.0)
     agent.answer([Question("r", "s0", MOVES, game="g")])
-    assert fast.seen[0].state == "s0\nYour plan: s0"
+    assert fast.seen[0].state == "Your plan: s0.\ns0"
     agent, fast, slow = two_threads(0.5, lambda question: "attack" if question.state == "s0" else None)
     for n in range(4):
         agent.answer([Question("r", f"s{n}", MOVES, time=float(n), game="g")])
@@ -212,8 +220,8 @@ def test_games_do_not_share_plans_and_a_new_one_begins_without():
     for time in (0.0, 2.0):
         agent.answer([Question("r", f"{game} {time}", MOVES, time=time, game=game) for game in "ab"])
     assert [question.state for question in fast.seen[2:]] == [
-        "a 2.0\nYour plan: a 0.0",
-        "b 2.0\nYour plan: b 0.0",
+        "Your plan: a 0.0.\na 2.0",
+        "Your plan: b 0.0.\nb 2.0",
     ]
     agent.answer([Question("r", "again", MOVES, time=0.0, game="a")])
     assert fast.seen[-1].state == "again"

@@ -57,6 +57,7 @@ def test_those_who_are_separated_play_no_more_and_equals_play_to_the_end():
     assert played[1] < min(played[0], played[2]) < 300  # a and c are furthest apart
     assert all(count % 10 == 0 for count in played)
     assert rate(strong.pairs).names == ("a", "b", "c")
+    assert strong.notes[0].startswith("3 of 3 series ended once somebody was better")
     equal = play_tournament(["a", "b"], toss, pairs=60)
     assert [(len(m.games), m.verdict.better, m.verdict.final) for m in equal.matchups] == [(60, None, True)]
     assert equal.table().rows[0][0].startswith("cannot separate a and b (60 pairs")
