@@ -59,3 +59,34 @@ class RandomTrader:
             choice = question.answers[draw]
             found.append(Answer(choice, choice, self.seconds))
         return found
+
+
+class RuleTrader:
+    """The specification's rule for recorded markets: buy a bar of wide range, sell above what was paid.
+
+    Sell where the high is at least ``(1 + margin)`` times the own cost; otherwise buy where the range of the bar is at
+    least ``margin`` times its low. Bad prints and look-ahead make it earn without end, an honest market nothing.
+
+    Args:
+        margin: as a fraction, above 0.
+        seconds: that each answer takes.
+        again: whether it also buys where it holds something.
+        name: the default tells margin and latency.
+    """
+
+    def __init__(self, margin: float = 0.01, seconds: float = 0.0, again: bool = True, name: str = "") -> None:
+        self.name = name or f"rule:{margin:g}@{seconds:g}s"
+        self.margin, self.seconds, self.again = margin, seconds, again
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """What the rule says of the first ticker that it says something of, else ``hold``."""
+        return [Answer(choice, choice, self.seconds) for choice in map(self._choice, questions)]
+
+    def _choice(self, question: Question) -> str:
+        for each in question.view.tickers:
+            if each.held and each.high >= each.cost * (1 + self.margin):
+                return f"sell {each.ticker}"
+            wide = (each.high - each.low) / each.low >= self.margin
+            if wide and (self.again or not each.held) and f"buy {each.ticker}" in question.answers:
+                return f"buy {each.ticker}"
+        return question.answers[0]

@@ -86,8 +86,8 @@ def read_bars(path: str | Path, ticker: str, *, zone: str, day: str | None = Non
     """Bars from CSV, JSON lines, Parquet, or JSON, also packed (.gz).
 
     Columns: ``time`` (or ``timestamp``, ``datetime``), ``open``, ``high``, ``low``, ``close``; others are ignored. JSON
-    holds a list of rows, or has the form ``{"2024-08-05": {"09:30:00": {"open": 1, "high": 2, ...}}}``. A stamp is when a
-    bar begins: ``HH:MM:SS`` or ISO 8601. The length of a bar is the largest step that fits all stamps.
+    holds a list of rows, or has the form ``{"2024-08-05": {"09:30:00": {"open": 1, "high": 2, ...}}}``. A stamp is when
+    a bar begins: ``HH:MM:SS`` or ISO 8601. The length of a bar is the largest step that fits all stamps.
 
     Args:
         path: the file.

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tenfold.arena.agents import Agent, Answer, Question
 from tenfold.arena.trading.record import (
+    DRAWN,
     Line,
     Mark,
     MarketDecision,
@@ -39,7 +40,6 @@ from tenfold.errors import ConfigError
 
 OPENING = 34_200.0
 """The day starts at 09:30:00."""
-_DRAWN = 2_000  # prices of an asset that are kept for drawing, about
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def _drawn(market: Market) -> dict[str, Line]:
     """The prices, thinned out between jumps."""
     last = market.rules.seconds
     around = market.start[:, None] + np.arange(-1, int(EXIT * market.rules.half_life) + 2)
-    kept = np.unique(np.append(np.arange(0, last + 1, max(1, last // _DRAWN)), around.clip(0, last)))
+    kept = np.unique(np.append(np.arange(0, last + 1, max(1, last // DRAWN)), around.clip(0, last)))
     times = tuple(kept.astype(float).tolist())
     return {name: Line(times, tuple(market.mid[i, kept].tolist())) for i, name in enumerate(ASSETS)}
 

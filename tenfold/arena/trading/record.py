@@ -16,6 +16,9 @@ allowed; ``late``, an order when its chance was over; ``busy``, not asked, becau
 ``rejected``, an order at or after the cut-off; ``unfilled``, an order that found nothing to trade with (cash, holding
 or displayed size)."""
 
+DRAWN = 2_000
+"""About how many prices of an asset are kept for drawing."""
+
 Reason = Literal["order", "exit", "cut-off"]
 """Why there is a trade: the agent's order, the market's own exit from it, the liquidation at the cut-off."""
 
@@ -137,6 +140,24 @@ def clock(seconds: float) -> str:
     """
     minutes, second = divmod(int(seconds), 60)
     return f"{minutes // 60:02}:{minutes % 60:02}:{second:02}"
+
+
+def check_numbers(rules: object, above_zero: Sequence[str], not_negative: Sequence[str] = ()) -> None:
+    """Refuse values of a market's rules that cannot be meant.
+
+    Args:
+        rules: whose attributes they are.
+        above_zero: names of those that are finite and above 0.
+        not_negative: names of those that are finite, 0 or more.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name in (*above_zero, *not_negative):
+        value = getattr(rules, name)
+        if not 0 <= value < float("inf") or (value == 0 and name in above_zero):
+            least = "above 0" if name in above_zero else "0 or more"
+            raise ConfigError(f"{name}: must be finite and {least}, got {value}", remedy="give such a number")
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tenfold.arena.trading.record import check_numbers
 from tenfold.errors import ConfigError
 
 Floats = NDArray[np.float64]
@@ -77,14 +78,8 @@ class MarketRules:
     easy: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "events", "amplitude", "half_life", "notional", "cash", "size", "points", "spacing"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"{name}: must be above 0 and finite, got {getattr(self, name)}", "give such a number"
-                )
-        for name in ("cost", "drift", "level"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: must be finite, 0 or more, got {getattr(self, name)}", "give such a number")
+        above_zero = ("seconds", "events", "amplitude", "half_life", "notional", "cash", "size", "points", "spacing")
+        check_numbers(self, above_zero, not_negative=("cost", "drift", "level"))
         if not 0 <= self.revert <= 1:
             raise ConfigError(f"revert: must be in [0, 1], got {self.revert}", remedy="it is a probability")
         if not self.amplitude * (1 + self.drift) < 1:
