@@ -213,7 +213,8 @@ class Ratings:
         intervals: 95 %, from resampled seeds; of an agent that won or lost every game from the curvature, since
             resampling cannot know how many games it would take.
         errors: standard errors from the curvature.
-        ranks: the best and the worst place that an agent may have; equal where it is separated from all others.
+        ranks: the best and the worst place that an agent may have; equal where it is separated from all others. Any
+            separation of equal agents among all has a chance of about 5 %.
         wins: of rows over columns.
         cycles: agents each of whom clearly beats the next, and the last one the first: no strengths can say that.
         seeds: of the agent that played on the fewest.
@@ -331,8 +332,9 @@ def rate(
     low, high = (np.where(corner, strengths + sign * Z * errors, end) for sign, end in ((-1, low), (1, high)))
     played = {name: {pair.seed for pair in pairs if name in (pair.first, pair.second)} for name in names}
     enough = np.array([len(played[name]) >= FEWEST_SEEDS for name in names])
-    # [i, j]: i is above j in all but 2.5 % of the draws
-    above = (np.quantile(_difference(drawn), 0.025, axis=0) > 0) & enough & enough[:, None]
+    # [i, j]: i is above j in all but a few of the draws, so few that 5 % cover all of these comparisons
+    few = 0.05 / (len(names) * (len(names) - 1))
+    above = (np.quantile(_difference(drawn), few, axis=0) > 0) & enough & enough[:, None]
     ranks = [(1 + int(above[:, index].sum()), len(names) - int(above[index].sum())) for index in range(len(names))]
     order = sorted(range(len(names)), key=lambda index: (-strengths[index], names[index]))
     return Ratings(

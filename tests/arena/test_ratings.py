@@ -135,6 +135,12 @@ def test_places_are_told_as_far_as_they_are_known():
     assert worst.y[0] < 0.25
 
 
+def test_of_many_equal_agents_hardly_ever_any_two_are_separated():
+    rng, names = np.random.default_rng(5), "abcdef"
+    found = [rate(games(rng, np.full((6, 6), 0.5), 30, names), draws=400).ranks == ((1, 6),) * 6 for _ in range(25)]
+    assert np.mean(found) >= 0.84  # 95 % less two standard deviations
+
+
 def test_few_seeds_separate_nobody_and_a_clean_sweep_is_not_certainty():
     def won(seeds):
         return rate([SeedPair("a", "b", seed, 1.0) for seed in range(seeds)])
