@@ -349,6 +349,9 @@ def test_real_quotes(shared_data):
     rules = ReplayRules("UTC", opens=None, cutoff=None, lot=1e-5, trigger=0.0003, cooling=1, points=5, spacing=10)
     play = play_replay([RandomTrader(0.5)], tapes, rules)
     assert play.outcomes("random")["traded"] > 50
+    drawn = play.prices["BTC"]
+    assert len(drawn.times) == len(drawn.sell_size) < 5_000
+    assert all(sell < buy for sell, buy in zip(drawn.sell, drawn.buy, strict=True))
     for trade in play.trades:
         tape = next(tape for tape in tapes if tape.ticker == trade.asset)
         assert tape.seen.low.min() <= trade.price <= tape.seen.high.max()

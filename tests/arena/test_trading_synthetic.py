@@ -213,6 +213,25 @@ def test_the_record_adds_up():
     assert [trade.time for trade in play.trades] == sorted(trade.time for trade in play.trades)
 
 
+def test_what_is_drawn():
+    """Every trade at the touch lies on the line that is drawn, and takes no more than is displayed."""
+    rules = MarketRules(events=40)
+    play = play_market([ScriptedTrader(0.7, seconds=0.25)], 0, rules)
+    assert play.trades
+    for trade in play.trades:
+        drawn = play.prices[trade.asset]
+        at = int(np.searchsorted(drawn.times, trade.time))
+        assert drawn.times[at] == trade.time
+        if trade.reason == "order":
+            line, size = (drawn.buy, drawn.buy_size) if trade.side > 0 else (drawn.sell, drawn.sell_size)
+            assert trade.price == pytest.approx(line[at], rel=1e-12)
+            assert trade.quantity == pytest.approx(size[at])
+            assert (drawn.sell_size if trade.side > 0 else drawn.buy_size)[at] == 0
+    for drawn in play.prices.values():
+        assert list(drawn.times) == sorted(set(drawn.times))
+        assert len(drawn.times) < 5_000
+
+
 def test_accuracy_is_what_it_says():
     day = draw_market(0, MarketRules(events=3_000))
     right = {}

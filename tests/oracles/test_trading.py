@@ -165,7 +165,7 @@ def test_04_recorded_markets():
         assert play.yields["plan"] * 10_000 == pytest.approx(-paid, abs=1e-9)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.7, 90.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.7, 20.0])
 @pytest.mark.parametrize("kind", ["bars", "quotes"])
 def test_05_no_look_ahead(kind, seconds):
     """All that comes after an instant is replaced; what was seen and traded up to it is as before."""
@@ -180,7 +180,7 @@ def test_05_no_look_ahead(kind, seconds):
         return decisions, [(t.time + shift, t.side, t.price, t.quantity) for t in found.trades if t.reason == "order"]
 
     whole = play(data)
-    assert min(map(len, whole)) > (5 if seconds == 90 else 50)
+    assert min(map(len, whole)) > 10
     for until in (200, 431, 700):
         # A bar is over one second after it began; one that begins now is not known yet, but a quote of now is.
         began = data.start if kind == "bars" else data.time - 1

@@ -140,7 +140,7 @@ much as you can today.
 Past prices are {spacing} s apart, oldest first. Answer with one of the answers offered, and nothing else."""
 
 
-def account_question(rules: str, view: AccountView, seed: int) -> Question:
+def account_question(rules: str, view: AccountView, seed: int, time: float, game: str) -> Question:
     """A question about an account. Answers: ``hold``, and what can be bought and sold now, by ticker."""
     answers, lines = ["hold"], []
     for each in view.tickers:
@@ -150,8 +150,8 @@ def account_question(rules: str, view: AccountView, seed: int) -> Question:
         if each.held > 0:
             answers.append(f"sell {each.ticker}")
     head = f"Time {clock(view.time)}, {view.left:.0f} s to the cut-off. Cash {view.cash:.2f}."
-    state = "\n".join((head, *lines, f"Answer {' or '.join(answers)}."))
-    return Question(rules, state, tuple(answers), view, seed)
+    state = "\n".join((head, *lines, f"Answer with {' or '.join(answers)}. Your answer:"))
+    return Question(rules, state, tuple(answers), view, seed, time, game)
 
 
 def _ticker_line(each: TickerView) -> str:

@@ -16,6 +16,7 @@ from tenfold.arena.trading.record import (
     MarketDecision,
     MarketPlay,
     Outcome,
+    Prices,
     Reason,
     Trade,
     check_answers,
@@ -34,6 +35,7 @@ from tenfold.arena.trading.synthetic import (
     Mask,
     Whole,
     book_level,
+    displacement,
     draw_market,
 )
 from tenfold.errors import ConfigError
@@ -98,17 +100,18 @@ def market_questions(market: Market) -> list[Question]:
 
     An order with the jump is not offered: only the side that trades against it is displayed while a price is displaced.
     """
-    prompt = market_prompt(market.rules)
-    return [
-        Question(
-            prompt, _state(market, i, jump), ("sell" if jump.side > 0 else "buy", "pass"), jump, int(market.seeds[i])
-        )
-        for i, jump in enumerate(_jumps(market))
-    ]
+    prompt, game, found = market_prompt(market.rules), f"synthetic {market.seed}", []
+    for i, jump in enumerate(_jumps(market)):
+        answers = ("sell" if jump.side > 0 else "buy", "pass")
+        seed, time = int(market.seeds[i]), float(market.start[i])
+        found.append(Question(prompt, _state(market, i, jump), answers, jump, seed, time, game))
+    return found
 
 
 def _jumps(market: Market) -> list[Jump]:
-    price = market.fundamental * (1 + market.side * market.displaced(np.zeros(len(market.start))))
+    price = market.fundamental * (
+        1 + market.side * displacement(market.rules, market.reverts, np.zeros(len(market.start)))
+    )
     return [
         Jump(ASSETS[asset], int(side), float(now), int(ticks), tuple(int(amount) for amount in imbalance))
         for asset, side, now, ticks, imbalance in zip(
@@ -122,7 +125,7 @@ def _state(market: Market, number: int, jump: Jump) -> str:
     up = "up" if jump.side > 0 else "down"
     cutoff = rules.seconds if rules.cutoff is None else rules.cutoff
     head = f"Time {clock(OPENING + at)}, {max(0, cutoff - at)} s to the cut-off.\n{jump.asset} jumped {up}"
-    offer = f"Answer {'sell' if jump.side > 0 else 'buy'} or pass."
+    offer = f"Answer with {'sell' if jump.side > 0 else 'buy'} or pass. Your answer:"
     if rules.easy:
         moved = "did not move" if jump.pair_still else "moved"
         count = sum(amount * jump.side < 0 for amount in jump.imbalance)
@@ -186,7 +189,7 @@ def trade_jumps(market: Market, wants: Mask, seconds: Floats) -> Fills:
     before = np.empty_like(amounts)
     np.put_along_axis(before, order, amounts.cumsum(axis=0) - amounts, axis=0)
     worse = np.where(traded, rules.level * book_level(before, rules.notional, rules.size), 0.0)
-    arrived = np.where(traded, market.displaced(np.where(traded, seconds, 0.0)), 0.0)
+    arrived = np.where(traded, displacement(rules, market.reverts, np.where(traded, seconds, 0.0)), 0.0)
     gain = np.where(traded, rules.notional * (arrived - worse - market.exits()[1] - rules.cost), 0.0)
     at_touch = np.where(traded, np.clip(rules.size - before, 0.0, rules.notional), 0.0)
     return Fills(outcome, arrived, worse, at_touch, gain)
@@ -293,13 +296,26 @@ def _mark(market: Market, event: int) -> Mark:
     return Mark(float(market.start[event]), ASSETS[market.asset[event]], f"a jump {way} that {what}")
 
 
-def _drawn(market: Market) -> dict[str, Line]:
-    """The prices, thinned out between jumps."""
-    last = market.rules.seconds
-    around = market.start[:, None] + np.arange(-1, int(EXIT * market.rules.half_life) + 2)
-    kept = np.unique(np.append(np.arange(0, last + 1, max(1, last // DRAWN)), around.clip(0, last)))
-    times = tuple(kept.astype(float).tolist())
-    return {name: Line(times, tuple(market.mid[i, kept].tolist())) for i, name in enumerate(ASSETS)}
+def _drawn(market: Market) -> dict[str, Prices]:
+    """The prices: thinned out, but by quarters of a half-life after a jump, where somebody can trade."""
+    rules, last = market.rules, market.rules.seconds
+    calm = np.arange(0, last + 1, max(1, last // DRAWN))
+    around = market.start[:, None] + [-1, rules.apart - 2]
+    within = market.start[:, None] + np.linspace(0, EXIT, 4 * EXIT + 1) * rules.half_life
+    times = np.unique(np.concatenate([calm, around.ravel(), within.ravel()]).clip(0, last))
+    event = np.searchsorted(market.start, times, side="right") - 1
+    after = times - market.start[event]
+    jumping = (event >= 0) & (after <= EXIT * rules.half_life)
+    found = {}
+    for number, name in enumerate(ASSETS):
+        own = jumping & (market.asset[event] == number)
+        base, side = market.fundamental[event[own]], market.side[event[own]]
+        mid = market.mid[number, times.astype(np.int64)]
+        mid[own] = base * (1 + side * displacement(rules, market.reverts[event[own]], after[own]))
+        displayed = np.zeros((2, len(times)))  # to be bought after a jump down, to be sold to after a jump up
+        displayed[:, own] = (np.array([[-1], [1]]) * side > 0) * rules.size / base
+        found[name] = Prices(*(tuple(line.tolist()) for line in (times, mid, mid, *displayed)))
+    return found
 
 
 def ask_market(agents: Sequence[Agent], market: Market) -> dict[str, Sequence[Answer]]:

@@ -29,10 +29,10 @@ from tenfold.arena.trading.account import (
 from tenfold.arena.trading.files import SECOND, Bars, zone_of
 from tenfold.arena.trading.record import (
     DRAWN,
-    Line,
     MarketDecision,
     MarketPlay,
     Outcome,
+    Prices,
     Trade,
     check_answers,
     check_names,
@@ -211,11 +211,11 @@ class _Day:
     def middle(self, name: str, step: int) -> float:
         return (self.high[name][step] + self.low[name][step]) / 2
 
-    def drawn(self) -> dict[str, Line]:
-        """The prices, thinned out."""
-        kept = range(0, len(self.times), max(1, len(self.times) // DRAWN))
+    def drawn(self) -> dict[str, Prices]:
+        """The prices, thinned out; one buys at the low."""
+        kept = slice(None, None, max(1, len(self.times) // DRAWN))
         times = tuple(self.times[kept].tolist())
-        return {name: Line(times, tuple(self.middle(name, step) for step in kept)) for name in self.names}
+        return {name: Prices(times, tuple(self.low[name][kept]), tuple(self.high[name][kept])) for name in self.names}
 
     def play(self, agent: Agent) -> Book:
         book = Book(agent.name, Account(self.rules.cash))
@@ -242,10 +242,11 @@ class _Day:
 
     def _decide(self, agent: Agent, book: Book, step: int) -> None:
         account = book.account
-        question = account_question(self.prompt, self._view(account, step), (self.seed * 1_000_003 + step) % 2**31)
+        seed, time = (self.seed * 1_000_003 + step) % 2**31, float(self.times[step])
+        question = account_question(self.prompt, self._view(account, step), seed, time, f"paper {self.seed}")
         answers = agent.answer([question])
         check_answers(agent.name, answers, 1)
-        answer, time = answers[0], float(self.times[step])
+        answer = answers[0]
         orders = self._orders(answer, question.answers, account, step)
         traded = False
         for name, quantity in (orders or {}).items():

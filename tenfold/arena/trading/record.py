@@ -80,6 +80,25 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Prices:
+    """What the market showed of an asset over the day.
+
+    Args:
+        times: seconds since its start, increasing.
+        buy: what one cost then. (By the published rules that is less than what one brought.)
+        sell: what one brought then.
+        buy_size: how many were displayed to be bought; empty where that is not told.
+        sell_size: how many could be sold at that price; empty where that is not told.
+    """
+
+    times: tuple[float, ...]
+    buy: tuple[float, ...]
+    sell: tuple[float, ...]
+    buy_size: tuple[float, ...] = ()
+    sell_size: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Mark:
     """Something that happened to an asset at a time of the day, in words; agents did not see them."""
 
@@ -111,7 +130,7 @@ class MarketPlay:
     cash: float
     start: float
     cutoff: float
-    prices: Mapping[str, Line]
+    prices: Mapping[str, Prices]
     decisions: tuple[MarketDecision, ...]
     trades: tuple[Trade, ...]
     equity: Mapping[str, Line]

@@ -26,10 +26,10 @@ from tenfold.arena.trading.account import (
 from tenfold.arena.trading.files import SECOND, zone_of
 from tenfold.arena.trading.record import (
     DRAWN,
-    Line,
     MarketDecision,
     MarketPlay,
     Outcome,
+    Prices,
     Trade,
     check_answers,
     check_names,
@@ -163,7 +163,8 @@ class _Session:
         """Ask, trade, write down; when the next question may come."""
         account = book.account
         view = self._view(account, number, instant)
-        question = account_question(self.prompt, view, (self.seed * 1_000_003 + number) % 2**31)
+        seed = (self.seed * 1_000_003 + number) % 2**31
+        question = account_question(self.prompt, view, seed, self.seconds(instant), f"replay {self.seed}")
         answers = agent.answer([question])
         check_answers(agent.name, answers, 1)
         answer = answers[0]
@@ -245,13 +246,17 @@ class _Session:
         seen = self.tapes[ticker].seen
         return float(seen.sell[seen.at(np.array([self.begin + round(at * SECOND)]))[0]])
 
-    def drawn(self) -> dict[str, Line]:
+    def drawn(self) -> dict[str, Prices]:
         """What was seen of the prices, thinned out."""
         kept = self.instants[:: max(1, len(self.instants) // DRAWN)]
         times = tuple(((kept - self.begin) / SECOND).tolist())
-        return {
-            name: Line(times, tuple(tape.seen.mid[tape.seen.at(kept)].tolist())) for name, tape in self.tapes.items()
-        }
+        found = {}
+        for name, tape in self.tapes.items():
+            seen, at = tape.seen, tape.seen.at(kept)
+            sizes = [seen.buy_size[at], seen.sell_size[at]] if np.isfinite(seen.buy_size).all() else []
+            lines = (seen.buy[at], seen.sell[at], *sizes)
+            found[name] = Prices(times, *(tuple(line.tolist()) for line in lines))
+        return found
 
 
 def _bounds(tapes: Sequence[Tape], rules: ReplayRules) -> tuple[int, int, float]:

@@ -160,25 +160,24 @@ class Market:
     seeds: Whole
     mid: Floats
 
-    def displaced(self, after: Floats) -> Floats:
-        """How far each price stands from its fundamental, in the direction of the jump, as a fraction of it.
-
-        Args:
-            after: [..., events] seconds since the jump, from 0 to the exit.
-        """
-        return _displaced(self.rules, self.reverts, after)
-
     def exits(self) -> tuple[Floats, Floats]:
         """[events] second and displacement at which the market closes what was opened, at the latest at the cut-off."""
         rules = self.rules
         end = self.start + EXIT * rules.half_life
         cutoff = float(rules.seconds if rules.cutoff is None else rules.cutoff)
         home = np.where(self.reverts, 0.0, rules.amplitude * (1 + rules.drift))
-        early = self.displaced(np.maximum(cutoff - self.start, 0.0))
+        early = displacement(rules, self.reverts, np.maximum(cutoff - self.start, 0.0))
         return np.minimum(end, cutoff), np.where(end <= cutoff, home, early)
 
 
-def _displaced(rules: MarketRules, reverts: Mask | np.bool_, after: Floats) -> Floats:
+def displacement(rules: MarketRules, reverts: Mask | np.bool_, after: Floats) -> Floats:
+    """How far a price stands from its fundamental, in the direction of its jump, as a fraction of the fundamental.
+
+    Args:
+        rules: what the market is like.
+        reverts: [...] whether it is a jump that reverts.
+        after: [...] seconds since the jump, from 0 to the exit.
+    """
     left = 2.0 ** (-after / rules.half_life)
     # The drift begins when no order can come any more: how late an order is does not change what a wrong one loses.
     gone = np.clip((after / rules.half_life - ALLOWED) / (EXIT - ALLOWED), 0.0, 1.0)
@@ -229,7 +228,7 @@ def _walk(
             pair_move[i] = sign * moved
             level[1 - which] += pair_move[i]
         mid[1 - which, at:done] = level[1 - which] * TICK
-        mid[which, at:done] = fundamental[i] * (1 + sign * _displaced(rules, reverts[i], seconds))
+        mid[which, at:done] = fundamental[i] * (1 + sign * displacement(rules, reverts[i], seconds))
         if not reverts[i]:
             level[which] = round(level[which] * (1 + sign * rules.amplitude * (1 + rules.drift)))
     mid[:, done:] = np.maximum(level[:, None] + steps[:, done:].cumsum(axis=1), _FLOOR) * TICK

@@ -37,6 +37,8 @@ class Seen:
         sell: [entries] what one brings.
         high: [entries] highest of the bar; of quotes, the ask.
         low: [entries] lowest of the bar; of quotes, the bid.
+        buy_size: [entries] how many are displayed to be bought; infinite where nobody tells.
+        sell_size: [entries] how many can be sold at that price.
     """
 
     known: Instants
@@ -45,6 +47,8 @@ class Seen:
     sell: Floats
     high: Floats
     low: Floats
+    buy_size: Floats
+    sell_size: Floats
 
     def at(self, instants: Instants) -> Instants:
         """The entry that is the last one known at each instant; -1 before the first."""
@@ -68,17 +72,17 @@ class QuoteTape:
     """Best bids and asks: an order trades at the touch that is in force when it arrives, up to its displayed size."""
 
     def __init__(self, quotes: Quotes) -> None:
-        self.ticker, self.zone, self.notes, self._quotes = quotes.ticker, quotes.zone, quotes.notes, quotes
-        middle = (quotes.bid + quotes.ask) / 2
-        self.seen = Seen(quotes.time, middle, quotes.ask, quotes.bid, quotes.ask, quotes.bid)
+        self.ticker, self.zone, self.notes = quotes.ticker, quotes.zone, quotes.notes
+        middle, sizes = (quotes.bid + quotes.ask) / 2, (quotes.ask_size, quotes.bid_size)
+        self.seen = Seen(quotes.time, middle, quotes.ask, quotes.bid, quotes.ask, quotes.bid, *sizes)
 
     def offer(self, side: int, arrival: int) -> Offer | None:
         """The touch in force; of quotes of one instant, the last."""
         at = int(self.seen.at(np.array([arrival]))[0])
         if at < 0:
             return None
-        quotes = self._quotes
-        price, size = (quotes.ask, quotes.ask_size) if side > 0 else (quotes.bid, quotes.bid_size)
+        seen = self.seen
+        price, size = (seen.buy, seen.buy_size) if side > 0 else (seen.sell, seen.sell_size)
         return Offer(arrival, float(price[at]), float(size[at]))
 
 
@@ -109,7 +113,8 @@ class BarTape:
         self.notes = (*bars.notes, *notes)
         self._good = np.flatnonzero(good)
         known, middle = bars.start + bars.length, (high + low) / 2
-        self.seen = Seen(known, middle, close * (1 + half_spread), close * (1 - half_spread), high, low)
+        buy, sell, unknown = close * (1 + half_spread), close * (1 - half_spread), np.full(len(close), np.inf)
+        self.seen = Seen(known, middle, buy, sell, high, low, unknown, unknown)
 
     def offer(self, side: int, arrival: int) -> Offer | None:
         """The open of the next bar that is on the market."""
