@@ -8,7 +8,7 @@ import pytest
 from tenfold.arena.agents import Answer
 from tenfold.arena.trading.agents import RandomTrader, RuleTrader
 from tenfold.arena.trading.files import SECOND, Bars, Quotes, read_bars, read_quotes
-from tenfold.arena.trading.paper import PaperRules, play_paper, stated_orders
+from tenfold.arena.trading.paper import PaperRules, play_paper, released_orders, stated_orders
 from tenfold.arena.trading.replay import ReplayRules, play_replay
 from tenfold.arena.trading.tapes import BarTape, QuoteTape, running_median
 from tenfold.errors import ConfigError, DataError
@@ -230,6 +230,7 @@ def test_what_is_asked():
     play_replay([agent], [BarTape(bars_of(opens), half_spread=0)], rules)
     first, second = agent.questions[:2]
     assert first.rules == second.rules
+    assert (first.time, second.time, first.game) == (0.0, 1.0, "replay 0")
     close = opens[299]  # the bar from 12:04:59 on is the last one that is over at 12:05:00
     past = " ".join(f"{opens[299 - 60 * back]:.2f}" for back in (3, 2, 1))
     assert first.state.splitlines()[1] == f"X: buy {close:.2f}, sell {close:.2f}; you can buy 49. Past {past}"
@@ -269,6 +270,10 @@ def test_look_ahead_must_be_said():
     for value in (False, None, "true"):
         with pytest.raises(ConfigError, match="the future"):
             PaperRules(lookahead=value)
+    with pytest.raises(ConfigError, match="cutoff: '25:00:00'"):
+        PaperRules(lookahead=True, cutoff="25:00:00")
+    with pytest.raises(ConfigError, match="unknown parser 'mine'"):
+        play_paper([Script()], [bars_of([1.0, 1.0])], PaperRules(lookahead=True), parser="mine")
 
 
 def test_paper_orders_by_quantity():
@@ -282,6 +287,12 @@ def test_paper_orders_by_quantity():
     ]  # fmt: skip
     assert play.yields["script"] == pytest.approx((10 * 3 + 5 * 3) / 10_000)
     assert "Look-ahead" in play.notes[0]
+    agent = Script(*said)
+    play_paper([agent], bars, PaperRules(lookahead=True), parser="stated")
+    assert agent.questions[1].answers == ("{}", '{"AA": 82}', '{"AA": -10}', '{"BB": 82}', '{"BB": -5}')
+    for question in agent.questions:
+        for answer in question.answers:
+            assert stated_orders(answer, ["AA", "BB"]) == released_orders(answer, ["AA", "BB"])
     released = play_paper([Script(*said)], bars, PaperRules(lookahead=True), parser="released")
     assert [decision.outcome for decision in released.decisions] == ["traded", "passed", "unfilled", "traded"]
 

@@ -80,8 +80,11 @@ def test_prompt_is_constant_and_answers_fit_the_side():
     questions = market_questions(day)
     assert len({question.rules for question in questions}) == 1
     assert len({question.seed for question in questions}) == len(questions)
-    for question, side in zip(questions, day.side, strict=True):
+    assert {question.game for question in questions} == {"synthetic 0"}
+    for question, side, start in zip(questions, day.side, day.start, strict=True):
         assert question.answers == (("sell" if side > 0 else "buy"), "pass")
+        assert question.time == start
+        assert question.state.endswith("Your answer:")
 
 
 @pytest.mark.parametrize("half_life", [0.05, 0.5, 3.0])

@@ -127,38 +127,58 @@ def play_of(books: Sequence[Book], *, cash: float, **fields: Any) -> MarketPlay:
     )
 
 
-def account_prompt(tickers: Sequence[str], cash: float, stake: float, spacing: int) -> str:
-    """What every question of an account begins with: the papers' content, in our words."""
+def account_prompt(tickers: Sequence[str], cash: float, stake: float, spacing: int, quantities: bool = False) -> str:
+    """What every question of an account begins with: the papers' content, in our words.
+
+    Args:
+        tickers: that are traded.
+        cash: at the start.
+        stake: share of the cash that an order to buy spends.
+        spacing: seconds between two past prices.
+        quantities: answers name how many, as `account_question` has it.
+    """
+    size = f"An order to buy spends {stake:.0%} of your cash; an order to sell sells all that you hold of the ticker."
+    form = "Answer with one of the answers offered, and nothing else."
+    if quantities:
+        size = (
+            f"An order is a whole number: above 0 buys, below 0 sells. {stake:.0%} of your cash buy what you can buy."
+        )
+        form = f'Answer with a dictionary of orders, such as {{"{tickers[0]}": -3}}, and nothing else.'
     return f"""You trade {" and ".join(tickers)} at high frequency, starting the day with {cash:g} in cash. Earn as \
 much as you can today.
 - Compare prices with their recent average, and see where they are heading.
 - Buy low while the trend is up. Sell above what you paid.
 - A price far from its recent average is a rare chance: be quick, since the order trades when your answer is there.
-- An order to buy spends {stake:.0%} of your cash; an order to sell sells all that you hold of the ticker.
+- {size}
 - You may stop when you have earned enough, and you may hold at any time.
 - Sell everything before the cut-off; what is left is sold then at whatever price there is.
-Past prices are {spacing} s apart, oldest first. Answer with one of the answers offered, and nothing else."""
+Past prices are {spacing} s apart, oldest first. {form}"""
 
 
-def account_question(rules: str, view: AccountView, seed: int, time: float, game: str) -> Question:
-    """A question about an account. Answers: ``hold``, and what can be bought and sold now, by ticker."""
-    answers, lines = ["hold"], []
+def account_question(
+    rules: str, view: AccountView, seed: int, time: float, game: str, quantities: bool = False
+) -> Question:
+    """A question about an account.
+
+    Answers: ``hold``, and what can be bought and sold now, by ticker; with ``quantities`` as dictionaries of whole
+    numbers by ticker, as the papers have it.
+    """
+    answers = ["{}" if quantities else "hold"]
     for each in view.tickers:
-        lines.append(_ticker_line(each))
-        if each.affordable > 0:
-            answers.append(f"buy {each.ticker}")
-        if each.held > 0:
-            answers.append(f"sell {each.ticker}")
+        for word, sign, amount in (("buy", "", each.affordable), ("sell", "-", each.held)):
+            if amount > 0:
+                order = f'{{"{each.ticker}": {sign}{amount:.0f}}}' if quantities else f"{word} {each.ticker}"
+                answers.append(order)
     head = f"Time {clock(view.time)}, {view.left:.0f} s to the cut-off. Cash {view.cash:.2f}."
-    state = "\n".join((head, *lines, f"Answer with {' or '.join(answers)}. Your answer:"))
-    return Question(rules, state, tuple(answers), view, seed, time, game)
+    lines = (head, *map(_ticker_line, view.tickers), f"Answer with {' or '.join(answers)}. Your answer:")
+    return Question(rules, "\n".join(lines), tuple(answers), view, seed, time, game)
 
 
 def _ticker_line(each: TickerView) -> str:
     own = ""
     if each.held:
         margins = [f"{price / each.cost - 1:+.2%}" for price in (each.buy, each.sell)]
-        own = f"; you hold {each.held:g}, paid {each.cost:.2f}: margins {margins[0]} and {margins[1]}"
+        own = f"; you hold {each.held:.10g}, paid {each.cost:.2f}: margins {margins[0]} and {margins[1]}"
     past = " ".join(f"{price:.2f}" for price in each.past)
-    can = f"you can buy {each.affordable:g}"
+    can = f"you can buy {each.affordable:.10g}"
     return f"{each.ticker}: buy {each.buy:.2f}, sell {each.sell:.2f}{own}; {can}. Past {past}"

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, time
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from tenfold.arena.trading.record import (
     check_answers,
     check_names,
     check_numbers,
+    check_times,
 )
 from tenfold.errors import ConfigError, DataError
 
@@ -78,8 +79,7 @@ class PaperRules:
                 remedy="say lookahead: true to have them all the same, or play a replay",
             )
         check_numbers(self, above_zero=("window", "cash", "stake"), not_negative=("threshold",))
-        if not re.fullmatch(r"\d\d:\d\d:\d\d", self.cutoff):
-            raise ConfigError(f"cutoff: {self.cutoff!r}", remedy="write HH:MM:SS")
+        check_times(self, "cutoff")
 
 
 def decayed_price(price: float, average: float, delay: float, window: float = 1.5) -> float:
@@ -156,7 +156,7 @@ def play_paper(
         agents: one or more.
         bars: one for each ticker; steps are the seconds that all have.
         rules: the published market.
-        parser: None: answers are those offered. A name of `PARSERS`: they are texts that name quantities by ticker.
+        parser: None: answers are such as ``buy NVDA``. A name of `PARSERS`: texts that name quantities by ticker.
         seed: of what agents draw.
 
     Raises:
@@ -204,9 +204,9 @@ class _Day:
         self.times = (common - common[0]) / SECOND
         first = datetime.fromtimestamp(int(common[0]) // SECOND, zone_of(bars[0].zone))
         self.clock = self.times + (first.hour * 3_600 + first.minute * 60 + first.second)
-        hours, minutes, seconds = map(int, rules.cutoff.split(":"))
-        self.cutoff = hours * 3_600 + minutes * 60 + seconds
-        self.prompt = account_prompt(self.names, rules.cash, rules.stake, SPACING)
+        last = time.fromisoformat(rules.cutoff)
+        self.cutoff = last.hour * 3_600 + last.minute * 60 + last.second
+        self.prompt = account_prompt(self.names, rules.cash, rules.stake, SPACING, parser is not None)
 
     def middle(self, name: str, step: int) -> float:
         return (self.high[name][step] + self.low[name][step]) / 2
@@ -242,8 +242,9 @@ class _Day:
 
     def _decide(self, agent: Agent, book: Book, step: int) -> None:
         account = book.account
-        seed, time = (self.seed * 1_000_003 + step) % 2**31, float(self.times[step])
-        question = account_question(self.prompt, self._view(account, step), seed, time, f"paper {self.seed}")
+        seed, now = (self.seed * 1_000_003 + step) % 2**31, float(self.times[step])
+        view, game = self._view(account, step), f"paper {self.seed}"
+        question = account_question(self.prompt, view, seed, now, game, self.parser is not None)
         answers = agent.answer([question])
         check_answers(agent.name, answers, 1)
         answer = answers[0]
@@ -258,15 +259,15 @@ class _Day:
                 done = account.sell(name, -quantity, price)
             if done:
                 side = 1 if quantity > 0 else -1
-                book.trades.append(Trade(agent.name, name, side, done, price, time, "order", len(book.decisions)))
+                book.trades.append(Trade(agent.name, name, side, done, price, now, "order", len(book.decisions)))
                 traded = True
         wanted = any((orders or {}).values())
         outcome: Outcome = "invalid" if orders is None else "traded" if traded else "unfilled" if wanted else "passed"
         book.decisions.append(
-            MarketDecision(agent.name, time, answer.seconds, question.state, answer.text, answer.choice, outcome)
+            MarketDecision(agent.name, now, answer.seconds, question.state, answer.text, answer.choice, outcome)
         )
         if traded:
-            book.value(time, self._worth(account, {name: self.middle(name, step) for name in self.names}))
+            book.value(now, self._worth(account, {name: self.middle(name, step) for name in self.names}))
 
     def _orders(
         self, answer: Answer, offered: Sequence[str], account: Account, step: int

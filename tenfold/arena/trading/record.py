@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import time
 from typing import Any, Literal
 
 from tenfold.arena.agents import Answer
@@ -177,6 +178,20 @@ def check_numbers(rules: object, above_zero: Sequence[str], not_negative: Sequen
         if not 0 <= value < float("inf") or (value == 0 and name in above_zero):
             least = "above 0" if name in above_zero else "0 or more"
             raise ConfigError(f"{name}: must be finite and {least}, got {value}", remedy="give such a number")
+
+
+def check_times(rules: object, *names: str) -> None:
+    """Refuse what is no time of day, other than None.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name in names:
+        value = getattr(rules, name)
+        try:
+            time.fromisoformat("00:00:00" if value is None else value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name}: {value!r}", remedy="write HH:MM:SS") from None
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ from tenfold.arena.trading.record import (
     check_answers,
     check_names,
     check_numbers,
+    check_times,
 )
 from tenfold.arena.trading.tapes import Instants, Tape, instants_of, past_prices, stirred
 from tenfold.errors import ConfigError, DataError
@@ -79,11 +80,7 @@ class ReplayRules:
         check_numbers(self, ("cash", "stake", "lot", "points", "spacing"), ("fee", "trigger", "cooling"))
         if self.stake > 1:
             raise ConfigError(f"stake: {self.stake} of the cash", remedy="nobody borrows: at most 1")
-        for name in ("opens", "cutoff"):
-            try:
-                time.fromisoformat(getattr(self, name) or "00:00:00")
-            except ValueError:
-                raise ConfigError(f"{name}: {getattr(self, name)!r}", remedy="write HH:MM:SS, or null") from None
+        check_times(self, "opens", "cutoff")
 
 
 def play_replay(agents: Sequence[Agent], tapes: Sequence[Tape], rules: ReplayRules, seed: int = 0) -> MarketPlay:
