@@ -261,6 +261,16 @@ def test_tickers():
         play_replay([Script()], [tape, tape], RULES)
     with pytest.raises(DataError, match="tickers: none"):
         play_replay([Script()], [], RULES)
+    other = BarTape(bars_of([100.0, 100.0], start=NOON + 86_400 * SECOND, ticker="Y"))
+    with pytest.raises(DataError, match="different days in UTC: X 2024-08-05, Y 2024-08-06"):
+        play_replay([Script()], [tape, other], RULES)
+
+
+def test_a_record_that_ends_ends_the_session():
+    """Nobody trades at the last quote of a ticker that is not recorded any more."""
+    long, short = bars_of(np.full(90, 100.0)), quotes_of([(0, 90, 9, 91, 9), (30, 90, 9, 91, 9)], ticker="Y")
+    play = play_replay([Script()], [BarTape(long), QuoteTape(short)], RULES)
+    assert (play.cutoff, play.decisions[-1].asked) == (29, 28)  # from the first bar on, which is over after a second
 
 
 # The published rules.

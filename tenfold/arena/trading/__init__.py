@@ -6,7 +6,8 @@ a market that does not react to its traders: what is earned in them says nothing
 
 >>> from tenfold.arena.trading.agents import ScriptedTrader
 >>> from tenfold.arena.trading.market_day import play_market
->>> day = play_market([ScriptedTrader(0.9, seconds=0.2), ScriptedTrader(0.9, seconds=1.2)], seed=0)
+>>> quick, slow = ScriptedTrader(0.9, seconds=0.2, name="quick"), ScriptedTrader(0.9, seconds=1.2, name="slow")
+>>> day = play_market([quick, slow], seed=0)
 >>> {name: f"{value:+.1%}" for name, value in day.yields.items()}
-{'scripted:0.9@0.2s': '+2.9%', 'scripted:0.9@1.2s': '-0.3%'}
+{'quick': '+2.9%', 'slow': '-0.3%'}
 """

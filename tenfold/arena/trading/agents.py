@@ -17,7 +17,7 @@ class ScriptedTrader:
         accuracy: 0 to 1; .5 guesses.
         seconds: that each answer takes.
         seed: two traders of one seed misread the same jumps, the less accurate one some more.
-        name: the default tells accuracy and latency.
+        name: ``scripted:0.9`` for an accuracy of .9 by default.
 
     Raises:
         ConfigError: an accuracy outside [0, 1].
@@ -26,7 +26,7 @@ class ScriptedTrader:
     def __init__(self, accuracy: float, seconds: float = 0.0, seed: int = 0, name: str = "") -> None:
         if not 0 <= accuracy <= 1:
             raise ConfigError(f"accuracy: must be in [0, 1], got {accuracy}", remedy="1 is always right, 0.5 guesses")
-        self.name = name or f"scripted:{accuracy:g}@{seconds:g}s"
+        self.name = name or f"scripted:{accuracy:g}"
         self.accuracy, self.seconds, self.seed = accuracy, seconds, seed
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
@@ -71,11 +71,11 @@ class RuleTrader:
         margin: as a fraction, above 0.
         seconds: that each answer takes.
         again: whether it also buys where it holds something.
-        name: the default tells margin and latency.
+        name: ``rule:0.01`` for a margin of .01 by default.
     """
 
     def __init__(self, margin: float = 0.01, seconds: float = 0.0, again: bool = True, name: str = "") -> None:
-        self.name = name or f"rule:{margin:g}@{seconds:g}s"
+        self.name = name or f"rule:{margin:g}"
         self.margin, self.seconds, self.again = margin, seconds, again
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:

@@ -47,8 +47,8 @@ class ReplayRules:
     Args:
         zone: of the exchange, in which the next two are told; whatever zone the files are in.
         opens: no questions before; None: from the first record on.
-        cutoff: orders that arrive at that time or later are rejected, and what is held is sold; None: with the last
-            record.
+        cutoff: orders that arrive at that time or later are rejected, and what is held is sold; None, or where the
+            record of a ticker ends before: the end of the record.
         cash: of each agent at the start.
         stake: share of the cash that an order to buy spends.
         lot: quantities are multiples of this.
@@ -94,7 +94,7 @@ def play_replay(agents: Sequence[Agent], tapes: Sequence[Tape], rules: ReplayRul
 
     Raises:
         ConfigError: no agents, or two of one name.
-        DataError: no tape, two of one ticker, or nothing recorded between opening and cut-off.
+        DataError: no tape, two of one ticker, several days, or nothing recorded between opening and cut-off.
     """
     check_names([agent.name for agent in agents])
     session = _Session(tapes, rules, seed)
@@ -260,15 +260,19 @@ def _bounds(tapes: Sequence[Tape], rules: ReplayRules) -> tuple[int, int, float]
     """First and last instant of the session, and the time of day at the first, in seconds."""
     zone = zone_of(rules.zone)
     first = max(int(tape.seen.known[0]) for tape in tapes)
-    last = max(int(tape.seen.known[-1]) for tape in tapes)
-    day = datetime.fromtimestamp(first // SECOND, zone).date()
+    last = min(int(tape.seen.known[-1]) for tape in tapes)
+    days = {tape.ticker: datetime.fromtimestamp(int(tape.seen.known[0]) // SECOND, zone).date() for tape in tapes}
+    if len(set(days.values())) > 1:
+        told = ", ".join(f"{name} {day}" for name, day in days.items())
+        raise DataError(f"tickers of different days in {rules.zone}: {told}", remedy="give files of one day")
+    day = next(iter(days.values()))
 
     def instant(text: str) -> int:
         moment = datetime.combine(day, time.fromisoformat(text), zone) - datetime(1970, 1, 1, tzinfo=UTC)
         return moment // timedelta(microseconds=1) * 1_000
 
     begin = first if rules.opens is None else max(first, instant(rules.opens))
-    # The last record is known, and so an order may still follow from it, but nothing is recorded after it.
+    # A ticker of which nothing is recorded any more would go on at a price that nobody quotes.
     end = last if rules.cutoff is None else min(last, instant(rules.cutoff))
     local = datetime.fromtimestamp(begin // SECOND, zone)
     return begin, end, local.hour * 3_600 + local.minute * 60 + local.second + begin % SECOND / SECOND
