@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tenfold.engines.choices import choices_grammar, decisive
 from tenfold.engines.requests import (
     Continuations,
     Finish,
@@ -53,7 +54,7 @@ class LlamaCpp:
     """
 
     name = "llama.cpp"
-    capabilities = frozenset({"text", "messages", "prefill", "seed", "grammar", "score"})
+    capabilities = frozenset({"text", "messages", "prefill", "seed", "grammar", "choices", "score"})
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class LlamaCpp:
 
     def _write(self, asked: float, request: Request) -> Reply:
         prompt, began = self._tokens(self._prompt(request)), time.perf_counter()
+        grammar = choices_grammar(request.choices) if request.choices else request.grammar
         try:
             answer = self._send(
                 "/completion",
@@ -126,8 +128,8 @@ class LlamaCpp:
                 n_predict=request.max_new_tokens,
                 temperature=request.temperature,
                 seed=request.seed % 2**32,
-                stop=list(request.stop),
-                **({"grammar": request.grammar} if request.grammar else {}),
+                stop=list(decisive(request.choices) if request.choices else request.stop),
+                **({"grammar": grammar} if grammar else {}),
                 cache_prompt=self.reuse,
                 return_tokens=True,
             )
@@ -138,6 +140,8 @@ class LlamaCpp:
             return Reply(finish="error", error=error.problem, prompt_tokens=len(prompt), seconds=seconds)
         done, timings = time.perf_counter(), answer.get("timings", {})
         text, stopped = cut_at_stop(answer["content"], request.stop)
+        if request.choices:  # the beginning that decides is cut off as a stop string
+            text = decisive(request.choices).get(answer["stopping_word"], text)
         finish: Finish = "length" if answer["stop_type"] == "limit" and not stopped else "stop"
         prefill, decode = (float(timings.get(name, 0)) / 1e3 for name in ("prompt_ms", "predicted_ms"))
         return Reply(

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from tenfold.engines.choices import choices_grammar, choices_pattern
 from tenfold.engines.requests import (
     Continuations,
     Finish,
@@ -30,6 +31,12 @@ MOST_STOPS = 4
 """Stop strings that the protocol takes; further ones are cut off here, after the server has written beyond them."""
 TOP = 20
 """Most probable tokens that a chat server names."""
+CHOOSING: dict[str, Callable[[Sequence[str]], Any]] = {
+    "structured_outputs": lambda choices: {"choice": list(choices)},
+    "regex": choices_pattern,
+    "grammar": choices_grammar,
+}
+"""Fields by which servers take choices, and what they hold."""
 
 
 class OpenAIEngine:
@@ -43,7 +50,8 @@ class OpenAIEngine:
         model: as the server calls it.
         key: sent as a bearer token.
         accepts: what the server takes beyond the protocol: ``prefill`` of messages (vLLM, SGLang and llama.cpp go on
-            with a last message of the assistant), ``grammar`` (llama.cpp).
+            with a last message of the assistant), ``grammar`` (llama.cpp). Choices need one of the fields
+            ``structured_outputs`` (vLLM), ``regex`` (SGLang) and ``grammar``.
         timeout: seconds that the server may stay silent.
         retries: how often a request is tried again after 429, 5xx, silence or no connection, with growing pauses.
         pause: seconds before the first retry.
@@ -73,8 +81,8 @@ class OpenAIEngine:
         tokens_per_minute: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if unknown := set(accepts) - {"prefill", "grammar"}:
-            raise ConfigError(f"accepts: {sorted(unknown)}", remedy="choose from prefill and grammar")
+        if unknown := set(accepts) - {"prefill", *CHOOSING}:
+            raise ConfigError(f"accepts: {sorted(unknown)}", remedy=f"choose from prefill, {', '.join(CHOOSING)}")
         for what, value, least in (
             ("concurrency", concurrency, 1),
             ("retries", retries, 0),
@@ -84,7 +92,8 @@ class OpenAIEngine:
                 raise ConfigError(f"{what}: must be at least {least:g}, got {value}", remedy=f"give {least:g} or more")
         self.model, self.accepts, self.concurrency = model, frozenset(accepts), concurrency
         self.options = dict(options or {})
-        self.capabilities = frozenset({"text", "messages", "seed", "score"}) | self.accepts
+        self.capabilities = frozenset({"text", "messages", "seed", "score"}) | (self.accepts & {"prefill", "grammar"})
+        self.capabilities |= {"choices"} if self.accepts & set(CHOOSING) else set()
         rates = {"requests": Rate(requests_per_minute), "tokens": Rate(tokens_per_minute)}
         self.sender = Sender(url.rstrip("/"), key, timeout, retries, pause, **rates, at_once=concurrency)
 
@@ -129,6 +138,8 @@ class OpenAIEngine:
         why = str(choice.get("finish_reason"))
         finish: Finish = "length" if why == "length" and not stopped else "stop"
         prefill = min(float(timings.get("prompt_ms", 0)) / 1e3, done - began)
+        if request.choices and finish == "stop" and text not in request.choices:
+            return _failed(f"the server did not keep to the choices, but wrote {text[:80]!r}", asked)
         return Reply(
             text,
             finish,
@@ -147,6 +158,7 @@ class OpenAIEngine:
             if request.prefill:
                 messages.append({"role": "assistant", "content": request.prefill})
                 prompt |= {"continue_final_message": True, "add_generation_prompt": False}
+        field = next((field for field in CHOOSING if field in self.accepts), "")
         return {
             **self.options,
             "model": self.model,
@@ -156,6 +168,7 @@ class OpenAIEngine:
             "seed": request.seed,
             **({"stop": list(request.stop[:MOST_STOPS])} if request.stop else {}),
             **({"grammar": request.grammar} if request.grammar else {}),
+            **({field: CHOOSING[field](request.choices)} if request.choices else {}),
         }
 
     def _send(self, request: Request, payload: Mapping[str, Any]) -> tuple[Any, float]:
@@ -181,7 +194,10 @@ class OpenAIEngine:
         found, prompt, first = {}, request.text or "", None
         for text in named:
             # Some servers refuse to write nothing: one more token is written, and not counted.
-            payload = {**self._payload(replace(request, text=prompt + text, stop=(), temperature=0.0)), "max_tokens": 1}
+            payload = {
+                **self._payload(replace(request, text=prompt + text, stop=(), choices=(), temperature=0.0)),
+                "max_tokens": 1,
+            }
             answer, began = self._send(request, {**payload, "echo": True, "logprobs": 1})
             first = began if first is None else first
             try:
@@ -201,7 +217,7 @@ class OpenAIEngine:
         return found, first or time.perf_counter()
 
     def _score_chat(self, request: Request, named: Sequence[str]) -> tuple[dict[str, float], float]:
-        payload = {**self._payload(replace(request, stop=(), temperature=0.0)), "max_tokens": 1}
+        payload = {**self._payload(replace(request, stop=(), choices=(), temperature=0.0)), "max_tokens": 1}
         answer, began = self._send(request, {**payload, "logprobs": True, "top_logprobs": TOP})
         try:
             top = {

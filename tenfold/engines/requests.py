@@ -26,6 +26,8 @@ REMEDIES = {
     "prefill": "leave prefill out, or take the engine transformers or llama.cpp",
     "seed": "leave seed out, or temperature at 0",
     "grammar": "leave grammar out, or take the engine llama.cpp",
+    "choices": "leave choices out, or take the engine transformers or llama.cpp, or a server that has something for "
+    "them (accepts of tenfold.engines.openai.OpenAIEngine)",
     "emphasis": "leave emphasis out, or take the engine transformers (tenfold.engines.session.Session)",
     "evidence": "leave evidence out, or take the engine transformers (tenfold.engines.session.Session)",
     "score": "take the engine transformers or llama.cpp",
@@ -60,6 +62,7 @@ class Request:
         prefill: how the answer begins; the reply goes on from there and does not repeat it.
         stop: the text ends in front of the first of these.
         grammar: what the text must follow, in llama.cpp's GBNF.
+        choices: the text is exactly one of these; where ``max_new_tokens`` do not tell which, what was written of it.
         seed: of the sampling. The same request gives the same text, whatever else is asked beside it.
         max_new_tokens: longest text, 1 or more.
         temperature: 0 takes the most probable token each time, 1 samples from the model's distribution.
@@ -79,6 +82,7 @@ class Request:
     prefill: str = ""
     stop: tuple[str, ...] = ()
     grammar: str | None = None
+    choices: tuple[str, ...] = ()
     seed: int = 0
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -94,6 +98,8 @@ class Request:
             )
         if isinstance(self.stop, str) or not all(self.stop):
             raise ConfigError(f"stop: {self.stop!r}", remedy="give a tuple of texts, none of them empty")
+        if self.choices:
+            self._check_choices()
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: {self.max_new_tokens} is below 1", remedy="give 1 or more")
         if not self.temperature >= 0:
@@ -108,10 +114,18 @@ class Request:
         if self.evidence is not None:
             self._check_evidence(self.evidence)
 
+    def _check_choices(self) -> None:
+        if isinstance(self.choices, str) or not all(self.choices) or len(set(self.choices)) < len(self.choices):
+            raise ConfigError(
+                f"choices: {self.choices!r}", remedy="give a tuple of texts, each once and none of them empty"
+            )
+        if unfit := [name for name in ("grammar", "stop") if getattr(self, name)]:
+            raise ConfigError(f"choices and {unfit[0]}: choices say all of a text", remedy=f"leave {unfit[0]} out")
+
     def _check_evidence(self, evidence: Evidence) -> None:
         if not evidence.question.strip():
             raise ConfigError("evidence: the question is blank", remedy="ask something")
-        unfit = [name for name in ("prefill", "grammar", "emphasis", "temperature") if getattr(self, name)]
+        unfit = [name for name in ("prefill", "grammar", "choices", "emphasis", "temperature") if getattr(self, name)]
         if unfit:
             raise ConfigError(
                 f"evidence and {unfit[0]}: answers from a context are greedy and emphasise what is found",
@@ -121,7 +135,7 @@ class Request:
     @property
     def asks(self) -> frozenset[str]:
         """What an engine must be able to do for this, as the keys of `REMEDIES`; any engine has stop strings."""
-        names = {name for name in ("prefill", "grammar", "emphasis") if getattr(self, name)}
+        names = {name for name in ("prefill", "grammar", "choices", "emphasis") if getattr(self, name)}
         names.add("text" if self.text is not None else "messages" if self.messages else "evidence")
         return frozenset(names | ({"seed"} if self.temperature else set()))
 

@@ -29,6 +29,7 @@ from tenfold.cache.packing import cache_note, packed_caches
 from tenfold.cache.spans import own_cache
 from tenfold.config.gear import parse_kv
 from tenfold.config.pasta import Alpha, SteeringFields
+from tenfold.engines.choices import ChoiceTokens
 from tenfold.engines.requests import (
     Continuations,
     Finish,
@@ -40,7 +41,7 @@ from tenfold.engines.requests import (
     cut_at_stop,
     for_each,
 )
-from tenfold.engines.writing import Ends, Sampling
+from tenfold.engines.writing import Choosing, Ends, Sampling
 from tenfold.models.generation import decoding, left_padded
 from tenfold.models.inference import evaluating, input_device
 from tenfold.models.memory import stored_bytes
@@ -74,7 +75,7 @@ class Session:
     """
 
     name = "transformers"
-    capabilities = frozenset({"text", "messages", "prefill", "seed", "emphasis", "evidence", "score"})
+    capabilities = frozenset({"text", "messages", "prefill", "seed", "choices", "emphasis", "evidence", "score"})
 
     def __init__(
         self,
@@ -118,7 +119,8 @@ class Session:
             progress: called after each batch with requests done and requests in all.
 
         Raises:
-            ConfigError: a request for what this engine lacks, or with an emphasis that no head can see.
+            ConfigError: a request for what this engine lacks, with an emphasis that no head can see, or with choices
+                that are the same to the tokenizer.
             DataError: messages that the chat template refuses; an empty prompt.
             ModelError: messages without a chat template; a cache or emphasis that the model has no layers for.
         """
@@ -156,15 +158,17 @@ class Session:
         batch, start = [requests[index] for index in indices], time.perf_counter()
         with self._reading(requests, indices) as (inputs, make_cache, notes), evaluating(self.model):
             prompt = inputs["input_ids"].shape[1]
-            sampling, ends = Sampling(batch), Ends(batch, self.tokenizer, prompt)
             config = decoding(self.model, self.tokenizer, max(request.max_new_tokens for request in batch))
             config.return_dict_in_generate = True
+            choices = [self._choices(requests[index], index, config.eos_token_id) for index in indices]
+            sampling, ends = Sampling(batch), Ends(batch, self.tokenizer, prompt, choices)
+            processors = [Choosing(choices, prompt), sampling] if any(choices) else [sampling]
             cache = make_cache()
             written = self.model.generate(
                 **inputs,
                 **({} if cache is None else {"past_key_values": cache}),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([sampling]),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([ends]),
             )
             held = stored_bytes(getattr(written, "past_key_values", None)) // len(batch)
@@ -173,6 +177,8 @@ class Session:
         for row, request in enumerate(batch):
             ids = ends.tokens(written.sequences[row], row, config.eos_token_id)
             text, finish = self._finished(request, self.tokenizer.decode(ids, skip_special_tokens=True), ids)
+            if (of := choices[row]) and (chosen := of.chosen(ids)) is not None:
+                text, finish = chosen, "stop"
             replies.append(
                 Reply(
                     text,
@@ -186,6 +192,14 @@ class Session:
                 )
             )
         return replies
+
+    def _choices(self, request: Request, index: int, ends: Sequence[int] | None) -> ChoiceTokens | None:
+        """The choices of a request as the tokens that stand after its prompt."""
+        if not request.choices:
+            return None
+        prompt = Marked(_since_special(self.tokenizer, self._prompt(request, index).text))
+        sequences = [continuation(self.tokenizer, prompt, text) for text in request.choices]
+        return ChoiceTokens(request.choices, sequences, ends or ())
 
     def _finished(self, request: Request, text: str, ids: Sequence[int]) -> tuple[str, Finish]:
         """The text in front of a stop string, and why it ends."""
@@ -360,6 +374,11 @@ def _found(answer: Answer) -> Found:
 def _occurring(text: Any, parts: Sequence[Any]) -> tuple[TextSpan, ...]:
     """Where the parts of a text occur that are given as texts."""
     return from_substrings(text, [part for part in parts if isinstance(part, str) and part in text], "all").spans
+
+
+def _since_special(tokenizer: Any, text: str) -> str:
+    """A text from its last special token on, in front of which nothing matters to the tokens behind it."""
+    return text[max([0, *(text.rfind(token) for token in tokenizer.all_special_tokens)]) :]
 
 
 def _names(indices: Sequence[int]) -> list[str]:

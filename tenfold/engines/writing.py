@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from tenfold.engines.choices import ChoiceTokens
 from tenfold.engines.requests import Request, cut_at_stop
 from tenfold.models.generation import up_to_end
 from tenfold.models.inference import synchronize
@@ -48,17 +49,42 @@ class Sampling(LogitsProcessor):
         return scores
 
 
+class Choosing(LogitsProcessor):
+    """Leaves to each row that has choices the tokens that write one of them.
+
+    Args:
+        choices: of each row; None where anything may be written.
+        prompt: tokens of the padded prompts.
+    """
+
+    def __init__(self, choices: Sequence[ChoiceTokens | None], prompt: int) -> None:
+        self.choices, self.prompt = choices, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits ``[rows, vocabulary]`` of the next token, minus infinity where it may not come."""
+        left = scores.clone()
+        for row, choices in enumerate(self.choices):
+            following = choices and sorted(choices.following(input_ids[row, self.prompt :].tolist()))
+            if following:  # none in a row that is done and filled up
+                left[row] = -torch.inf
+                left[row, following] = scores[row, following]
+        return left
+
+
 class Ends(StoppingCriteria):
-    """Ends a row at its own length and in front of its own stop strings.
+    """Ends a row at its own length, in front of its own stop strings, and once its choice is clear.
 
     Args:
         requests: one for each row.
         tokenizer: that reads what is written.
         prompt: tokens of the padded prompts.
+        choices: of each row; None where anything may be written.
     """
 
-    def __init__(self, requests: Sequence[Request], tokenizer: Any, prompt: int) -> None:
-        self.requests, self.tokenizer, self.prompt = requests, tokenizer, prompt
+    def __init__(
+        self, requests: Sequence[Request], tokenizer: Any, prompt: int, choices: Sequence[ChoiceTokens | None]
+    ) -> None:
+        self.requests, self.tokenizer, self.prompt, self.choices = requests, tokenizer, prompt, choices
         self.ended: dict[int, int] = {}
         """Row -> tokens that it wrote."""
 
@@ -66,12 +92,15 @@ class Ends(StoppingCriteria):
         """Whether each row is done, ``[rows]``, bool."""
         written = input_ids.shape[1] - self.prompt
         for row, request in enumerate(self.requests):
-            if row not in self.ended and (written >= request.max_new_tokens or self._stops(request, input_ids[row])):
+            if row not in self.ended and (written >= request.max_new_tokens or self._stops(row, input_ids[row])):
                 self.ended[row] = written
         done = [row in self.ended for row in range(len(self.requests))]
         return torch.tensor(done, device=input_ids.device)
 
-    def _stops(self, request: Request, ids: Tensor) -> bool:
+    def _stops(self, row: int, ids: Tensor) -> bool:
+        request, choices = self.requests[row], self.choices[row]
+        if choices is not None:
+            return choices.chosen(ids[self.prompt :].tolist()) is not None
         if not request.stop:
             return False
         # A token is a byte at least, and the newest one completes the string.

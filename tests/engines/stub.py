@@ -40,6 +40,7 @@ class Stub:
             messages,
             prefill=prefill,
             stop=tuple(body.get("stop", ())),
+            choices=tuple(body.get("structured_outputs", {}).get("choice", ())),
             seed=body["seed"],
             max_new_tokens=body["max_tokens"],
             temperature=body["temperature"],

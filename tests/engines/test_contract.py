@@ -49,7 +49,10 @@ def _packed():
 def _openai():
     stub = Stub()
     with serving(stub) as url:
-        yield Row(OpenAIEngine(url, "tiny", accepts=["prefill"], concurrency=3), _template(stub.opened.tokenizer))
+        yield Row(
+            OpenAIEngine(url, "tiny", accepts=["prefill", "structured_outputs"], concurrency=3),
+            _template(stub.opened.tokenizer),
+        )
 
 
 def _llama_cpp():
@@ -160,6 +163,7 @@ def test_a_choice_after_messages_is_that_of_the_rendered_text(row):
 ASKING = {
     "emphasis": {"text": PROMPTS[1], "emphasis": ("longer",)},
     "grammar": {"text": PROMPTS[0], "grammar": 'root ::= "yes" | "no"'},
+    "choices": {"text": PROMPTS[0], "choices": ("yes", "no")},
     "evidence": {"evidence": Evidence("Who?", "Ann did it. It rains.")},
     "prefill": {"messages": TALK, "prefill": "It"},
     "seed": {"text": PROMPTS[0], "temperature": 1.0},
@@ -193,6 +197,41 @@ def test_a_grammar_is_followed_and_an_emphasis_is_felt(engine):
         assert plain.log_probabilities != pytest.approx(felt.log_probabilities, abs=1e-3)
 
 
+CHOICES = (
+    "low",
+    "low guard",  # begins as another one
+    "guard",  # stands in another one
+    'say "no" \\ [a|b] (c)*\n',  # what grammars and expressions read as their own
+    " été 🙂",
+)
+
+
+def test_a_text_is_exactly_one_of_its_choices(engine):
+    if "choices" not in engine.capabilities:
+        return
+    drawn = [
+        Request(PROMPTS[seed % 4], choices=CHOICES, temperature=3.0, max_new_tokens=40, seed=seed) for seed in range(24)
+    ]
+    replies = engine.generate([*drawn, Request(PROMPTS[1], max_new_tokens=5), Request(messages=TALK, choices=CHOICES)])
+    assert {(reply.error, reply.finish) for reply in replies[:24]} == {(None, "stop")}
+    texts = [reply.text for reply in replies[:24]]
+    assert set(texts) <= set(CHOICES)
+    assert len(set(texts)) > 2
+    assert replies[25].text in CHOICES
+    assert [engine.generate([request])[0].text for request in drawn[:4]] == texts[:4]
+    assert replies[24].text == one(engine, PROMPTS[1], max_new_tokens=5).text
+    for text in CHOICES[3:]:
+        assert one(engine, PROMPTS[0], choices=(text,), max_new_tokens=40).text == text
+
+
+def test_writing_ends_once_the_choice_is_clear(engine):
+    if "choices" in engine.capabilities:
+        long = ("move closer and then jump over the other one " * 3, "wait until it is all over and done with " * 3)
+        reply = one(engine, PROMPTS[0], choices=long, max_new_tokens=60)
+        assert reply.text in long
+        assert 0 < reply.tokens <= 3
+
+
 def test_an_engine_knows_its_capabilities(engine):
     assert engine.capabilities <= set(REMEDIES)
     assert set(ASKING) | {"score"} == set(REMEDIES)
@@ -208,6 +247,12 @@ def test_an_engine_knows_its_capabilities(engine):
         ({"text": "a", "temperature": float("nan")}, "temperature: nan"),
         ({"text": "a", "stop": ("",)}, "stop"),
         ({"text": "a", "stop": "a"}, "stop"),
+        ({"text": "a", "choices": ("b", "")}, "choices"),
+        ({"text": "a", "choices": ("b", "b")}, "choices"),
+        ({"text": "a", "choices": "b"}, "choices"),
+        ({"text": "a", "choices": ("b",), "stop": ("c",)}, "choices and stop"),
+        ({"text": "a", "choices": ("b",), "grammar": "root ::= [a-z]"}, "choices and grammar"),
+        ({"evidence": Evidence("Who?", "a"), "choices": ("b",)}, "evidence and choices"),
         ({"text": "a", "emphasis": ("b",)}, "'b' is not in the prompt"),
         ({"evidence": Evidence(" ", "a")}, "blank"),
         ({"evidence": Evidence("Who?", "a"), "temperature": 1.0}, "evidence and temperature"),
