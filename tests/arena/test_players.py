@@ -228,3 +228,24 @@ def test_games_do_not_share_plans_and_a_new_one_begins_without():
     assert slow.seen[-1].state == "again"
     with pytest.raises(ConfigError, match="plans"):
         TwoThread(fast, slow, ())
+
+
+def test_a_model_of_transformers_plays():
+    """Constrained, in batches, and the same however the questions are asked."""
+    from tenfold.engines.session import Session
+    from tenfold.models.tiny import tiny_model
+
+    asked = [replace(ASKED, state=f"They are {n} px away.\nYour move:") for n in range(6)]
+    opened = tiny_model("llama")
+    player = EnginePlayer(Session(opened, batch_size=4), "tiny")
+    assert player.chat
+    answers = player.answer(asked)
+    assert {answer.choice for answer in answers} <= set(MOVES)
+    assert player.invalid == 0
+    assert all(0 < answer.tokens <= 12 < answer.prompt_tokens and answer.seconds > 0 for answer in answers)
+    alone = EnginePlayer(Session(opened), "tiny")
+    assert [alone.answer([question])[0].choice for question in asked] == [answer.choice for answer in answers]
+    opened.tokenizer.chat_template = None
+    plain = EnginePlayer(Session(opened), "tiny")
+    assert not plain.chat
+    assert plain.answer(asked[:1])[0].choice in MOVES
