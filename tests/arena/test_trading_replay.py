@@ -189,9 +189,18 @@ def test_zone_of_the_exchange():
 def test_cut_off_rejects_and_liquidates():
     bars = BarTape(bars_of(100 + 0.01 * np.arange(100)), half_spread=0.001)
     rules = replace(RULES, cutoff="12:00:50", cooling=1)
-    play = play_replay([Script("buy X", seconds=49.0)], [bars], rules)
-    assert [decision.outcome for decision in play.decisions] == ["rejected"]
-    assert play.yields == {"script": 0.0}
+    for late in (48.5, 49.0, 70.0, 1e6):  # the first is there before the cut-off, but the bar after it is not
+        play = play_replay([Script("buy X", seconds=late)], [bars], rules)
+        assert [decision.outcome for decision in play.decisions] == ["rejected"]
+        assert play.yields == {"script": 0.0}
+    touch = [(0, 90, 9, 91, 9), (5, 90, 9, 91, 9), (60, 90, 9, 91, 9)]
+    for seconds, outcome in ((44.9, "traded"), (45.0, "rejected")):
+        agent = Script("hold", "buy X", seconds=0.0)
+        agent.answer = lambda questions, script=agent, took=seconds: [
+            replace(Script.answer(script, questions)[0], seconds=took if len(script.questions) == 2 else 0.0)
+        ]
+        play = play_replay([agent], [QuoteTape(quotes_of(touch))], rules)
+        assert [decision.outcome for decision in play.decisions] == ["passed", outcome]
     play = play_replay([Script("buy X", seconds=48.0)], [bars], rules)
     bought, sold = play.trades
     assert (bought.time, bought.price) == (48.0, pytest.approx(100.49 * 1.001))
@@ -310,7 +319,7 @@ def test_paper_orders_by_quantity():
 def test_paper_steps_are_common_and_end_after_the_cut_off():
     first, second = bars_of(np.full(10, 100.0), ticker="AA"), bars_of(np.full(5, 50.0), step=2, ticker="BB")
     agent = Script()
-    play = play_paper([agent], [first, second], PaperRules(lookahead=True, cutoff="12:00:03"))
+    play = play_paper([agent], [first, second], PaperRules(lookahead=True, cutoff="12:00:02"))
     # Every common second asks while a ticker is not held; the first one after the cut-off is the last.
     assert [decision.asked for decision in play.decisions] == [0, 2, 4]
     with pytest.raises(DataError, match="no second that all have"):

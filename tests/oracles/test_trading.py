@@ -19,7 +19,7 @@ from tenfold.arena.trading.paper import (
     stated_orders,
 )
 from tenfold.arena.trading.replay import ReplayRules, play_replay
-from tenfold.arena.trading.synthetic import MarketRules, draw_market
+from tenfold.arena.trading.synthetic import MarketRules, book_level, draw_market
 from tenfold.arena.trading.tapes import BarTape, QuoteTape
 
 FULL = MarketRules(events=3_200)
@@ -245,6 +245,16 @@ def test_08_who_does_not_trade_takes_nothing():
     wants = np.ones((2, 60), dtype=bool)
     wants[0] = False
     assert (trade_jumps(draw_market(0, rules), wants, np.zeros((2, 60))).at_touch[1] == 80).all()
+
+
+BOOKS = [(0, 80, 100), (80, 80, 100), (250, 480, 100), (0, 7, 2), (9, 1, 10)]
+
+
+@pytest.mark.parametrize(("before", "quantity", "size"), BOOKS)
+def test_08_level_by_level(before, quantity, size):
+    """One at a time through the book, each at the level where it stands."""
+    levels = [unit // size for unit in range(before, before + quantity)]
+    assert book_level(np.array([float(before)]), quantity, size)[0] == pytest.approx(np.mean(levels))
 
 
 def test_08_in_the_record():

@@ -186,7 +186,7 @@ class _Session:
 
     def _trade(self, account: Account, ticker: str, side: int, arrival: int) -> tuple[int, float, float] | None:
         """When, how much and at what price an order trades; None for one that would do so at the cut-off or later."""
-        offer = self.tapes[ticker].offer(side, arrival) if arrival < self.end else None
+        offer = self.tapes[ticker].offer(side, arrival)
         if offer is None or offer.time >= self.end:
             return None
         if side > 0:
