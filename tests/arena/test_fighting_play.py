@@ -155,6 +155,14 @@ def test_fights_in_turns_are_the_fights():
         assert (record.inputs, record.decisions) == (alone.inputs, alone.decisions)
 
 
+def test_questions_know_the_clock_and_the_game():
+    slow, quick = Says("wait", seconds=(0.5,)), Says("close")
+    play_fight((slow, quick), 3, harness=(Harness(predict=True), Harness()))
+    assert [question.time for question in slow.asked[:3]] == pytest.approx([0, 41 / 60, 82 / 60])
+    assert {question.game for question in slow.asked} == {"fighting:says:says:3:0"}
+    assert {question.game for question in quick.asked} == {"fighting:says:says:3:1"}
+
+
 def test_luck_belongs_to_the_seed_and_the_side():
     """The n-th question of a side has the same seed whoever plays; other sides and seeds have others."""
     seeds = {}

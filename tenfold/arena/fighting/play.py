@@ -125,10 +125,16 @@ class _Seat:
     def _is_idle(self, fight: Fight) -> bool:
         return self.at >= len(self.plan) and fight.fighters[self.side][MODE] <= RETREATING
 
-    def question(self, fight: Fight, last_moves: tuple[str, str], seed: int) -> Question:
+    def question(self, fight: Fight, last_moves: tuple[str, str], seed: int, game: str) -> Question:
         """What is asked now."""
-        shown = self._predicted(fight) if self.harness.predict else fight
-        return fight_question(shown, self.side, last_moves, (seed << 32) + len(self.decisions))
+        return fight_question(
+            self._predicted(fight) if self.harness.predict else fight,
+            self.side,
+            last_moves,
+            seed=(seed << 32) + len(self.decisions),
+            time=fight.frame / FRAMES_PER_SECOND,
+            game=f"{game}:{self.side}",
+        )
 
     def _predicted(self, fight: Fight) -> Fight:
         ahead = fight.copy()
@@ -190,26 +196,30 @@ Asked = list[tuple[int, Question]]
 
 
 def fight_in_turns(
-    seed: int, streams: tuple[int, int] = (0, 1), harness: tuple[Harness, Harness] = (Harness(), Harness())
+    seed: int,
+    streams: tuple[int, int] = (0, 1),
+    harness: tuple[Harness, Harness] = (Harness(), Harness()),
+    names: tuple[str, str] = ("", ""),
 ) -> Generator[Asked, list[Answer], FightRecord]:
     """A fight that stops wherever somebody is asked, so that many can be played side by side.
 
-    Yields questions, is sent their answers in the same order, and returns the record without names. See `play_fight`.
+    Yields questions, is sent their answers in the same order, and returns the record. See `play_fight`.
     """
+    game = f"fighting:{names[0]}:{names[1]}:{seed}"
     fight = Fight()
     left, right = (_Seat(side, harness[side]) for side in (0, 1))
     while not fight.over:
         asking = [seat for seat in (left, right) if seat.asks(fight)]
         if asking:
             last = (left.last, right.last)
-            asked = [(seat.side, seat.question(fight, last, 2 * seed + streams[seat.side])) for seat in asking]
+            asked = [(seat.side, seat.question(fight, last, 2 * seed + streams[seat.side], game)) for seat in asking]
             answers = yield asked
             for seat, (_, question), answer in zip(asking, asked, answers, strict=True):
                 seat.hear(question, answer, fight.frame)
         fight.step(left.press(fight), right.press(fight))
     first, second = fight.fighters
     return FightRecord(
-        names=("", ""),
+        names=names,
         seed=seed,
         streams=streams,
         winner=fight.leader,
@@ -242,14 +252,14 @@ def play_fight(
     """
     if seed < 0:
         raise ConfigError(f"seed: must be 0 or more, got {seed}", remedy="give a whole number from 0")
-    turns = fight_in_turns(seed, streams, harness)
+    turns = fight_in_turns(seed, streams, harness, (agents[0].name, agents[1].name))
     try:
         asked = next(turns)
         while True:
             asked = turns.send([agents[side].answer([question])[0] for side, question in asked])
     except StopIteration as end:
         record: FightRecord = end.value
-        return replace(record, names=(agents[0].name, agents[1].name))
+        return record
 
 
 def replay(inputs: Sequence[str]) -> Iterator[Fight]:

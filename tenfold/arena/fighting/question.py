@@ -61,7 +61,13 @@ def pixels_to_bolt(fight: Fight, side: int) -> int | None:
 
 
 def fight_question(
-    fight: Fight, side: int, last_moves: tuple[str, str] = (NO_MOVE, NO_MOVE), seed: int = 0
+    fight: Fight,
+    side: int,
+    last_moves: tuple[str, str] = (NO_MOVE, NO_MOVE),
+    *,
+    seed: int = 0,
+    time: float = 0.0,
+    game: str = "",
 ) -> Question:
     """The question that a player is asked.
 
@@ -70,6 +76,8 @@ def fight_question(
         side: which player is asked, 0 or 1.
         last_moves: what player 0 and player 1 did last, `plans.ANSWERS` or ``"none"``.
         seed: of what the agent draws.
+        time: seconds of the fight that are over when it is asked.
+        game: names the fight and the side.
 
     >>> print(fight_question(Fight(), 1).state)
     The opponent is on your left, 96 px away: near.
@@ -79,7 +87,8 @@ def fight_question(
     Your move:
     """
     view = FightView(fight, side)
-    return Question(RULES, state_in_words(fight, side, last_moves) + "\nYour move:", ANSWERS, view, seed)
+    state = state_in_words(fight, side, last_moves) + "\nYour move:"
+    return Question(RULES, state, ANSWERS, view, seed, time, game)
 
 
 def state_in_words(fight: Fight, side: int, last_moves: tuple[str, str]) -> str:

@@ -38,17 +38,18 @@ class ScriptedFighter:
     Args:
         quality: from 0, which is a player at random, to 1.
         seconds: how long each of its answers takes, 0 or more.
+        name: the default tells both.
 
     Raises:
         ConfigError: a quality or seconds outside of that.
     """
 
-    def __init__(self, quality: float = 1.0, seconds: float = 0.2) -> None:
+    def __init__(self, quality: float = 1.0, seconds: float = 0.2, name: str = "") -> None:
         if not 0 <= quality <= 1:
             raise ConfigError(f"quality: must be in [0, 1], got {quality}", remedy="give a probability")
         if not 0 <= seconds < float("inf"):
             raise ConfigError(f"seconds: must be 0 or more, got {seconds}", remedy="give the latency in seconds")
-        self.name = f"scripted:{quality:g}"
+        self.name = name or f"scripted:{quality:g}@{seconds:g}s"
         self.quality = quality
         self.seconds = seconds
 
