@@ -8,18 +8,13 @@ from array import array
 from collections.abc import Sequence
 
 from tenfold.arena.fighting.rules import (
-    BOLT_WAY,
-    BOLT_X,
-    FACING,
     FIELDS,
     FRAMES,
     HEALTH,
     MODE,
     RETREATING,
-    STAGE,
     STARTS,
-    WAY,
-    X,
+    mirror,
     run_frame,
     start,
 )
@@ -83,9 +78,10 @@ class Fight:
         >>> Fight().seen_by(0) == Fight().seen_by(1)
         True
         """
-        own, other = self.fighters[side], self.fighters[1 - side]
+        own, other = self.fighters[side][:], self.fighters[1 - side][:]
         if side == 1:
-            own, other = mirrored(own), mirrored(other)
+            mirror(own)
+            mirror(other)
         return [FRAMES - self.frame, *own, *other]
 
     def state_hash(self) -> str:
@@ -98,17 +94,6 @@ class Fight:
         other.frame = self.frame
         other.fighters = (self.fighters[0][:], self.fighters[1][:])
         return other
-
-
-def mirrored(fighter: Sequence[int]) -> list[int]:
-    """A fighter with left and right exchanged."""
-    other = list(fighter)
-    other[X] = STAGE - other[X]
-    for way in (FACING, WAY, BOLT_WAY):
-        other[way] = -other[way]
-    if other[BOLT_WAY] != 0:
-        other[BOLT_X] = STAGE - other[BOLT_X]
-    return other
 
 
 OBSERVED = 1 + 2 * len(FIELDS)

@@ -14,7 +14,7 @@ from tenfold.arena.fighting.fight import OBSERVED, Fight
 from tenfold.arena.fighting.moves import INPUTS, MOVES
 from tenfold.arena.fighting.picture import fight_as_image, fight_as_text
 from tenfold.arena.fighting.question import NO_MOVE, state_in_words
-from tenfold.arena.fighting.rules import ATTACKING, FULL, HEALTH, MODE, MOVE, TIME
+from tenfold.arena.fighting.rules import ATTACKING, FULL, HEALTH, LARGEST, MODE, MOVE, TIME
 from tenfold.errors import ConfigError, MissingDependencyError
 
 try:
@@ -26,8 +26,6 @@ except ImportError:
     ) from None
 
 PLAYERS = ["p0", "p1"]
-_BOUND = 2**17
-"""No number of a fight is as large."""
 
 
 class FightingParallelEnv(ParallelEnv):
@@ -55,7 +53,7 @@ class FightingParallelEnv(ParallelEnv):
         self.fight = Fight()
         self._last = [NO_MOVE, NO_MOVE]
         self._actions = {player: Discrete(len(INPUTS)) for player in PLAYERS}
-        self._observations = {player: Box(-_BOUND, _BOUND, (OBSERVED,), np.int32) for player in PLAYERS}
+        self._observations = {player: Box(-LARGEST, LARGEST, (OBSERVED,), np.int32) for player in PLAYERS}
 
     def observation_space(self, agent: str) -> Box:
         """Of one player."""

@@ -59,6 +59,8 @@ class Decision:
         move: what this was taken for, one of `plans.ANSWERS`; None where it was none of them.
         seconds: how long it took.
         begins: frames that were over when the move began; None where the fight ended before.
+        prompt_tokens: that were read; 0 where no model was asked.
+        tokens: that were written.
     """
 
     frame: int
@@ -67,6 +69,8 @@ class Decision:
     move: str | None
     seconds: float
     begins: int | None
+    prompt_tokens: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,9 @@ class _Seat:
         self.expected = frames_of(answer.seconds)
         self.lands = frame + self.expected
         move = named_move(answer.text if answer.choice is None else answer.choice)
-        self.awaited = Decision(frame, question.state, answer.text, move, answer.seconds, None)
+        self.awaited = Decision(
+            frame, question.state, answer.text, move, answer.seconds, None, answer.prompt_tokens, answer.tokens
+        )
 
     def press(self, fight: Fight) -> int:
         """The input of the next frame."""

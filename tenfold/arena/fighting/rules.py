@@ -45,6 +45,9 @@ FIELDS = (
 )
 (X, FACING, MODE, TIME, MOVE, TOUCHED, HEIGHT, WAY, GUARD, HEALTH, STAMINA, SAFE, BOLT_WAY, BOLT_X) = range(len(FIELDS))
 
+LARGEST = 2**17
+"""No number of a fight is as large, nor below its negative."""
+
 IDLE, WALKING, RETREATING, ATTACKING, JUMPING, STUNNED, BLOCKING, LYING = range(8)
 """The modes. Up to `RETREATING` a fighter is free: it faces the other, acts on inputs and gains stamina."""
 HIT, BLOCKED = 1, 2
@@ -86,6 +89,16 @@ def start(x: int, facing: int) -> list[int]:
     fighter = [0] * len(FIELDS)
     fighter[X], fighter[FACING], fighter[HEALTH], fighter[STAMINA] = x, facing, FULL, FULL
     return fighter
+
+
+def mirror(f: Vector) -> None:
+    """Left and right exchanged."""
+    f[X] = STAGE - f[X]
+    f[FACING] = -f[FACING]
+    f[WAY] = -f[WAY]
+    f[BOLT_WAY] = -f[BOLT_WAY]
+    if f[BOLT_WAY] != 0:
+        f[BOLT_X] = STAGE - f[BOLT_X]
 
 
 def run_frame(a: Vector, b: Vector, pressed_a: int, pressed_b: int) -> None:
