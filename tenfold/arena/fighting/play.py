@@ -116,7 +116,8 @@ class _Seat:
         self.side, self.harness, self.hold = side, harness, INPUTS.index(harness.hold)
         self.plan: Plan = ()
         self.at = 0  # frames of the plan that are over
-        self.awaited: Decision | None = None  # asked, and not begun
+        self.asked: tuple[Question, int] | None = None  # and not answered, with the frames that were over
+        self.awaited: Decision | None = None  # answered, and not begun
         self.lands = self.expected = 0
         self.last = NO_MOVE
         self.pressed = bytearray()
@@ -124,14 +125,15 @@ class _Seat:
 
     def asks(self, fight: Fight) -> bool:
         """Whether a move is to be asked for now."""
-        return self.awaited is None and (self.harness.pipelined or self._is_idle(fight))
+        waits = self.asked is not None or self.awaited is not None
+        return not waits and (self.harness.pipelined or self._is_idle(fight))
 
     def _is_idle(self, fight: Fight) -> bool:
         return self.at >= len(self.plan) and fight.fighters[self.side][MODE] <= RETREATING
 
     def question(self, fight: Fight, last_moves: tuple[str, str], seed: int, game: str) -> Question:
         """What is asked now."""
-        return fight_question(
+        question = fight_question(
             self._predicted(fight) if self.harness.predict else fight,
             self.side,
             last_moves,
@@ -139,6 +141,8 @@ class _Seat:
             time=fight.frame / FRAMES_PER_SECOND,
             game=f"{game}:{self.side}",
         )
+        self.asked = question, fight.frame
+        return question
 
     def _predicted(self, fight: Fight) -> Fight:
         ahead = fight.copy()
@@ -150,10 +154,19 @@ class _Seat:
             ahead.step(*((own, NEUTRAL) if self.side == 0 else (NEUTRAL, own)))
         return ahead
 
-    def hear(self, question: Question, answer: Answer, frame: int) -> None:
+    def hear(self, answer: Answer, now: int) -> None:
         """An answer was given; it waits for its time."""
+        if self.asked is None:
+            raise DataError(f"answer: player {self.side} was not asked", remedy="answer each question once")
+        question, frame = self.asked
         self.expected = frames_of(answer.seconds)
         self.lands = frame + self.expected
+        if self.lands < now:  # what was played meanwhile would be wrong
+            raise DataError(
+                f"seconds: {answer.seconds} from frame {frame} are over before frame {now}",
+                remedy="give an answer before its latency is over",
+            )
+        self.asked = None
         move = named_move(answer.text if answer.choice is None else answer.choice)
         self.awaited = Decision(
             frame, question.state, answer.text, move, answer.seconds, None, answer.prompt_tokens, answer.tokens
@@ -201,6 +214,91 @@ Asked = list[tuple[int, Question]]
 """Questions of one moment, each with the player it is for."""
 
 
+class Bout:
+    """A fight under way, frame by frame, which goes on while an answer is made.
+
+    In each frame: `ask`, `hear` the answers that are there, and `step`. An answer may be heard later than it was asked
+    for, but not later than its latency says; so the fight is the same as if it had been known at once.
+
+    Args:
+        seed: 0 or more; and the rest as of `play_fight`.
+        streams: which draws of the seed each side uses.
+        harness: how each is asked.
+        names: of the two.
+
+    Raises:
+        ConfigError: a seed below 0.
+
+    >>> bout = Bout(seed=0)
+    >>> [side for side, question in bout.ask()]
+    [0, 1]
+    >>> bout.step()
+    >>> bout.hear(0, Answer("jab", "jab", seconds=1 / 60))
+    >>> bout.ask(), bout.asked_at(0), bout.asked_at(1), bout.fight.frame
+    ([], None, 0, 1)
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        streams: tuple[int, int] = (0, 1),
+        harness: tuple[Harness, Harness] = (Harness(), Harness()),
+        names: tuple[str, str] = ("", ""),
+    ) -> None:
+        if seed < 0:
+            raise ConfigError(f"seed: must be 0 or more, got {seed}", remedy="give a whole number from 0")
+        self.seed, self.streams, self.names = seed, streams, names
+        self.fight = Fight()
+        self._seats = _Seat(0, harness[0]), _Seat(1, harness[1])
+
+    def ask(self) -> Asked:
+        """Questions that are new in this frame."""
+        asking = [seat for seat in self._seats if seat.asks(self.fight)]
+        if not asking:
+            return []
+        last = (self._seats[0].last, self._seats[1].last)
+        game = f"fighting:{self.names[0]}:{self.names[1]}:{self.seed}"
+        seeds = [2 * self.seed + stream for stream in self.streams]
+        return [(seat.side, seat.question(self.fight, last, seeds[seat.side], game)) for seat in asking]
+
+    def hear(self, side: int, answer: Answer) -> None:
+        """The answer to a player's question.
+
+        Raises:
+            DataError: seconds that cannot be, or that were over in an earlier frame; nothing was asked.
+        """
+        self._seats[side].hear(answer, self.fight.frame)
+
+    def step(self) -> None:
+        """One frame."""
+        left, right = self._seats
+        self.fight.step(left.press(self.fight), right.press(self.fight))
+
+    def asked_at(self, side: int) -> int | None:
+        """Frames that were over when a player was asked what is not answered yet; None where there is no such thing."""
+        asked = self._seats[side].asked
+        return None if asked is None else asked[1]
+
+    def decisions(self, side: int) -> tuple[Decision, ...]:
+        """What a player has answered so far."""
+        return self._seats[side].all_decisions()
+
+    def record(self) -> FightRecord:
+        """All of it so far."""
+        left, right = self._seats
+        first, second = self.fight.fighters
+        return FightRecord(
+            names=self.names,
+            seed=self.seed,
+            streams=self.streams,
+            winner=self.fight.leader,
+            health=(first[HEALTH], second[HEALTH]),
+            frames=self.fight.frame,
+            inputs=(left.pressed.decode(), right.pressed.decode()),
+            decisions=(left.all_decisions(), right.all_decisions()),
+        )
+
+
 def fight_in_turns(
     seed: int,
     streams: tuple[int, int] = (0, 1),
@@ -211,29 +309,15 @@ def fight_in_turns(
 
     Yields questions, is sent their answers in the same order, and returns the record. See `play_fight`.
     """
-    game = f"fighting:{names[0]}:{names[1]}:{seed}"
-    fight = Fight()
-    left, right = (_Seat(side, harness[side]) for side in (0, 1))
-    while not fight.over:
-        asking = [seat for seat in (left, right) if seat.asks(fight)]
-        if asking:
-            last = (left.last, right.last)
-            asked = [(seat.side, seat.question(fight, last, 2 * seed + streams[seat.side], game)) for seat in asking]
+    bout = Bout(seed, streams, harness, names)
+    while not bout.fight.over:
+        asked = bout.ask()
+        if asked:
             answers = yield asked
-            for seat, (_, question), answer in zip(asking, asked, answers, strict=True):
-                seat.hear(question, answer, fight.frame)
-        fight.step(left.press(fight), right.press(fight))
-    first, second = fight.fighters
-    return FightRecord(
-        names=names,
-        seed=seed,
-        streams=streams,
-        winner=fight.leader,
-        health=(first[HEALTH], second[HEALTH]),
-        frames=fight.frame,
-        inputs=(left.pressed.decode(), right.pressed.decode()),
-        decisions=(left.all_decisions(), right.all_decisions()),
-    )
+            for (side, _), answer in zip(asked, answers, strict=True):
+                bout.hear(side, answer)
+        bout.step()
+    return bout.record()
 
 
 def play_fight(
@@ -256,8 +340,6 @@ def play_fight(
         ConfigError: a seed below 0.
         DataError: an answer with seconds that cannot be.
     """
-    if seed < 0:
-        raise ConfigError(f"seed: must be 0 or more, got {seed}", remedy="give a whole number from 0")
     turns = fight_in_turns(seed, streams, harness, (agents[0].name, agents[1].name))
     try:
         asked = next(turns)
