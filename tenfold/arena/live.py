@@ -19,7 +19,7 @@ from tenfold.arena.agents import Agent, Answer
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.picture import WIDTH, fight_as_text
 from tenfold.arena.fighting.play import Bout, Decision, FightRecord, Harness, frames_of, play_fight, replay
-from tenfold.arena.fighting.rules import FRAMES_PER_SECOND, HEALTH, STAMINA
+from tenfold.arena.fighting.rules import FRAMES, FRAMES_PER_SECOND, HEALTH, STAMINA
 from tenfold.arena.human import KEYS, QUIT, HumanFighter, Keyboard, Keys
 from tenfold.errors import ConfigError
 
@@ -86,7 +86,7 @@ def watch_fight(
         ConfigError: a speed that is not above 0.
     """
     console, pace = console or Console(), Pace(speed, clock)
-    states = list(replay(record.inputs))
+    states = list(replay(record.inputs, record.bell))
     if not _can_show(console):
         _tell_plainly(record, states, console)
         return
@@ -105,6 +105,7 @@ def play_live(
     seed: int,
     streams: tuple[int, int] = (0, 1),
     harness: tuple[Harness, Harness] = (Harness(), Harness()),
+    bell: int = FRAMES,
     *,
     speed: float = 1.0,
     console: Console | None = None,
@@ -123,13 +124,14 @@ def play_live(
         seed: of the fight, 0 or more.
         streams: which draws of the seed each side uses, as `fighting.play.play_fight`.
         harness: how each is asked.
+        bell: frames after which it ends at the latest.
         speed: 1 is 60 frames a second.
         console: where; the terminal by default. 80 columns and 24 rows are enough.
         keyboard: a person's keys; those of the standard input by default.
         clock: seconds, from any start.
 
     Raises:
-        ConfigError: two people; a person without a terminal; a seed below 0; a speed that is not above 0.
+        ConfigError: two people; a person without a terminal; a seed below 0; a bell below 1; a speed not above 0.
         DataError: an answer with seconds that cannot be.
     """
     console, names = console or Console(), (agents[0].name, agents[1].name)
@@ -145,10 +147,10 @@ def play_live(
                 f"{names[people[0]]}: the output is no terminal, so there is no fight to see",
                 remedy="play in a terminal, without a pipe, or let another agent play",
             )
-        record = play_fight(agents, seed, streams, harness)
-        _tell_plainly(record, list(replay(record.inputs)), console)
+        record = play_fight(agents, seed, streams, harness, bell)
+        _tell_plainly(record, list(replay(record.inputs, record.bell)), console)
         return record
-    bout = Bout(seed, streams, harness, names)
+    bout = Bout(seed, streams, harness, names, bell)
     person = people[0] if people else None
     with keyboard or (Keyboard() if people else _NoKeys()) as keys, _live(console) as live:
         left = _play(bout, agents, person, keys, Pace(speed, clock), live)

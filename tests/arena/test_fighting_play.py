@@ -312,3 +312,18 @@ def test_what_is_refused():
         Harness(hold="jump")
     with pytest.raises(ConfigError, match="seed"):
         play_fight((Says("wait"), Says("wait")), -1)
+
+
+def test_an_early_bell_ends_the_fight_and_is_told():
+    record = play_fight((Says("jab", "wait"), Says("wait")), 0, bell=90)
+    assert (record.frames, record.bell, record.winner) == (90, 90, None)
+    *_, last = replay(record.inputs, record.bell)
+    assert last.over
+    assert last.seen_by(0)[0] == 0
+    assert last.copy().over
+    agent = Says("wait")
+    play_fight((agent, Says("wait")), 0, bell=90)
+    assert "after 1.5 seconds whoever has more" in agent.asked[0].rules
+    assert "after 99 seconds whoever has more" in RULES
+    with pytest.raises(ConfigError, match="bell"):
+        play_fight((agent, agent), 0, bell=0)

@@ -90,14 +90,14 @@ def terminal(file=None):
 
 
 def last_state(record):
-    *_, last = replay(record.inputs)
+    *_, last = replay(record.inputs, record.bell)
     return last.state_hash()
 
 
 def answered_again(record):
     """The record of a fight in which the same answers are known at once."""
     agents = [Recorded(name, decisions) for name, decisions in zip(record.names, record.decisions, strict=True)]
-    return play_fight(tuple(agents), record.seed, record.streams)
+    return play_fight(tuple(agents), record.seed, record.streams, bell=record.bell)
 
 
 # the fight that goes on meanwhile
@@ -261,6 +261,15 @@ def test_who_cannot_play_is_refused_by_name():
         play_live((people[0], Stands()), 0, console=terminal())
 
 
+def test_a_person_fights_until_the_bell():
+    """Two seconds, in which nobody does harm: a draw, and the state says how much time was left."""
+    hands = Hands((0.5, "a"))
+    record = play_live((HumanFighter(), Stands()), 0, bell=120, console=terminal(), keyboard=hands, clock=hands.clock)
+    assert (record.frames, record.bell, record.winner) == (120, 120, None)
+    assert hands.now == pytest.approx(2.0, abs=2 * TICK)
+    assert last_state(answered_again(record)) == last_state(record) != last_state(replace(record, bell=121))
+
+
 # a terminal
 
 
@@ -340,7 +349,7 @@ def test_keys_in_a_terminal_are_the_moves_of_the_record():
     assert all(each.begins >= each.frame + frames_of(each.seconds) > each.frame for each in record.decisions[0])
     again = answered_again(record)
     assert record.inputs == tuple(pressed[: record.frames] for pressed in again.inputs)
-    states = list(replay(again.inputs))
+    states = list(replay(again.inputs, again.bell))
     assert states[record.frames].state_hash() == last_state(record)
 
 
@@ -414,13 +423,13 @@ def test_a_record_is_shown_frame_by_frame_at_its_pace():
         assert text.count("\x1b[H") == pytest.approx(record.frames / speed, abs=4)
         for part in ("left", "right", "thinks 0.", "answers, median 0.30 s", "left won after"):
             assert part in text
-        picture = fight_screen(list(replay(record.inputs))[-1], record.names, record.decisions)
+        picture = fight_screen(list(replay(record.inputs, record.bell))[-1], record.names, record.decisions)
         assert picture.splitlines()[1] in text
 
 
 def test_a_picture_shows_nothing_of_later_frames():
     record = play_fight((ScriptedFighter(0.9, 0.1), ScriptedFighter(0.4, 0.3)), 2)
-    states = list(replay(record.inputs))
+    states = list(replay(record.inputs, record.bell))
     for at in range(0, record.frames, 37):
         known = tuple(tuple(each for each in side if each.frame <= at) for side in record.decisions)
         # what is not begun by then is not known to begin
@@ -441,7 +450,7 @@ def test_without_a_terminal_a_few_lines_are_told():
     assert head == "[bold]one against two, seed 1"
     assert end == f"[bold]one won after {record.frames / 60:.1f} s, health {record.health[0]} to 0"
     assert len(between) == (record.frames - 1) // 600
-    state = list(replay(record.inputs))[600]
+    state = list(replay(record.inputs, record.bell))[600]
     assert f"health {state.fighters[0][9]} / {state.fighters[1][9]}" in between[0]
     assert "\x1b" not in sink.getvalue()
 

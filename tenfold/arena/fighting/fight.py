@@ -26,6 +26,9 @@ class Fight:
     ``fighters`` holds the two vectors of `rules.FIELDS`, player 0 first, who starts on the left; ``frame`` counts the
     frames that are over.
 
+    Args:
+        bell: frames after which it ends at the latest.
+
     >>> fight = Fight()
     >>> for _ in range(16):
     ...     fight.step(1, 0)
@@ -33,9 +36,10 @@ class Fight:
     (192, 16, False)
     """
 
-    __slots__ = ("fighters", "frame")
+    __slots__ = ("bell", "fighters", "frame")
 
-    def __init__(self) -> None:
+    def __init__(self, bell: int = FRAMES) -> None:
+        self.bell = bell
         self.frame = 0
         self.fighters = (start(STARTS[0], 1), start(STARTS[1], -1))
 
@@ -52,7 +56,7 @@ class Fight:
     @property
     def over(self) -> bool:
         """Somebody is out of health, or the bell has rung."""
-        return self.frame >= FRAMES or self.knocked_out
+        return self.frame >= self.bell or self.knocked_out
 
     @property
     def knocked_out(self) -> bool:
@@ -82,7 +86,7 @@ class Fight:
         if side == 1:
             mirror(own)
             mirror(other)
-        return [FRAMES - self.frame, *own, *other]
+        return [self.bell - self.frame, *own, *other]
 
     def state_hash(self) -> str:
         """Of everything in it: two fights with the same hash go on alike."""
@@ -90,7 +94,7 @@ class Fight:
 
     def copy(self) -> Fight:
         """The same, on its own from here."""
-        other = Fight()
+        other = Fight(self.bell)
         other.frame = self.frame
         other.fighters = (self.fighters[0][:], self.fighters[1][:])
         return other

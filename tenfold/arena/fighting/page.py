@@ -109,7 +109,7 @@ def _rules() -> dict[str, Any]:
 
 def _game(record: FightRecord, pieces: Pieces) -> dict[str, Any]:
     states: tuple[list[list[int]], list[list[int]]] = ([], [])
-    for fight in replay(record.inputs):
+    for fight in replay(record.inputs, record.bell):
         for side in (0, 1):
             states[side].append(fight.fighters[side])
     ends = tuple(side[-1][HEALTH] for side in states)

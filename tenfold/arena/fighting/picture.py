@@ -15,7 +15,6 @@ from tenfold.arena.fighting.rules import (
     BOLT_WAY,
     BOLT_X,
     FACING,
-    FRAMES,
     FRAMES_PER_SECOND,
     FULL,
     GUARD,
@@ -73,7 +72,7 @@ def fight_as_text(fight: Fight) -> str:
         if fighter[BOLT_WAY] != 0:
             _put(rows, HEADROOM + 1, fighter[BOLT_X] // PIXEL // COLUMN, "*")
     first, second = fight.fighters
-    clock = f"{(FRAMES - fight.frame) / FRAMES_PER_SECOND:.1f}"
+    clock = f"{(fight.bell - fight.frame) / FRAMES_PER_SECOND:.1f}"
     lines = [
         f"{first[what]:4} {_bar(first[what], mark):<20} {middle:^13}{_bar(second[what], mark):>20} {second[what]}"
         for what, mark, middle in ((HEALTH, "#", clock), (STAMINA, "=", ""))

@@ -18,7 +18,7 @@ from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.moves import INPUTS, NEUTRAL
 from tenfold.arena.fighting.plans import NOTHING, PLANS, Plan, named_move
 from tenfold.arena.fighting.question import NO_MOVE, fight_question
-from tenfold.arena.fighting.rules import FRAMES_PER_SECOND, HEALTH, MODE, RETREATING
+from tenfold.arena.fighting.rules import FRAMES, FRAMES_PER_SECOND, HEALTH, MODE, RETREATING
 from tenfold.errors import ConfigError, DataError
 
 Hold = Literal["neutral", "back", "high", "low"]
@@ -86,6 +86,7 @@ class FightRecord:
         frames: how many there were.
         inputs: what was pressed, one letter a frame: ``a`` is the first of `moves.INPUTS`.
         decisions: what each was asked, in order.
+        bell: frames after which it would have ended at the latest.
     """
 
     names: tuple[str, str]
@@ -96,6 +97,7 @@ class FightRecord:
     frames: int
     inputs: tuple[str, str]
     decisions: tuple[tuple[Decision, ...], tuple[Decision, ...]]
+    bell: int = FRAMES
 
     @property
     def invalid(self) -> tuple[int, int]:
@@ -225,9 +227,10 @@ class Bout:
         streams: which draws of the seed each side uses.
         harness: how each is asked.
         names: of the two.
+        bell: frames after which it ends at the latest.
 
     Raises:
-        ConfigError: a seed below 0.
+        ConfigError: a seed below 0, or a bell below 1.
 
     >>> bout = Bout(seed=0)
     >>> [side for side, question in bout.ask()]
@@ -244,11 +247,14 @@ class Bout:
         streams: tuple[int, int] = (0, 1),
         harness: tuple[Harness, Harness] = (Harness(), Harness()),
         names: tuple[str, str] = ("", ""),
+        bell: int = FRAMES,
     ) -> None:
         if seed < 0:
             raise ConfigError(f"seed: must be 0 or more, got {seed}", remedy="give a whole number from 0")
+        if bell < 1:
+            raise ConfigError(f"bell: must be 1 frame or more, got {bell}", remedy=f"{FRAMES} are 99 seconds")
         self.seed, self.streams, self.names = seed, streams, names
-        self.fight = Fight()
+        self.fight = Fight(bell)
         self._seats = _Seat(0, harness[0]), _Seat(1, harness[1])
 
     def ask(self) -> Asked:
@@ -296,6 +302,7 @@ class Bout:
             frames=self.fight.frame,
             inputs=(left.pressed.decode(), right.pressed.decode()),
             decisions=(left.all_decisions(), right.all_decisions()),
+            bell=self.fight.bell,
         )
 
 
@@ -304,12 +311,13 @@ def fight_in_turns(
     streams: tuple[int, int] = (0, 1),
     harness: tuple[Harness, Harness] = (Harness(), Harness()),
     names: tuple[str, str] = ("", ""),
+    bell: int = FRAMES,
 ) -> Generator[Asked, list[Answer], FightRecord]:
     """A fight that stops wherever somebody is asked, so that many can be played side by side.
 
     Yields questions, is sent their answers in the same order, and returns the record. See `play_fight`.
     """
-    bout = Bout(seed, streams, harness, names)
+    bout = Bout(seed, streams, harness, names, bell)
     while not bout.fight.over:
         asked = bout.ask()
         if asked:
@@ -325,6 +333,7 @@ def play_fight(
     seed: int,
     streams: tuple[int, int] = (0, 1),
     harness: tuple[Harness, Harness] = (Harness(), Harness()),
+    bell: int = FRAMES,
 ) -> FightRecord:
     """Two agents fight once.
 
@@ -335,12 +344,13 @@ def play_fight(
             two agents that change sides meet each other's luck. Exchanged together with the agents they give the exact
             mirror image of the fight.
         harness: how each is asked.
+        bell: frames after which it ends at the latest.
 
     Raises:
-        ConfigError: a seed below 0.
+        ConfigError: a seed below 0, or a bell below 1.
         DataError: an answer with seconds that cannot be.
     """
-    turns = fight_in_turns(seed, streams, harness, (agents[0].name, agents[1].name))
+    turns = fight_in_turns(seed, streams, harness, (agents[0].name, agents[1].name), bell)
     try:
         asked = next(turns)
         while True:
@@ -350,13 +360,13 @@ def play_fight(
         return record
 
 
-def replay(inputs: Sequence[str]) -> Iterator[Fight]:
-    """The fight of `FightRecord.inputs` as it began and after each frame.
+def replay(inputs: Sequence[str], bell: int = FRAMES) -> Iterator[Fight]:
+    """The fight of `FightRecord.inputs`, and its ``bell``, as it began and after each frame.
 
     >>> [fight.frame for fight in replay(("bb", "aa"))]
     [0, 1, 2]
     """
-    fight = Fight()
+    fight = Fight(bell)
     yield fight.copy()
     for first, second in zip(*inputs, strict=True):
         fight.step(ord(first) - _FIRST_LETTER, ord(second) - _FIRST_LETTER)

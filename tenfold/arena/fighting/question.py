@@ -8,6 +8,7 @@ moves, who is winning. Each player is told of its own lead, and every move that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from tenfold.arena.agents import Question
 from tenfold.arena.fighting.fight import Fight
@@ -18,6 +19,8 @@ from tenfold.arena.fighting.rules import (
     BOLT_WAY,
     BOLT_X,
     FIELDS,
+    FRAMES,
+    FRAMES_PER_SECOND,
     GUARD,
     HEALTH,
     LAST_ACTIVE,
@@ -88,7 +91,8 @@ def fight_question(
     """
     view = FightView(fight, side)
     state = state_in_words(fight, side, last_moves) + "\nYour move:"
-    return Question(RULES, state, ANSWERS, view, seed, time, game)
+    rules = RULES if fight.bell == FRAMES else _until(fight.bell)
+    return Question(rules, state, ANSWERS, view, seed, time, game)
 
 
 def state_in_words(fight: Fight, side: int, last_moves: tuple[str, str]) -> str:
@@ -138,8 +142,8 @@ def _example(pixels: int, answer: str, **other: int) -> str:
 RULES = "\n".join(
     [
         "You are the best and most aggressive player of a fighting game. Two fighters stand on a line; whoever takes"
-        " all of the other's 1000 health wins, and after 99 seconds whoever has more. A frame is 1/60 second, and you"
-        " stand still while you think.",
+        f" all of the other's 1000 health wins, and after {FRAMES // FRAMES_PER_SECOND} seconds whoever has more."
+        " A frame is 1/60 second, and you stand still while you think.",
         "Moves:",
         "- close: walk towards the opponent",
         "- away: walk back with the guard up",
@@ -167,3 +171,9 @@ RULES = "\n".join(
     ]
 )
 """What never changes: moves, hints and three examples."""
+
+
+@cache
+def _until(bell: int) -> str:
+    """The rules of a fight with another bell."""
+    return RULES.replace(f"{FRAMES // FRAMES_PER_SECOND} seconds", f"{bell / FRAMES_PER_SECOND:g} seconds", 1)
