@@ -131,6 +131,7 @@ def test_frames_are_exactly_those_of_the_replay(fights, tmp_path):
     for game, record in zip(page.data["games"], fights, strict=True):
         states = list(replay(record.inputs))
         assert game["frames"] == len(states) - 1 == record.frames
+        assert game["bell"] == record.bell
         for side in (0, 1):
             columns = [unpacked(runs) for runs in game["fighters"][side]]
             assert [list(state) for state in zip(*columns, strict=True)] == [fight.fighters[side] for fight in states]

@@ -15,7 +15,6 @@ from tenfold.arena.fighting.rules import (
     BLOCKING,
     BOLT_REACH,
     FIELDS,
-    FRAMES,
     FRAMES_PER_SECOND,
     FULL,
     HEALTH,
@@ -77,7 +76,6 @@ def _rules() -> dict[str, Any]:
         "pixel": PIXEL,
         "stage": STAGE // PIXEL,
         "full": FULL,
-        "frames": FRAMES,
         "rate": FRAMES_PER_SECOND,
         "boltReach": BOLT_REACH // PIXEL,
         "fields": FIELDS,
@@ -124,6 +122,7 @@ def _game(record: FightRecord, pieces: Pieces) -> dict[str, Any]:
         "result": _result(record),
         "seed": record.seed,
         "frames": len(states[0]) - 1,
+        "bell": record.bell,
         "fighters": [[packed(column) for column in zip(*side, strict=True)] for side in states],
         "decisions": [[_decision(each, modes[side], pieces) for each in record.decisions[side]] for side in (0, 1)],
     }

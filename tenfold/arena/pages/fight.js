@@ -268,7 +268,7 @@ function startFight() {
     const frame = Math.floor(at);
     showSide(0, frame);
     showSide(1, frame);
-    get("clock").textContent = ((rules.frames - frame) / rules.rate).toFixed(1);
+    get("clock").textContent = ((game.bell - frame) / rules.rate).toFixed(1);
     get("moment").textContent = `${inSeconds(frame)}, frame ${frame}`;
     overviewCursor.setAttribute("d", `M${frame} 0V${rules.full}`);
     if (Math.abs(frame - around) > lanesWide / FRAME_WIDE / 2) drawLanes(frame);
