@@ -267,6 +267,8 @@ def test_an_attack_hits_once_and_not_behind():
 def test_a_hit_pushes_along_the_facing_and_not_through_the_wall():
     fight = press(stood(40, MODE=STUNNED, TIME=9), ("jab", "neutral"), *[("neutral", "neutral")] * 4)
     assert fight.fighters[1][X] == 196 * PX
+    fight = press(stood(40, MODE=STUNNED, TIME=9, FACING=1), ("jab", "neutral"), *[("neutral", "neutral")] * 4)
+    assert fight.fighters[1][X] == 196 * PX  # the attacker's, not the victim's
     fight = stood(40)
     fight.fighters[0][X], fight.fighters[1][X] = 326 * PX, 366 * PX
     press(fight, ("jab", "forward"), *[("neutral", "neutral")] * 3)
@@ -330,6 +332,14 @@ def test_stamina_comes_back_to_the_free():
     frames_until(fight, lambda fight: fight.is_free(0))
     assert (fight.fighters[0][STAMINA], fight.fighters[1][STAMINA]) == (940, 1000)
     assert press(fight, ("forward", "back")).fighters[0][STAMINA] == 945
+
+
+def test_stamina_of_exactly_nothing_exhausts_nobody():
+    for stamina, mode in ((60, IDLE), (59, STUNNED)):
+        fight = stood(200)
+        fight.fighters[0][STAMINA] = stamina
+        press(fight, ("jab", "neutral"), *[("neutral", "neutral")] * 17)
+        assert fight.fighters[0][MODE] == mode
 
 
 def test_an_attack_that_is_cut_short_exhausts_nobody():
