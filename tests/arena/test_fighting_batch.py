@@ -77,6 +77,9 @@ def test_what_is_refused():
         batch.step(np.zeros((2, 2), np.int32))
     with pytest.raises(DataError, match="actions: from 0 to 17"):
         batch.step(np.array([[0, 0], [0, 17], [0, 0]]))
+    with pytest.raises(DataError, match="actions: numbers of type float64"):
+        batch.step(np.zeros((3, 2)))
+    assert batch.hashes() == [Fight().state_hash()] * 3
     with pytest.raises(DataError, match="which"):
         batch.restart(np.array([True]))
 

@@ -40,7 +40,7 @@ for _rule in (
 ):
     register_jitable(_rule)  # plain Python to everybody else
 
-_WIDTH = len(FIELDS)
+_WIDTH, _INPUTS = len(FIELDS), len(INPUTS)
 _FIGHTER = np.dtype([(name, np.int32) for name in FIELDS])
 """A fighter as a structure, which compiled rules read twice as fast as a row of an array."""
 _OPENING = np.array([start(STARTS[0], 1), start(STARTS[1], -1)], np.int32).view(_FIGHTER)[:, 0]
@@ -124,18 +124,16 @@ class FightBatch:
             actions: integers ``[N, 2]``, what each player presses, places in `moves.INPUTS`.
 
         Raises:
-            DataError: another shape, or an input that there is not.
+            DataError: another shape, no integers, or an input that there is not; nothing has been done then.
         """
+        if actions.dtype.kind not in "iu":
+            raise DataError(f"actions: numbers of type {actions.dtype}", remedy="give integers")
         actions = np.ascontiguousarray(actions, np.int32)
         if actions.shape != (len(self.frames), 2):
             raise DataError(
                 f"actions: shape {actions.shape} for {len(self.frames)} fights", remedy="give two inputs for each fight"
             )
-        if actions.size and not (actions.min() >= 0 and actions.max() < len(INPUTS)):
-            raise DataError(
-                f"actions: from {actions.min()} to {actions.max()}", remedy=f"give inputs from 0 to {len(INPUTS) - 1}"
-            )
-        _frame_of_all(
+        done = _frame_of_all(
             self.fighters,
             self.frames,
             _OPENING,
@@ -146,6 +144,10 @@ class FightBatch:
             self._final.parts,
             self.automatic_reset,
         )
+        if not done:
+            raise DataError(
+                f"actions: from {actions.min()} to {actions.max()}", remedy=f"give inputs from 0 to {_INPUTS - 1}"
+            )
         return Stepped(self._seen.numbers, self._rewards, *self._ends)
 
     def hashes(self) -> list[str]:
@@ -184,6 +186,10 @@ def _see_all(fighters, frames, seen):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _frame_of_all(fighters, frames, opening, actions, seen, rewards, knocked_out, timed_out, final, again):  # type: ignore[no-untyped-def]
+    """Whether all of the actions exist; else nothing has been done."""
+    for n in range(len(frames)):
+        if not (0 <= actions[n, 0] < _INPUTS and 0 <= actions[n, 1] < _INPUTS):
+            return False
     left, own, other = final
     for n in range(len(frames)):
         a, b = fighters[n, 0], fighters[n, 1]
@@ -206,3 +212,4 @@ def _frame_of_all(fighters, frames, opening, actions, seen, rewards, knocked_out
                 frames[n] = 0
         rewards[n, 0], rewards[n, 1] = reward, -reward
     _see_all(fighters, frames, seen)
+    return True
