@@ -428,7 +428,7 @@ def _execute(plan: Any, out: Path) -> int:
     from rich.text import Text
 
     from tenfold.pipeline.run import run as execute
-    from tenfold.report.terminal import figures
+    from tenfold.report.terminal import figures, players
 
     console = Console(soft_wrap=True, emoji=False)  # tiny:llama: is a model, not a picture of one
     said: set[str] = set()
@@ -447,9 +447,9 @@ def _execute(plan: Any, out: Path) -> int:
         if summary.artefact:
             artefact = out / f"{summary.index:02d}-{summary.stage}" / summary.artefact
             console.print(f"{summary.stage}: {artefact}", markup=False, highlight=False)
-    columns, rows = figures(summaries)
-    if rows:
-        _table("figures", columns, rows)
+    for columns, rows in (figures(summaries), players(summaries)):
+        if rows:
+            _table("figures", columns, rows)
     console.print(f"report: {out / 'report.html'}", markup=False, highlight=False)
     return 0
 

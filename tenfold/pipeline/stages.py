@@ -27,6 +27,8 @@ BUILT_IN: Mapping[str, str] = {
     "generate": "tenfold.config.generate:GenerateConfig",
     "evaluate": "tenfold.config.evaluate:EvaluateConfig",
     "gear": "tenfold.config.gear:GearConfig",
+    "fighting": "tenfold.config.arena:FightingConfig",
+    "trading": "tenfold.config.arena:TradingConfig",
     "export": "tenfold.config.export:ExportConfig",
 }
 GROUP = "tenfold.stages"

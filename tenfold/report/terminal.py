@@ -42,6 +42,33 @@ def figures(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tu
     return ("what", *(("before", "after") if compared else ("model",)), "unit"), rows
 
 
+def players(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column titles and rows of what was measured of several that are no model before and after: a column for each.
+
+    >>> from tenfold.stage.results import Metric, Result
+    >>> results = [Result(task="fighting", subject=name, metrics=(Metric(name="strength", value=value),))
+    ...            for name, value in (("a", 0.5), ("b", -0.5))]
+    >>> summary = StageSummary(tenfold_version="", index=1, stage="", fingerprint="", config={}, seed=0,
+    ...                        results=tuple(results))
+    >>> players([summary])
+    (('what', 'a', 'b', 'unit'), [('fighting: strength', '0.50', '−0.50', '')])
+    """
+    results = [result for summary in summaries for result in summary.results]
+    compared = {result.task for result in results if result.subject.partition(", ")[0] in SIDES}
+    found: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
+    for result in results:
+        if result.task not in compared:
+            for metric in result.metrics:
+                found.setdefault((result.task, metric.name), ({}, metric.unit))[0][result.subject] = metric.value
+    names = list(dict.fromkeys(name for values, _ in found.values() for name in values))
+    rows = []
+    for (task, metric_name), (values, unit) in found.items():
+        scale = scale_for(list(values.values()), unit)
+        cells = (scale.text(values[name]) if name in values else "" for name in names)
+        rows.append((f"{task}: {metric_name}", *cells, scale.unit))
+    return ("what", *names, "unit"), rows
+
+
 def _sides(values: dict[str, float], unit: str) -> tuple[str, str, str] | None:
     """Before, after and unit as text; a model that is measured alone counts as after."""
     before, after = values.get("before"), values.get("after", values.get("model"))

@@ -1,0 +1,179 @@
+"""The stage ``fighting``: who is better, what speed is worth, and replays."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from itertools import combinations
+from typing import Any
+
+from tenfold.arena.agents import Agent
+from tenfold.arena.curves import RewardCurve, curves_figure, curves_table, reward_curve
+from tenfold.arena.fighting.play import FightRecord, Harness, play_fight
+from tenfold.arena.fighting.rules import FRAMES_PER_SECOND
+from tenfold.arena.fighting.scripted import ScriptedFighter
+from tenfold.arena.latency import Fixed, latency_metrics
+from tenfold.arena.lineup import line_up
+from tenfold.arena.players import Timed
+from tenfold.arena.ratings import Ratings, rate
+from tenfold.arena.tournament import Played, Tournament, play_tournament
+from tenfold.config.arena import AgentSpec, FightingConfig
+from tenfold.errors import ConfigError
+from tenfold.files import write_text
+from tenfold.stage.context import Context, StageOutput
+from tenfold.stage.record import Table
+from tenfold.stage.results import Metric, Result
+
+
+def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
+    """The stage ``fighting``; its artefact is the record of all games."""
+    context.progress.begin("opening the agents")
+    agents = _agents(config, context)
+    models = any(spec.kind == "model" for spec in config.specs())
+    if models and config.workers > 1:
+        raise ConfigError("workers: models play in one process", remedy="leave workers out")
+    play = partial(_fresh, config) if config.workers > 1 else partial(_play, config, agents)
+    tournament = play_tournament(
+        config.agents,
+        play,
+        pairs=config.pairs,
+        sequential=config.sequential,
+        first_seed=context.seed,
+        store=context.store,
+        workers=config.workers,
+        tell=partial(context.progress, "fights"),
+    )
+    curves = _curves(config, context, agents) if config.latencies else []
+    ratings = rate(tournament.pairs, config.agents, seed=context.seed)
+    context.progress.begin("writing the games")
+    write_text(context.folder / "games.jsonl", "".join(map(_line, _games(tournament))))
+    tables = [ratings.table(), tournament.table()]
+    figures = [ratings.matrix()]
+    if curves:
+        words = {"title": f"Points against {config.agents[-1]}", "x_label": "seconds an answer takes"}
+        figures.append(curves_figure(curves, y_label="share of points", **words))
+        tables.append(curves_table(curves, title=words["title"], x_label=words["x_label"]))
+    return StageOutput(
+        results=_results(config.agents, tournament, ratings),
+        tables=tables,
+        figures=figures,
+        attached={"games": tournament.games, "agents": list(config.agents)},
+        notes=[*tournament.notes, *ratings.notes],
+        artefact="games.jsonl",
+        artefacts={"games": "games.jsonl"},
+    )
+
+
+def fighter_by_hand(spec: AgentSpec) -> Agent:
+    """Scripted, or at random, which is a scripted one of quality 0."""
+    try:
+        return ScriptedFighter(0.0 if spec.kind == "random" else spec.number or 0.0)
+    except ConfigError as error:
+        raise ConfigError(f"agents: {spec.text}: {error.problem}", error.remedy) from None
+
+
+def _agents(config: FightingConfig, context: Context | None) -> dict[str, Agent]:
+    return line_up(
+        config.specs(),
+        fighter_by_hand,
+        latency=config.latency,
+        temperature=config.temperature,
+        store=context and context.store,
+        traces=context and context.folder,
+    )
+
+
+def _fight(config: FightingConfig, first: Agent, second: Agent, seed: int) -> FightRecord:
+    harness = Harness(config.pipelined, config.predict)
+    return play_fight((first, second), seed, harness=(harness, harness), bell=config.seconds * FRAMES_PER_SECOND)
+
+
+def _play(config: FightingConfig, agents: Mapping[str, Agent], first: str, second: str, seed: int) -> Played:
+    record = _fight(config, agents[first], agents[second], seed)
+    score = {None: 0.5, 0: 1.0, 1: 0.0}[record.winner]
+    return Played(score, record.rated, _facts(record))
+
+
+@cache
+def _kept_agents(text: str) -> dict[str, Agent]:
+    """Of another process, which gets the configuration alone."""
+    return _agents(FightingConfig.parse(json.loads(text), "fighting"), None)
+
+
+def _fresh(config: FightingConfig, first: str, second: str, seed: int) -> Played:
+    return _play(config, _kept_agents(config.model_dump_json()), first, second, seed)
+
+
+def _facts(record: FightRecord) -> dict[str, float]:
+    found: dict[str, float] = {"frames": float(record.frames)}
+    for side, word in enumerate(("first", "second")):
+        decisions = record.decisions[side]
+        found |= {
+            f"{word} health": float(record.health[side]),
+            f"{word} decisions": float(len(decisions)),
+            f"{word} invalid": float(record.invalid[side]),
+            f"{word} latency": statistics.fmean(one.seconds for one in decisions) if decisions else 0.0,
+        }
+    return found
+
+
+def _curves(config: FightingConfig, context: Context, agents: Mapping[str, Agent]) -> list[RewardCurve]:
+    """Each agent but the last against the last one, at each latency, on the same seeds, both sides."""
+    *others, last = config.agents
+
+    def points(name: str, latency: float, seed: int) -> float:
+        agent: Any = Timed(agents[name].agent, Fixed(latency))  # type: ignore[attr-defined]
+        left = _fight(config, agent, agents[last], seed).winner
+        right = _fight(config, agents[last], agent, seed).winner
+        return ({None: 0.5, 0: 1.0, 1: 0.0}[left] + {None: 0.5, 0: 0.0, 1: 1.0}[right]) / 2
+
+    seeds = range(context.seed, context.seed + config.pairs)
+    return [
+        reward_curve(
+            name, config.latencies, partial(points, name), seeds, bounded=True, store=context.store,
+            tell=partial(context.progress, f"{name} at other latencies"),
+        )
+        for name in others
+    ]  # fmt: skip
+
+
+def _games(tournament: Tournament) -> list[dict[str, Any]]:
+    return [
+        {"first": pair[0], "second": pair[1], "seed": seed, "score": game.score, "rated": game.rated, **game.facts}
+        for matchup in tournament.matchups
+        for seed, both in matchup.games.items()
+        for pair, game in zip(
+            ((matchup.first, matchup.second), (matchup.second, matchup.first)), both, strict=True
+        )
+    ]  # fmt: skip
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _results(names: Sequence[str], tournament: Tournament, ratings: Ratings) -> list[Result]:
+    """Of each agent: strength, points, what its answers took, and how many were none."""
+    rows = _games(tournament)
+    found = []
+    for name in names:
+        place = ratings.names.index(name)
+        played = [(row, word) for row in rows for word in ("first", "second") if row[word] == name]
+        decisions = sum(row[f"{word} decisions"] for row, word in played)
+        invalid = sum(row[f"{word} invalid"] for row, word in played)
+        seconds = [row[f"{word} latency"] for row, word in played]
+        metrics = (
+            Metric(
+                name="strength",
+                value=ratings.strengths[place],
+                interval=ratings.intervals[place],
+                count=len(played),
+                better="higher",
+            ),
+            Metric(name="invalid_answers", value=invalid / max(1, decisions), count=int(decisions), better="lower"),
+            *latency_metrics(seconds)[:1],
+        )
+        found.append(Result(task="fighting", subject=name, metrics=metrics))
+    return found

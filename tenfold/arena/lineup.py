@@ -1,0 +1,90 @@
+"""The agents of a configuration, with what their answers cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tenfold.arena.agents import Agent
+from tenfold.arena.latency import Latency, parse_latency
+from tenfold.arena.players import EnginePlayer, Timed
+from tenfold.config.arena import AgentSpec
+from tenfold.errors import ConfigError
+from tenfold.stage.store import Store
+
+MODELS, OTHERS = "tokens", "fixed:0.2"
+"""Latencies of agents that do not say theirs."""
+
+
+def line_up(
+    specs: Sequence[AgentSpec],
+    by_hand: Callable[[AgentSpec], Agent],
+    *,
+    latency: str | None = None,
+    temperature: float = 0.0,
+    store: Store | None = None,
+    traces: Path | None = None,
+) -> dict[str, Agent]:
+    """Agents by name, in the order of the configuration.
+
+    Args:
+        specs: who they are.
+        by_hand: makes those that are no model.
+        latency: of those that do not say theirs.
+        temperature: of models.
+        store: where models' answers are remembered.
+        traces: the folder that measured latencies are written to.
+
+    Raises:
+        ConfigError: a latency or an engine that cannot be.
+        ModelError: a model that cannot be opened.
+    """
+    found: dict[str, Agent] = {}
+    engines: dict[tuple[str, str, str], Any] = {}
+    for number, spec in enumerate(specs, 1):
+        if spec.kind == "model":
+            key = (spec.engine, spec.source, spec.served)
+            if key not in engines:
+                engines[key] = _engine(spec)
+            agent: Agent = EnginePlayer(engines[key], _model_name(spec), temperature=temperature, memory=store)
+        else:
+            agent = by_hand(spec)
+        text = spec.latency or latency or (MODELS if spec.kind == "model" else OTHERS)
+        timed = Timed(agent, _parsed(text, spec, traces and traces / f"trace-{number}.jsonl"))
+        timed.name = spec.text
+        found[spec.text] = timed
+    return found
+
+
+def _parsed(text: str, spec: AgentSpec, record: Path | None) -> Latency:
+    try:
+        return parse_latency(text, record=record)
+    except ConfigError as error:
+        raise ConfigError(f"agents: {spec.text}: {error.problem}", error.remedy) from None
+
+
+def _model_name(spec: AgentSpec) -> str:
+    """The same for all latencies of one model, so that they share what is remembered of its answers."""
+    return " ".join(filter(None, (spec.engine, spec.source, spec.served)))
+
+
+def _engine(spec: AgentSpec) -> Any:
+    if spec.engine == "openai":
+        from tenfold.engines.openai import OpenAIEngine
+
+        return OpenAIEngine(spec.source, spec.served)
+    if spec.engine == "llama.cpp":
+        from tenfold.engines.llama_cpp import LlamaCpp
+        from tenfold.models.source import locate
+
+        located = locate(spec.source)
+        if located.kind != "gguf":
+            raise ConfigError(
+                f"agents: {spec.text}: {located.name} is not a GGUF file", remedy="llama.cpp plays demo or a .gguf file"
+            )
+        return LlamaCpp(located.path, context=2048, parallel=1)
+    from tenfold.engines.session import Session
+    from tenfold.models.open import open_model
+
+    return Session(open_model(spec.source))
