@@ -35,6 +35,7 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
     if models and config.workers > 1:
         raise ConfigError("workers: models play in one process", remedy="leave workers out")
     play = partial(_fresh, config) if config.workers > 1 else partial(_play, config, agents)
+    context.progress.begin("fighting")
     tournament = play_tournament(
         config.agents,
         play,
