@@ -8,7 +8,7 @@ from typing import Any
 
 from tenfold.arena.agents import Agent
 from tenfold.arena.latency import Latency, parse_latency
-from tenfold.arena.players import EnginePlayer, Timed
+from tenfold.arena.players import EnginePlayer, Timed, TwoThread
 from tenfold.config.arena import AgentSpec
 from tenfold.errors import ConfigError
 from tenfold.stage.store import Store
@@ -20,6 +20,7 @@ MODELS, OTHERS = "tokens", "fixed:0.2"
 def line_up(
     specs: Sequence[AgentSpec],
     by_hand: Callable[[AgentSpec], Agent],
+    plans: Sequence[str],
     *,
     latency: str | None = None,
     temperature: float = 0.0,
@@ -31,6 +32,7 @@ def line_up(
     Args:
         specs: who they are.
         by_hand: makes those that are no model.
+        plans: what a slow model may plan for a fast one.
         latency: of those that do not say theirs.
         temperature: of models.
         store: where models' answers are remembered.
@@ -40,9 +42,9 @@ def line_up(
         ConfigError: a latency or an engine that cannot be.
         ModelError: a model that cannot be opened.
     """
-    found: dict[str, Agent] = {}
     engines: dict[tuple[str, str, str], Any] = {}
-    for number, spec in enumerate(specs, 1):
+
+    def timed(spec: AgentSpec, place: str) -> Timed:
         if spec.kind == "model":
             key = (spec.engine, spec.source, spec.served)
             if key not in engines:
@@ -51,9 +53,15 @@ def line_up(
         else:
             agent = by_hand(spec)
         text = spec.latency or latency or (MODELS if spec.kind == "model" else OTHERS)
-        timed = Timed(agent, _parsed(text, spec, traces and traces / f"trace-{number}.jsonl"))
-        timed.name = spec.text
-        found[spec.text] = timed
+        return Timed(agent, _parsed(text, spec, traces and traces / f"trace-{place}.jsonl"))
+
+    found: dict[str, Agent] = {}
+    for number, spec in enumerate(specs, 1):
+        agent: Agent = timed(spec, str(number))
+        if spec.planner is not None:
+            agent = TwoThread(agent, timed(spec.planner, f"{number}-plans"), plans)
+        agent.name = spec.text
+        found[spec.text] = agent
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -29,6 +29,7 @@ class AgentSpec:
         source: of a model, as under ``model``; of a server its URL.
         served: the name by which a server knows the model.
         latency: what its answers take; None where it does not say.
+        planner: of ``FAST+SLOW``, the slow one, whose plans the fast one is told.
     """
 
     text: str
@@ -38,6 +39,7 @@ class AgentSpec:
     source: str = ""
     served: str = ""
     latency: str | None = None
+    planner: AgentSpec | None = None
 
 
 def parse_agent(text: str) -> AgentSpec:
@@ -49,6 +51,12 @@ def parse_agent(text: str) -> AgentSpec:
     >>> parse_agent("scripted:0.6@fixed:0.2").number, parse_agent("llama.cpp:demo").source
     (0.6, 'demo')
     """
+    fast, plus, slow = text.partition("+")
+    if plus and not fast.startswith("http"):
+        actor, planner = parse_agent(fast), parse_agent(slow)
+        if actor.kind != "model" or planner.kind != "model":
+            raise ValueError(f"{text!r}: FAST+SLOW takes two models: plans are told in words")
+        return replace(actor, text=text, planner=planner)
     who, latency = text, None
     head, at, tail = text.rpartition("@")
     if at and _LATENCY.fullmatch(tail):
@@ -87,7 +95,7 @@ class PlayFields(StageConfig):
     agents: Annotated[tuple[str, ...], Field(min_length=1)] = ("scripted:0.85@fixed:0.3", "scripted:0.6", "random")
     """Who plays, each a name of its own: ``scripted:QUALITY`` (0 to 1), ``random``, or a model: ``demo``, a hub id, a
     folder, ``llama.cpp:FILE.gguf``, ``http://HOST/v1#MODEL``. What its answers take may stand behind an ``@``, as in
-    ``demo@tokens:300,30``. In trading also ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with keys."""
+    ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that acts by the plans of a slow one. In trading also ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with keys."""
     latency: str | None = None
     """What answers take of agents that do not say it: ``fixed:SECONDS``, ``tokens:PREFILL,DECODE`` (prompt and written
     tokens at these rates, in tokens per second), ``trace:FILE`` (recorded seconds), or ``measured`` (as they came, and
@@ -104,14 +112,18 @@ class PlayFields(StageConfig):
         """The agents."""
         return [parse_agent(text) for text in self.agents]
 
+    def everyone(self) -> list[AgentSpec]:
+        """The agents, and those that plan for them."""
+        return [one for spec in self.specs() for one in (spec, spec.planner) if one is not None]
+
     def models(self) -> dict[str, str]:
         """Of agents that are models on this machine."""
-        found = [spec for spec in self.specs() if spec.kind == "model" and spec.engine != "openai"]
+        found = [spec for spec in self.everyone() if spec.kind == "model" and spec.engine != "openai"]
         return {f"agents, {spec.text}": spec.source for spec in found}
 
     def files(self) -> dict[str, Path]:
         """Traces."""
-        texts = [self.latency, *(spec.latency for spec in self.specs())]
+        texts = [self.latency, *(spec.latency for spec in self.everyone())]
         return {
             f"latency {text}": Path(text.removeprefix("trace:")) for text in texts if text and text.startswith("trace:")
         }

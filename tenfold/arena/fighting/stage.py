@@ -26,6 +26,9 @@ from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Table
 from tenfold.stage.results import Metric, Result
 
+PLANS_IN_WORDS = ("attack", "defend", "keep away and throw bolts", "wait for a mistake and punish it")
+"""What a slow model may plan for a fast one."""
+
 
 def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
     """The stage ``fighting``; its artefact is the record of all games."""
@@ -79,6 +82,7 @@ def _agents(config: FightingConfig, context: Context | None) -> dict[str, Agent]
     return line_up(
         config.specs(),
         fighter_by_hand,
+        PLANS_IN_WORDS,
         latency=config.latency,
         temperature=config.temperature,
         store=context and context.store,

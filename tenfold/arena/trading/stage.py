@@ -35,6 +35,9 @@ Day = dict[str, Any]
 """What one agent made of one day: ``agent``, ``day``, ``yield``, ``outcomes``, ``seconds``; in the synthetic market
 ``right`` and ``asked``."""
 
+PLANS_IN_WORDS = ("trade every jump", "trade only clear cases", "pass")
+"""What a slow model may plan for a fast one."""
+
 
 def run_trading(config: TradingConfig, context: Context) -> StageOutput:
     """The stage ``trading``; its artefact is the record of all days."""
@@ -42,6 +45,7 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
     agents = line_up(
         config.specs(),
         trader_by_hand,
+        PLANS_IN_WORDS,
         latency=config.latency,
         temperature=config.temperature,
         store=context.store,
@@ -191,9 +195,7 @@ def _result(days: Sequence[Day], name: str) -> Result:
     seconds = [value for row in days for value in row["seconds"]]
     if seconds:
         invalid = sum(row["outcomes"].get("invalid", 0) for row in days)
-        metrics.append(
-            Metric(name="invalid_answers", value=invalid / len(seconds), count=len(seconds), better="lower")
-        )
+        metrics.append(Metric(name="invalid_answers", value=invalid / len(seconds), count=len(seconds), better="lower"))
         metrics += latency_metrics(seconds)[:2]
     return Result(task="trading", subject=name, metrics=tuple(metrics))
 
