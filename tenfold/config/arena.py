@@ -95,7 +95,8 @@ class PlayFields(StageConfig):
     agents: Annotated[tuple[str, ...], Field(min_length=1)] = ("scripted:0.85@fixed:0.3", "scripted:0.6", "random")
     """Who plays, each a name of its own: ``scripted:QUALITY`` (0 to 1), ``random``, or a model: ``demo``, a hub id, a
     folder, ``llama.cpp:FILE.gguf``, ``http://HOST/v1#MODEL``. What its answers take may stand behind an ``@``, as in
-    ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that acts by the plans of a slow one. In trading also ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with keys."""
+    ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that acts by the plans of a slow one. In trading also
+    ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with keys."""
     latency: str | None = None
     """What answers take of agents that do not say it: ``fixed:SECONDS``, ``tokens:PREFILL,DECODE`` (prompt and written
     tokens at these rates, in tokens per second), ``trace:FILE`` (recorded seconds), or ``measured`` (as they came, and
@@ -176,6 +177,8 @@ class FightingConfig(PlayFields):
     """Show the fight as it will stand when the answer is expected."""
     replays: Annotated[int, Field(ge=0)] = 3
     """Fights of every two agents that are drawn in ``replays.html``, from the first on."""
+    watch: Annotated[bool, Incidental()] = False
+    """Show the first of them in the terminal as well."""
 
     @model_validator(mode="after")
     def _somebody_to_fight(self) -> Self:

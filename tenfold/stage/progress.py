@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -75,6 +77,18 @@ class Progress:
             self.console.print(
                 f"  {label}: {done}/{total} {detail}".rstrip(), markup=False, emoji=False, highlight=False
             )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the terminal to something else while the block runs."""
+        if self._bar is None:
+            yield
+            return
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
 
     def begin(self, label: str) -> None:
         """Say what is at work from now on, where nobody knows how many steps it has."""

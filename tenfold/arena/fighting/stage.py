@@ -11,11 +11,14 @@ from typing import Any
 
 from tenfold.arena.agents import Agent
 from tenfold.arena.curves import RewardCurve, curves_figure, curves_table, reward_curve
+from tenfold.arena.fighting.page import fight_page
 from tenfold.arena.fighting.play import FightRecord, Harness, play_fight
 from tenfold.arena.fighting.rules import FRAMES_PER_SECOND
 from tenfold.arena.fighting.scripted import ScriptedFighter
+from tenfold.arena.human import HumanFighter
 from tenfold.arena.latency import Fixed, latency_metrics
 from tenfold.arena.lineup import line_up
+from tenfold.arena.live import outcome_in_words, play_live, watch_fight
 from tenfold.arena.players import Timed
 from tenfold.arena.ratings import Ratings, rate
 from tenfold.arena.tournament import Played, Tournament, play_tournament
@@ -23,22 +26,26 @@ from tenfold.config.arena import AgentSpec, FightingConfig
 from tenfold.errors import ConfigError
 from tenfold.files import write_text
 from tenfold.stage.context import Context, StageOutput
-from tenfold.stage.record import Table
 from tenfold.stage.results import Metric, Result
 
 PLANS_IN_WORDS = ("attack", "defend", "keep away and throw bolts", "wait for a mistake and punish it")
 """What a slow model may plan for a fast one."""
+GAMES, REPLAYS = "games.jsonl", "replays.html"
+SCORES = {None: 0.5, 0: 1.0, 1: 0.0}
+"""Of the first player, by who won."""
 
 
 def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
     """The stage ``fighting``; its artefact is the record of all games."""
+    specs = config.specs()
+    if config.workers > 1 and any(spec.kind == "model" for spec in specs):
+        raise ConfigError("workers: models play in one process", remedy="leave workers out")
     context.progress.begin("opening the agents")
     agents = _agents(config, context)
-    models = any(spec.kind == "model" for spec in config.specs())
-    if models and config.workers > 1:
-        raise ConfigError("workers: models play in one process", remedy="leave workers out")
+    if any(spec.kind == "human" for spec in specs):
+        return _with_a_person(config, context, agents)
+    context.progress.begin("fights")
     play = partial(_fresh, config) if config.workers > 1 else partial(_play, config, agents)
-    context.progress.begin("fighting")
     tournament = play_tournament(
         config.agents,
         play,
@@ -52,9 +59,9 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
     curves = _curves(config, context, agents) if config.latencies else []
     ratings = rate(tournament.pairs, config.agents, seed=context.seed)
     context.progress.begin("writing the games")
-    write_text(context.folder / "games.jsonl", "".join(map(_line, _games(tournament))))
-    tables = [ratings.table(), tournament.table()]
-    figures = [ratings.matrix()]
+    _write(context, _games(tournament))
+    _replays(config, context, agents)
+    tables, figures = [ratings.table(), tournament.table()], [ratings.matrix()]
     if curves:
         words = {"title": f"Points against {config.agents[-1]}", "x_label": "seconds an answer takes"}
         figures.append(curves_figure(curves, y_label="share of points", **words))
@@ -65,13 +72,48 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
         figures=figures,
         attached={"games": tournament.games, "agents": list(config.agents)},
         notes=[*tournament.notes, *ratings.notes],
-        artefact="games.jsonl",
-        artefacts={"games": "games.jsonl"},
+        artefact=GAMES,
+        artefacts={"games": GAMES},
     )
 
 
+def _with_a_person(config: FightingConfig, context: Context, agents: Mapping[str, Agent]) -> StageOutput:
+    """One fight, in the terminal."""
+    one, other = agents.values()
+    harness = Harness(config.pipelined, config.predict)
+    bell = config.seconds * FRAMES_PER_SECOND
+    with context.progress.paused():
+        record = play_live((one, other), context.seed, harness=(harness, harness), bell=bell)
+    fight_page([record], context.folder / REPLAYS)
+    row = {"first": one.name, "second": other.name, "seed": record.seed, "score": SCORES[record.winner]}
+    _write(context, [row | {"rated": record.rated, **_facts(record)}])
+    return StageOutput(
+        attached={"games": 1, "agents": list(config.agents)},
+        notes=[outcome_in_words(record)],
+        artefact=GAMES,
+        artefacts={"games": GAMES},
+    )
+
+
+def _replays(config: FightingConfig, context: Context, agents: Mapping[str, Agent]) -> None:
+    """The first fights of every two agents, played again: what models said is remembered."""
+    seeds = range(context.seed, context.seed + min(config.replays, config.pairs))
+    records = [
+        _fight(config, agents[first], agents[second], seed)
+        for first, second in combinations(config.agents, 2)
+        for seed in seeds
+    ]
+    if records:
+        fight_page(records, context.folder / REPLAYS)
+    if records and config.watch:
+        with context.progress.paused():
+            watch_fight(records[0])
+
+
 def fighter_by_hand(spec: AgentSpec) -> Agent:
-    """Scripted, or at random, which is a scripted one of quality 0."""
+    """A person; scripted; or at random, which is scripted with quality 0."""
+    if spec.kind == "human":
+        return HumanFighter()
     try:
         return ScriptedFighter(0.0 if spec.kind == "random" else spec.number or 0.0)
     except ConfigError as error:
@@ -85,8 +127,8 @@ def _agents(config: FightingConfig, context: Context | None) -> dict[str, Agent]
         PLANS_IN_WORDS,
         latency=config.latency,
         temperature=config.temperature,
-        store=context and context.store,
-        traces=context and context.folder,
+        store=None if context is None else context.store,
+        traces=None if context is None else context.folder,
     )
 
 
@@ -97,8 +139,7 @@ def _fight(config: FightingConfig, first: Agent, second: Agent, seed: int) -> Fi
 
 def _play(config: FightingConfig, agents: Mapping[str, Agent], first: str, second: str, seed: int) -> Played:
     record = _fight(config, agents[first], agents[second], seed)
-    score = {None: 0.5, 0: 1.0, 1: 0.0}[record.winner]
-    return Played(score, record.rated, _facts(record))
+    return Played(SCORES[record.winner], record.rated, _facts(record))
 
 
 @cache
@@ -132,7 +173,7 @@ def _curves(config: FightingConfig, context: Context, agents: Mapping[str, Agent
         agent: Any = Timed(agents[name].agent, Fixed(latency))  # type: ignore[attr-defined]
         left = _fight(config, agent, agents[last], seed).winner
         right = _fight(config, agents[last], agent, seed).winner
-        return ({None: 0.5, 0: 1.0, 1: 0.0}[left] + {None: 0.5, 0: 0.0, 1: 1.0}[right]) / 2
+        return (SCORES[left] + 1 - SCORES[right]) / 2
 
     seeds = range(context.seed, context.seed + config.pairs)
     return [
@@ -155,8 +196,8 @@ def _games(tournament: Tournament) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+def _write(context: Context, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_text(context.folder / GAMES, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _results(names: Sequence[str], tournament: Tournament, ratings: Ratings) -> list[Result]:

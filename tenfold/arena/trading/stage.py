@@ -6,18 +6,21 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
 
 from tenfold.arena.agents import Agent
 from tenfold.arena.curves import RewardCurve, curves_figure, curves_table, reward_curve
+from tenfold.arena.human import HumanTrader
 from tenfold.arena.latency import Fixed, latency_metrics
 from tenfold.arena.lineup import line_up
 from tenfold.arena.players import Timed
 from tenfold.arena.trading.agents import RandomTrader, RuleTrader, ScriptedTrader
 from tenfold.arena.trading.files import Bars, read_bars, read_quotes
 from tenfold.arena.trading.market_day import ask_market, market_questions, settle_market
+from tenfold.arena.trading.page import market_page
 from tenfold.arena.trading.paper import PaperRules, play_paper
 from tenfold.arena.trading.record import MarketPlay
 from tenfold.arena.trading.replay import ReplayRules, play_replay
@@ -37,6 +40,7 @@ Day = dict[str, Any]
 
 PLANS_IN_WORDS = ("trade every jump", "trade only clear cases", "pass")
 """What a slow model may plan for a fast one."""
+GAMES, REPLAYS = "games.jsonl", "replays.html"
 
 
 def run_trading(config: TradingConfig, context: Context) -> StageOutput:
@@ -54,7 +58,7 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
     play = _synthetic if config.market == "synthetic" else _recorded
     days, curves, notes = play(config, context, agents)
     context.progress.begin("writing the days")
-    write_text(context.folder / "games.jsonl", "".join(json.dumps(row) + "\n" for row in days))
+    write_text(context.folder / GAMES, "".join(json.dumps(row) + "\n" for row in days))
     tables, figures = [_outcomes(config.agents, days)], list[Figure]()
     if curves:
         words = {"title": "Yield of a day", "x_label": "seconds an answer takes"}
@@ -66,13 +70,15 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
         figures=figures,
         attached={"market": config.market, "days": len({row["day"] for row in days}), "agents": list(config.agents)},
         notes=[*notes, "What is earned in a simulated market says nothing about what would be earned elsewhere."],
-        artefact="games.jsonl",
-        artefacts={"games": "games.jsonl"},
+        artefact=GAMES,
+        artefacts={"games": GAMES},
     )
 
 
 def trader_by_hand(spec: AgentSpec) -> Agent:
-    """Scripted, by the rule, or at random."""
+    """A person; scripted; by the rule; or at random."""
+    if spec.kind == "human":
+        return HumanTrader()
     try:
         if spec.kind == "scripted":
             return ScriptedTrader(spec.number or 0.0, seconds=0.2)
@@ -92,11 +98,15 @@ def _synthetic(
 ) -> tuple[list[Day], list[RewardCurve], Sequence[str]]:
     """Days from the seed on: each is asked once, whatever the latencies."""
     rules, seeds = _rules(config), range(context.seed, context.seed + config.days)
+    people = any(spec.kind == "human" for spec in config.specs())
 
     def day(seed: int) -> list[Day]:
         market = draw_market(seed, rules)
-        answers = ask_market(list(agents.values()), market)
+        with context.progress.paused() if people else nullcontext():
+            answers = ask_market(list(agents.values()), market)
         play, questions = settle_market(market, answers), market_questions(market)
+        if seed == context.seed:
+            market_page([play], context.folder / REPLAYS)
         found = []
         for name, given in answers.items():
             right = sum(
@@ -132,6 +142,7 @@ def _recorded(
         return _played_day(config, list(players), bars, tapes, context.seed)
 
     whole = play(agents.values())
+    market_page([whole], context.folder / REPLAYS)
     label = recorded.day or "the recorded day"
 
     def gain(name: str, latency: float, seed: int) -> float:
