@@ -1,6 +1,6 @@
 """What a game asks, what an agent answers, and when the answer is there.
 
-A game turns its state into a `Question`; an agent answers with one of the texts that the question allows, and with the
+A game turns its state into a `Turn`; an agent answers with one of the texts that the question allows, and with the
 seconds that this took, which the game charges on its own clock. Nothing here reads a clock of the machine.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Question:
+class Turn:
     """A decision that a game wants.
 
     Args:
@@ -35,7 +35,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Action:
     """What was said, and what it cost.
 
     Args:
@@ -59,6 +59,6 @@ class Agent(Protocol):
 
     name: str
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """One answer for each question, in their order; questions that are asked together do not wait for each other."""
         ...

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from tenfold.arena.agents import Answer, Question
+from tenfold.arena.agents import Action, Turn
 from tenfold.errors import ConfigError
 
 QUIT = "q"
@@ -136,7 +136,7 @@ class HumanFighter:
     def __init__(self, name: str = "human") -> None:
         self.name = name
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """Refused: the fight goes on while a person thinks, and only `live.play_live` shows that.
 
         Raises:
@@ -163,8 +163,8 @@ class HumanTrader:
     ...     def key(self, seconds): return "s"
     >>> times = iter([5.0, 6.5])
     >>> person = HumanTrader(console=Console(quiet=True), keyboard=Prepared(), clock=lambda: next(times))
-    >>> person.answer([Question("You trade.", "AAA jumped up.", ("sell", "pass"))])
-    [Answer(text='sell', choice='sell', seconds=1.5, prompt_tokens=0, tokens=0)]
+    >>> person.answer([Turn("You trade.", "AAA jumped up.", ("sell", "pass"))])
+    [Action(text='sell', choice='sell', seconds=1.5, prompt_tokens=0, tokens=0)]
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class HumanTrader:
         self.clock = clock
         self._told = ""  # the rules that were shown
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """An answer for each question, one after the other, with the seconds from its showing to the key.
 
         Raises:
@@ -189,7 +189,7 @@ class HumanTrader:
         """
         return [self._answer(question) for question in questions]
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: Turn) -> Action:
         keys = answer_keys(question.answers)
         with self.keyboard as keyboard:
             if question.rules != self._told:
@@ -204,7 +204,7 @@ class HumanTrader:
             seconds = self.clock() - shown
         choice = keys[str(pressed)]
         self._show(f"{choice} after {seconds:.2f} s")
-        return Answer(choice, choice, seconds)
+        return Action(choice, choice, seconds)
 
     def _show(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

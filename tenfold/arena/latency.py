@@ -3,8 +3,8 @@
 No game reads the clock of the machine. What an answer costs depends on the question and the answer alone, neither on
 what else is asked beside it nor on the order, so that batches, several processes and resumed runs charge the same.
 
->>> answer = Answer("jab", "jab", 0.0, prompt_tokens=350, tokens=9)
->>> parse_latency("tokens:3500,90").seconds(Question("", "", ("jab",)), answer)
+>>> answer = Action("jab", "jab", 0.0, prompt_tokens=350, tokens=9)
+>>> parse_latency("tokens:3500,90").seconds(Turn("", "", ("jab",)), answer)
 0.2
 """
 
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tenfold.arena.agents import Answer, Question
+from tenfold.arena.agents import Action, Turn
 from tenfold.core.statistics import wilson
 from tenfold.errors import ConfigError, DataError
 from tenfold.stage.results import Metric
@@ -34,7 +34,7 @@ class Latency(Protocol):
     measures: bool
     """Whether it charges what an engine took, for which questions must not wait for each other."""
 
-    def seconds(self, question: Question, answer: Answer) -> float:
+    def seconds(self, question: Turn, answer: Action) -> float:
         """Seconds from the question to the answer, 0 or more."""
         ...
 
@@ -54,7 +54,7 @@ class Fixed:
         if not _is_time(self.value):
             raise ConfigError(f"latency: fixed:{self.value:g}", remedy="give seconds, 0 or more, as in fixed:0.2")
 
-    def seconds(self, question: Question, answer: Answer) -> float:
+    def seconds(self, question: Turn, answer: Action) -> float:
         """The same for all."""
         return self.value
 
@@ -84,7 +84,7 @@ class Tokens:
                     remedy="give tokens per second, above 0, as in tokens:3500,90",
                 )
 
-    def seconds(self, question: Question, answer: Answer) -> float:
+    def seconds(self, question: Turn, answer: Action) -> float:
         """Tokens read and tokens written, each by its rate; an answer without tokens takes no time."""
         return answer.prompt_tokens / self.prefill + answer.tokens / self.decode
 
@@ -104,7 +104,7 @@ class Trace:
     known: dict[str, float] = field(default_factory=dict)
     measures = False
 
-    def seconds(self, question: Question, answer: Answer) -> float:
+    def seconds(self, question: Turn, answer: Action) -> float:
         """As recorded, or drawn."""
         key = question_key(question)
         return self.known[key] if key in self.known else self.values[int(key, 16) % len(self.values)]
@@ -128,7 +128,7 @@ class Measured:
         if self.path is not None and self.path.exists() and self.path.stat().st_size:
             self.known |= read_trace(self.path).known
 
-    def seconds(self, question: Question, answer: Answer) -> float:
+    def seconds(self, question: Turn, answer: Action) -> float:
         """What the answer says that it took."""
         key = question_key(question)
         if key not in self.known:
@@ -139,7 +139,7 @@ class Measured:
         return self.known[key]
 
 
-def question_key(question: Question) -> str:
+def question_key(question: Turn) -> str:
     """What a trace calls a question: a hash of its seed and state, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps([question.seed, question.state]).encode()).hexdigest()[:16]
 

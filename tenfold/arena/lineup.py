@@ -96,6 +96,6 @@ def _engine(spec: AgentSpec) -> Any:
             )
         return LlamaCpp(located.path, context=2048, parallel=1)
     from tenfold.engines.session import Session
-    from tenfold.models.open import open_model
+    from tenfold.models.reference import ModelRef
 
-    return Session(open_model(spec.source))
+    return Session(ModelRef(spec.source).open())

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tenfold.arena.agents import Agent, Answer
+from tenfold.arena.agents import Agent, Action
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.picture import WIDTH, fight_as_text
 from tenfold.arena.fighting.play import Bout, Decision, FightRecord, Harness, frames_of, play_fight, replay
@@ -184,7 +184,7 @@ def _play(bout: Bout, agents: tuple[Agent, Agent], person: int | None, keyboard:
             return True
         if person is not None and asked is not None and key in KEYS:
             seconds = (pace.frames() - asked) / FRAMES_PER_SECOND
-            bout.hear(person, Answer(KEYS[key], KEYS[key], seconds))
+            bout.hear(person, Action(KEYS[key], KEYS[key], seconds))
 
 
 class _NoKeys:

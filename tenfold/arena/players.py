@@ -7,8 +7,8 @@
 ...     def generate(self, requests):
 ...         return [Reply("I would jab!", tokens=4, prompt_tokens=9) for _ in requests]
 >>> player = Timed(EnginePlayer(Echo(), "echo"), Fixed(0.2))
->>> player.answer([Question("You fight.", "They are near.", ("jab", "wait"))])
-[Answer(text='I would jab!', choice='jab', seconds=0.2, prompt_tokens=9, tokens=4)]
+>>> player.answer([Turn("You fight.", "They are near.", ("jab", "wait"))])
+[Action(text='I would jab!', choice='jab', seconds=0.2, prompt_tokens=9, tokens=4)]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from tenfold.arena.agents import Agent, Answer, Question
+from tenfold.arena.agents import Agent, Action, Turn
 from tenfold.arena.latency import Latency
 from tenfold.engines.requests import Engine, Request
 from tenfold.errors import ConfigError, RunError
@@ -67,7 +67,7 @@ class EnginePlayer:
         self.asked = self.inferred = self.invalid = 0
         """Questions, those of them that the engine was asked, and answers that were none."""
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """One answer for each question; their ``seconds`` are those that the engine took when it was first asked.
 
         Raises:
@@ -89,13 +89,13 @@ class EnginePlayer:
                 seconds = sum(astuple(reply.seconds))
                 found[key] = [reply.text, choice, seconds, reply.prompt_tokens, reply.tokens]
             self.memory.add(found)
-        answers = [Answer(*self.memory.entries[key]) for key in keys]
+        answers = [Action(*self.memory.entries[key]) for key in keys]
         self.asked += len(answers)
         self.inferred += len(new)
         self.invalid += sum(answer.choice is None for answer in answers)
         return answers
 
-    def _request(self, question: Question) -> Request:
+    def _request(self, question: Turn) -> Request:
         prompt = f"{question.rules}\n\n{question.state}"
         # A text goes on behind "Your move:", else on a line of its own.
         space = " " if prompt.endswith(":") and not self.chat else ""
@@ -106,7 +106,7 @@ class EnginePlayer:
             return Request(messages=[{"role": "user", "content": prompt}], **fields)
         return Request(prompt if space else prompt + "\n", **fields)
 
-    def _key(self, question: Question) -> str:
+    def _key(self, question: Turn) -> str:
         drawn = (self.temperature, question.seed) if self.temperature else ()
         parts = [self.name, self.chat, *drawn, question.rules, question.state, question.answers]
         return "answer " + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -149,7 +149,7 @@ class Timed:
     def __init__(self, agent: Agent, latency: Latency) -> None:
         self.agent, self.latency, self.name = agent, latency, agent.name
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """The agent's answers, with the latency's seconds."""
         if self.latency.measures:
             answers = [self.agent.answer([question])[0] for question in questions]
@@ -198,7 +198,7 @@ class TwoThread:
         self.name = name or f"{fast.name} with plans of {slow.name}"
         self._threads: dict[str, _Thread] = {}
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """The fast agent's answers; the questions are of different games, or of different sides of one."""
         idle = {}
         for question in questions:
@@ -218,6 +218,6 @@ class TwoThread:
             thread.arrive(question.time)
         return self.fast.answer([self._with_plan(question) for question in questions])
 
-    def _with_plan(self, question: Question) -> Question:
+    def _with_plan(self, question: Turn) -> Turn:
         plan = self._threads[question.game].plan
         return question if plan is None else replace(question, state=f"Your plan: {plan}.\n{question.state}")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from tenfold.arena.agents import Answer
+from tenfold.arena.agents import Action
 from tenfold.arena.fighting import rules
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.moves import INPUTS
@@ -37,7 +37,7 @@ class Says:
         self.asked.append(question)
         text = self.texts[min(n, len(self.texts) - 1)]
         choice = text if text in question.answers else None
-        return Answer(text, choice, self.seconds[min(n, len(self.seconds) - 1)])
+        return Action(text, choice, self.seconds[min(n, len(self.seconds) - 1)])
 
 
 def letters(*keys):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tenfold.arena.agents import Answer, Question
+from tenfold.arena.agents import Action, Turn
 from tenfold.arena.latency import (
     Fixed,
     Measured,
@@ -18,8 +18,8 @@ from tenfold.arena.latency import (
 )
 from tenfold.errors import ConfigError, DataError
 
-ASKED = Question("rules", "far", ("jab", "wait"), seed=3)
-SAID = Answer("jab", "jab", 0.7, prompt_tokens=200, tokens=4)
+ASKED = Turn("rules", "far", ("jab", "wait"), seed=3)
+SAID = Action("jab", "jab", 0.7, prompt_tokens=200, tokens=4)
 
 
 def questions(count):

@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from tenfold.arena.agents import Answer
+from tenfold.arena.agents import Action
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.plans import ANSWERS
 from tenfold.arena.fighting.play import Bout, Harness, frames_of, play_fight, replay
@@ -40,7 +40,7 @@ class Stands:
         self.seconds = seconds
 
     def answer(self, questions):
-        return [Answer("wait", "wait", self.seconds) for _ in questions]
+        return [Action("wait", "wait", self.seconds) for _ in questions]
 
 
 class Recorded:
@@ -51,7 +51,7 @@ class Recorded:
 
     def answer(self, questions):
         one = next(self.coming, None)
-        return [Answer("", None, 99.0) if one is None else Answer(one.said, one.move, one.seconds)]
+        return [Action("", None, 99.0) if one is None else Action(one.said, one.move, one.seconds)]
 
 
 class Hands:
@@ -134,10 +134,10 @@ def test_an_answer_after_its_time_and_one_to_no_question_are_refused():
         bout.step()
         assert bout.ask() == []
     with pytest.raises(DataError, match=r"0\.2 from frame 0 are over before frame 13"):
-        bout.hear(0, Answer("jab", "jab", 0.2))
-    bout.hear(0, Answer("jab", "jab", 13 / 60))
+        bout.hear(0, Action("jab", "jab", 0.2))
+    bout.hear(0, Action("jab", "jab", 13 / 60))
     with pytest.raises(DataError, match="player 0 was not asked"):
-        bout.hear(0, Answer("jab", "jab", 1.0))
+        bout.hear(0, Action("jab", "jab", 1.0))
     bout.step()
     assert bout.record().inputs[0] == "a" * 13 + "h"
     with pytest.raises(ConfigError, match="seed"):

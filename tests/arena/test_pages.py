@@ -16,7 +16,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from tenfold.arena.agents import Answer
+from tenfold.arena.agents import Action
 from tenfold.arena.fighting.moves import MOVES
 from tenfold.arena.fighting.page import fight_page
 from tenfold.arena.fighting.play import Harness, play_fight, replay
@@ -86,7 +86,7 @@ class Restless:
             draw = np.random.default_rng(question.seed)
             text = self.says[int(draw.integers(len(self.says)))]
             seconds = float(draw.uniform(0, self.slowest))
-            found.append(Answer(text, text if text in question.answers else None, seconds))
+            found.append(Action(text, text if text in question.answers else None, seconds))
         return found
 
 

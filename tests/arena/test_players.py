@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from tenfold.arena.agents import Answer, Question
+from tenfold.arena.agents import Action, Turn
 from tenfold.arena.latency import Fixed, Measured, Tokens
 from tenfold.arena.players import EnginePlayer, Timed, TwoThread, spoken_choice
 from tenfold.engines.requests import Reply, Seconds
@@ -12,7 +12,7 @@ from tenfold.errors import ConfigError, RunError
 from tenfold.stage.store import Store
 
 MOVES = ("jab", "low guard", "guard", "wait")
-ASKED = Question("You fight.", "They are near.", MOVES, seed=5)
+ASKED = Turn("You fight.", "They are near.", MOVES, seed=5)
 
 
 class Talker:
@@ -176,7 +176,7 @@ class Scripted:
 
     def answer(self, questions):
         self.seen += questions
-        return [Answer("", self.decide(question), self.seconds) for question in questions]
+        return [Action("", self.decide(question), self.seconds) for question in questions]
 
 
 def two_threads(slow_seconds, decide=lambda question: question.state):
@@ -190,7 +190,7 @@ def test_a_plan_counts_from_when_it_arrives_and_the_next_one_is_made_then():
     agent, fast, slow = two_threads(1.0)
     times = [0.4 * n for n in range(8)]
     for n, time in enumerate(times):
-        answer = agent.answer([Question("r", f"s{n}", MOVES, time=time, game="g")])[0]
+        answer = agent.answer([Turn("r", f"s{n}", MOVES, time=time, game="g")])[0]
         assert (answer.choice, answer.seconds) == ("jab", 0.1)
     assert [(question.state, question.answers) for question in slow.seen] == [
         (state, ("attack", "keep away")) for state in ("s0", "s3", "s6")
@@ -206,11 +206,11 @@ def test_a_plan_counts_from_when_it_arrives_and_the_next_one_is_made_then():
 
 def test_a_plan_without_delay_counts_at_once_and_an_invalid_one_never():
     agent, fast, slow = two_threads(0.0)
-    agent.answer([Question("r", "s0", MOVES, game="g")])
+    agent.answer([Turn("r", "s0", MOVES, game="g")])
     assert fast.seen[0].state == "Your plan: s0.\ns0"
     agent, fast, slow = two_threads(0.5, lambda question: "attack" if question.state == "s0" else None)
     for n in range(4):
-        agent.answer([Question("r", f"s{n}", MOVES, time=float(n), game="g")])
+        agent.answer([Turn("r", f"s{n}", MOVES, time=float(n), game="g")])
     assert len(slow.seen) == 4
     assert ["attack" in question.state for question in fast.seen] == [False, True, True, True]
 
@@ -218,12 +218,12 @@ def test_a_plan_without_delay_counts_at_once_and_an_invalid_one_never():
 def test_games_do_not_share_plans_and_a_new_one_begins_without():
     agent, fast, slow = two_threads(1.0)
     for time in (0.0, 2.0):
-        agent.answer([Question("r", f"{game} {time}", MOVES, time=time, game=game) for game in "ab"])
+        agent.answer([Turn("r", f"{game} {time}", MOVES, time=time, game=game) for game in "ab"])
     assert [question.state for question in fast.seen[2:]] == [
         "Your plan: a 0.0.\na 2.0",
         "Your plan: b 0.0.\nb 2.0",
     ]
-    agent.answer([Question("r", "again", MOVES, time=0.0, game="a")])
+    agent.answer([Turn("r", "again", MOVES, time=0.0, game="a")])
     assert fast.seen[-1].state == "again"
     assert slow.seen[-1].state == "again"
     with pytest.raises(ConfigError, match="plans"):

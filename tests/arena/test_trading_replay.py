@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tenfold.arena.agents import Answer
+from tenfold.arena.agents import Action
 from tenfold.arena.trading.agents import RandomTrader, RuleTrader
 from tenfold.arena.trading.files import SECOND, Bars, Quotes, read_bars, read_quotes
 from tenfold.arena.trading.paper import PaperRules, play_paper, released_orders, stated_orders
@@ -26,7 +26,7 @@ class Script:
     def answer(self, questions):
         self.questions += questions
         said = self.says.pop(0) if self.says else "hold"
-        return [Answer(said, said, self.seconds)]
+        return [Action(said, said, self.seconds)]
 
 
 def bars_of(opens, start=NOON, step=1, ticker="X", **columns):

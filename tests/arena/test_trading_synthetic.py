@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tenfold.arena.agents import Answer
+from tenfold.arena.agents import Action
 from tenfold.arena.trading.agents import RandomTrader, ScriptedTrader
 from tenfold.arena.trading.market_day import (
     ask_market,
@@ -123,7 +123,7 @@ class Counting:
 
     def answer(self, questions):
         self.asked += [question.state for question in questions]
-        return [Answer(question.answers[0], question.answers[0], 0.0) for question in questions]
+        return [Action(question.answers[0], question.answers[0], 0.0) for question in questions]
 
 
 def test_a_sweep_asks_each_question_once():
@@ -139,7 +139,7 @@ def outcomes(seconds, choice="first", rules=None, seed=0):
     day = draw_market(seed, rules or MarketRules(events=20))
     texts = [question.answers[0] if choice == "first" else choice for question in market_questions(day)]
     answers = [
-        Answer(text, text if choice in ("first", "pass") else None, took)
+        Action(text, text if choice in ("first", "pass") else None, took)
         for text, took in zip(texts, np.broadcast_to(seconds, 20), strict=True)
     ]
     return settle_market(day, {"one": answers})
@@ -155,7 +155,7 @@ def test_invalid_answers_count_and_do_nothing():
 def test_an_order_with_the_jump_is_not_valid():
     day = draw_market(0, MarketRules(events=20))
     with_it = ["buy" if side > 0 else "sell" for side in day.side]
-    play = settle_market(day, {"one": [Answer(text, text, 0.0) for text in with_it]})
+    play = settle_market(day, {"one": [Action(text, text, 0.0) for text in with_it]})
     assert play.outcomes("one") == {"invalid": 20}
 
 
@@ -264,9 +264,9 @@ def test_rules_that_cannot_be_meant(wrong, named):
 def test_what_cannot_be_charged():
     day = draw_market(0, MarketRules(events=2))
     with pytest.raises(DataError, match="one, answer 2: took -1"):
-        settle_market(day, {"one": [Answer("pass", "pass", 0.0), Answer("pass", "pass", -1.0)]})
+        settle_market(day, {"one": [Action("pass", "pass", 0.0), Action("pass", "pass", -1.0)]})
     with pytest.raises(DataError, match="1 answers to 2"):
-        settle_market(day, {"one": [Answer("pass", "pass", 0.0)]})
+        settle_market(day, {"one": [Action("pass", "pass", 0.0)]})
     with pytest.raises(ConfigError, match="two are called 'random'"):
         play_market([RandomTrader(), RandomTrader()], 0)
 

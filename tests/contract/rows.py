@@ -431,6 +431,30 @@ LOSPARSE_TRAINED = Row(
     page="losparse",
 )
 
+# ---- games ----------------------------------------------------------------------------------------------------------
+
+NOBODY = ({"agents": ("scripted:lots", "random")}, {"latency": "soon"}, {"latencies": (-1.0,)}, {"workers": 0})
+FIGHTERS = ("tiny:llama@fixed:0.1", "scripted:0.8", "random")
+FIGHTING = Row(
+    "fighting",
+    {"agents": FIGHTERS, "pairs": 2, "seconds": 5, "latencies": (0.0, 0.5), "replays": 1},
+    (*NOBODY, {"agents": ("random",)}, {"agents": ("rule:0.1", "random")}, {"seconds": 1}, {"pairs": 0}),
+    lambda found: found["games"] == 12,
+    subjects=frozenset(FIGHTERS),
+    metrics=frozenset({"strength", "invalid_answers", "latency_p50"}),
+    page="arena",
+)
+TRADERS = ("tiny:llama", "scripted:0.8", "random")
+TRADING = Row(
+    "trading",
+    {"agents": TRADERS, "days": 3, "latencies": (0.0, 0.5), "synthetic": {"events": 4}},
+    (*NOBODY, {"agents": ("rule:0.1",)}, {"market": "replay"}, {"days": 0}),
+    lambda found: found["days"] == 3,
+    subjects=frozenset(TRADERS),
+    metrics=frozenset({"yield", "right_readings", "latency_p95"}),
+    page="arena",
+)
+
 # ---- preferences ----------------------------------------------------------------------------------------------------
 
 PAIRS = {
@@ -495,4 +519,20 @@ AUDIT = Row(
     page="r3m",
 )
 
-ROWS = (ADALORA, LORA, FULL, PASTA, PROFILE, AUTOPASTA, GEAR, MASFORMER, LOSPARSE, LOSPARSE_TRAINED, REWARD, DPO, AUDIT)
+ROWS = (
+    ADALORA,
+    LORA,
+    FULL,
+    PASTA,
+    PROFILE,
+    AUTOPASTA,
+    GEAR,
+    MASFORMER,
+    LOSPARSE,
+    LOSPARSE_TRAINED,
+    REWARD,
+    DPO,
+    AUDIT,
+    FIGHTING,
+    TRADING,
+)

@@ -33,7 +33,7 @@ def test_the_summary_says_what_was_done(row, whole):
     assert summary.continues_with == (row.model and row.makes[row.model])
     wanted = row.config.model_dump(mode="json", include=set(row.keys))
     assert {key: summary.config[key] for key in wanted} == wanted
-    if summary.config["data"] is not None:
+    if summary.config.get("data") is not None:
         assert summary.inputs["data"]["sha256"]
     assert (whole(row).out / "report.html").stat().st_size > 10_000
 

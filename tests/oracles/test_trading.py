@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tenfold.arena.agents import Answer
+from tenfold.arena.agents import Action
 from tenfold.arena.trading.agents import RuleTrader, ScriptedTrader
 from tenfold.arena.trading.files import SECOND, Bars, Quotes
 from tenfold.arena.trading.market_day import play_market, settle_market, sweep_market, trade_jumps
@@ -58,7 +58,7 @@ class Swayed:
         found = []
         for question in questions:
             choice = question.answers[zlib.crc32(question.state.encode()) % len(question.answers)]
-            found.append(Answer(choice, choice, self.seconds))
+            found.append(Action(choice, choice, self.seconds))
         return found
 
 
@@ -125,7 +125,7 @@ class Plan:
     def answer(self, questions):
         said = self.says[self.asked % len(self.says)]
         self.asked += 1
-        return [Answer(said, said, self.seconds)]
+        return [Action(said, said, self.seconds)]
 
 
 def test_02_paper_decay():
@@ -218,7 +218,7 @@ class Silent:
     name = "silent"
 
     def answer(self, questions):
-        return [Answer("", None, 0.0) for _ in questions]
+        return [Action("", None, 0.0) for _ in questions]
 
 
 def test_08_priority():
@@ -260,7 +260,7 @@ def test_08_level_by_level(before, quantity, size):
 def test_08_in_the_record():
     rules = MarketRules(notional=80, size=100, events=20, level=0.002)
     day = draw_market(0, rules)
-    orders = [Answer(text, text, 0.0) for text in ("sell" if side > 0 else "buy" for side in day.side)]
+    orders = [Action(text, text, 0.0) for text in ("sell" if side > 0 else "buy" for side in day.side)]
     play = settle_market(day, {"quick": orders, "slow": orders}, {"quick": 0.1, "slow": 0.1 + 1e-9})
     entries = [trade for trade in play.trades if trade.reason == "order"]
     for quick, slow in zip(entries[::2], entries[1::2], strict=True):

@@ -50,15 +50,16 @@ def test_a_folder_of_the_user_keeps_every_file(out, tmp_path, monkeypatch, capsy
 
 
 VERBS = {
-    "adapt": ["--data", "ROWS", "--steps", "1"],
-    "align": ["--data", "ROWS"],
-    "audit": ["--data", "ROWS"],
-    "lengthen": ["--data", "ROWS"],
-    "compress": ["--data", "ROWS"],
-    "steer": ["--prompts", "<mark>a</mark>"],
-    "generate": [],
-    "evaluate": ["--data", "ROWS", "--tasks", "perplexity"],
-    "export": [],
+    "adapt": ["tiny:llama", "--data", "ROWS", "--steps", "1"],
+    "align": ["tiny:llama", "--data", "ROWS"],
+    "audit": ["tiny:llama", "--data", "ROWS"],
+    "lengthen": ["tiny:llama", "--data", "ROWS"],
+    "compress": ["tiny:llama", "--data", "ROWS"],
+    "steer": ["tiny:llama", "--prompts", "<mark>a</mark>"],
+    "generate": ["tiny:llama"],
+    "evaluate": ["tiny:llama", "--data", "ROWS", "--tasks", "perplexity"],
+    "play": [],
+    "export": ["tiny:llama"],
 }
 
 
@@ -68,7 +69,7 @@ def test_no_verb_writes_into_a_folder_of_the_user(verb, number_rows, tmp_path, m
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     flags = [str(number_rows) if word == "ROWS" else word for word in VERBS[verb]]
     assert set(VERBS) == set(verbs())
-    assert cli.main([verb, "tiny:llama", *flags, "--out", "."]) == 2
+    assert cli.main([verb, *flags, "--out", "."]) == 2
     assert "holds files that no run wrote (recipe.yaml)" in capsys.readouterr().err
     assert contents(tmp_path) == {"recipe.yaml": RECIPE.encode()}
 

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tenfold.arena.agents import Agent, Answer, Question
+from tenfold.arena.agents import Agent, Action, Turn
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.moves import INPUTS, NEUTRAL
 from tenfold.arena.fighting.plans import NOTHING, PLANS, Plan, named_move
@@ -118,7 +118,7 @@ class _Seat:
         self.side, self.harness, self.hold = side, harness, INPUTS.index(harness.hold)
         self.plan: Plan = ()
         self.at = 0  # frames of the plan that are over
-        self.asked: tuple[Question, int] | None = None  # and not answered, with the frames that were over
+        self.asked: tuple[Turn, int] | None = None  # and not answered, with the frames that were over
         self.awaited: Decision | None = None  # answered, and not begun
         self.lands = self.expected = 0
         self.last = NO_MOVE
@@ -133,7 +133,7 @@ class _Seat:
     def _is_idle(self, fight: Fight) -> bool:
         return self.at >= len(self.plan) and fight.fighters[self.side][MODE] <= RETREATING
 
-    def question(self, fight: Fight, last_moves: tuple[str, str], seed: int, game: str) -> Question:
+    def question(self, fight: Fight, last_moves: tuple[str, str], seed: int, game: str) -> Turn:
         """What is asked now."""
         question = fight_question(
             self._predicted(fight) if self.harness.predict else fight,
@@ -156,7 +156,7 @@ class _Seat:
             ahead.step(*((own, NEUTRAL) if self.side == 0 else (NEUTRAL, own)))
         return ahead
 
-    def hear(self, answer: Answer, now: int) -> None:
+    def hear(self, answer: Action, now: int) -> None:
         """An answer was given; it waits for its time."""
         if self.asked is None:
             raise DataError(f"answer: player {self.side} was not asked", remedy="answer each question once")
@@ -212,7 +212,7 @@ def frames_of(seconds: float) -> int:
     return math.ceil(round(FRAMES_PER_SECOND * seconds, 6))  # rounded: 60 * (7 / 60) is above 7
 
 
-Asked = list[tuple[int, Question]]
+Asked = list[tuple[int, Turn]]
 """Questions of one moment, each with the player it is for."""
 
 
@@ -236,7 +236,7 @@ class Bout:
     >>> [side for side, question in bout.ask()]
     [0, 1]
     >>> bout.step()
-    >>> bout.hear(0, Answer("jab", "jab", seconds=1 / 60))
+    >>> bout.hear(0, Action("jab", "jab", seconds=1 / 60))
     >>> bout.ask(), bout.asked_at(0), bout.asked_at(1), bout.fight.frame
     ([], None, 0, 1)
     """
@@ -267,7 +267,7 @@ class Bout:
         seeds = [2 * self.seed + stream for stream in self.streams]
         return [(seat.side, seat.question(self.fight, last, seeds[seat.side], game)) for seat in asking]
 
-    def hear(self, side: int, answer: Answer) -> None:
+    def hear(self, side: int, answer: Action) -> None:
         """The answer to a player's question.
 
         Raises:
@@ -312,7 +312,7 @@ def fight_in_turns(
     harness: tuple[Harness, Harness] = (Harness(), Harness()),
     names: tuple[str, str] = ("", ""),
     bell: int = FRAMES,
-) -> Generator[Asked, list[Answer], FightRecord]:
+) -> Generator[Asked, list[Action], FightRecord]:
     """A fight that stops wherever somebody is asked, so that many can be played side by side.
 
     Yields questions, is sent their answers in the same order, and returns the record. See `play_fight`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from tenfold.arena.agents import Question
+from tenfold.arena.agents import Turn
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.moves import MOVES
 from tenfold.arena.fighting.plans import ANSWERS
@@ -71,7 +71,7 @@ def fight_question(
     seed: int = 0,
     time: float = 0.0,
     game: str = "",
-) -> Question:
+) -> Turn:
     """The question that a player is asked.
 
     Args:
@@ -92,7 +92,7 @@ def fight_question(
     view = FightView(fight, side)
     state = state_in_words(fight, side, last_moves) + "\nYour move:"
     rules = RULES if fight.bell == FRAMES else _until(fight.bell)
-    return Question(rules, state, ANSWERS, view, seed, time, game)
+    return Turn(rules, state, ANSWERS, view, seed, time, game)
 
 
 def state_in_words(fight: Fight, side: int, last_moves: tuple[str, str]) -> str:
@@ -123,7 +123,7 @@ def _doing(fighter: list[int]) -> str:
     mode = fighter[MODE]
     if mode == ATTACKING:
         move, time = fighter[MOVE], fighter[TIME]
-        phase = "starting" if time < STARTUP[move] else "hitting" if time <= LAST_ACTIVE[move] else "recovering"
+        phase = "starting" if time <= STARTUP[move] else "hitting" if time <= LAST_ACTIVE[move] else "recovering"
         return f"{phase} {NAMES[move]}"
     if mode in (STUNNED, LYING):
         return f"{DOING[mode]} for {fighter[TIME]} more frames"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tenfold.arena.agents import Answer, Question
+from tenfold.arena.agents import Action, Turn
 from tenfold.arena.fighting.moves import MOVES
 from tenfold.arena.fighting.plans import ANSWERS
 from tenfold.arena.fighting.question import FightView, pixels_apart, pixels_to_bolt
@@ -53,15 +53,15 @@ class ScriptedFighter:
         self.quality = quality
         self.seconds = seconds
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """One answer for each question."""
         return [self._answer(question) for question in questions]
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: Turn) -> Action:
         draw = np.random.default_rng(question.seed)
         moves = good_moves(question.view) if draw.random() < self.quality else ANSWERS
         move = moves[int(draw.integers(len(moves)))] if len(moves) > 1 else moves[0]
-        return Answer(move, move, self.seconds)
+        return Action(move, move, self.seconds)
 
 
 def good_moves(view: FightView) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tenfold.arena.agents import Question
+from tenfold.arena.agents import Turn
 from tenfold.arena.trading.record import Line, MarketDecision, MarketPlay, Trade, clock
 
 
@@ -157,7 +157,7 @@ Past prices are {spacing} s apart, oldest first. {form}"""
 
 def account_question(
     rules: str, view: AccountView, seed: int, time: float, game: str, quantities: bool = False
-) -> Question:
+) -> Turn:
     """A question about an account.
 
     Answers: ``hold``, and what can be bought and sold now, by ticker; with ``quantities`` as dictionaries of whole
@@ -171,7 +171,7 @@ def account_question(
                 answers.append(order)
     head = f"Time {clock(view.time)}, {view.left:.0f} s to the cut-off. Cash {view.cash:.2f}."
     lines = (head, *map(_ticker_line, view.tickers), f"Answer with {' or '.join(answers)}. Your answer:")
-    return Question(rules, "\n".join(lines), tuple(answers), view, seed, time, game)
+    return Turn(rules, "\n".join(lines), tuple(answers), view, seed, time, game)
 
 
 def _ticker_line(each: TickerView) -> str:

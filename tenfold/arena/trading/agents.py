@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tenfold.arena.agents import Answer, Question
+from tenfold.arena.agents import Action, Turn
 from tenfold.errors import ConfigError
 
 
@@ -29,13 +29,13 @@ class ScriptedTrader:
         self.name = name or f"scripted:{accuracy:g}"
         self.accuracy, self.seconds, self.seed = accuracy, seconds, seed
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """Trade against what is read as reverting, pass otherwise."""
         found = []
         for question in questions:
             right = np.random.default_rng((self.seed, question.seed)).random() < self.accuracy
             choice = question.answers[0] if question.view.reverts == right else question.answers[-1]
-            found.append(Answer(choice, choice, self.seconds))
+            found.append(Action(choice, choice, self.seconds))
         return found
 
 
@@ -51,13 +51,13 @@ class RandomTrader:
     def __init__(self, seconds: float = 0.0, seed: int = 0, name: str = "random") -> None:
         self.name, self.seconds, self.seed = name, seconds, seed
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """One of the answers of each question."""
         found = []
         for question in questions:
             draw = np.random.default_rng((self.seed, question.seed)).integers(len(question.answers))
             choice = question.answers[draw]
-            found.append(Answer(choice, choice, self.seconds))
+            found.append(Action(choice, choice, self.seconds))
         return found
 
 
@@ -78,11 +78,11 @@ class RuleTrader:
         self.name = name or f"rule:{margin:g}"
         self.margin, self.seconds, self.again = margin, seconds, again
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+    def answer(self, questions: Sequence[Turn]) -> list[Action]:
         """What the rule says of the first ticker that it says something of, else ``hold``."""
-        return [Answer(choice, choice, self.seconds) for choice in map(self._choice, questions)]
+        return [Action(choice, choice, self.seconds) for choice in map(self._choice, questions)]
 
-    def _choice(self, question: Question) -> str:
+    def _choice(self, question: Turn) -> str:
         for each in question.view.tickers:
             if each.held and each.high >= each.cost * (1 + self.margin):
                 return f"sell {each.ticker}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tenfold.arena.agents import Agent, Answer, Question
+from tenfold.arena.agents import Agent, Action, Turn
 from tenfold.arena.trading.record import (
     DRAWN,
     Line,
@@ -95,7 +95,7 @@ An order is worth {rules.notional:g} and costs {rules.cost:.2%}. The market clos
 Answer with one of the words offered, and nothing else."""
 
 
-def market_questions(market: Market) -> list[Question]:
+def market_questions(market: Market) -> list[Turn]:
     """One question for each jump, in order. Answers: the order against the jump first, then ``pass``.
 
     An order with the jump is not offered: only the side that trades against it is displayed while a price is displaced.
@@ -104,7 +104,7 @@ def market_questions(market: Market) -> list[Question]:
     for i, jump in enumerate(_jumps(market)):
         answers = ("sell" if jump.side > 0 else "buy", "pass")
         seed, time = int(market.seeds[i]), float(market.start[i])
-        found.append(Question(prompt, _state(market, i, jump), answers, jump, seed, time, game))
+        found.append(Turn(prompt, _state(market, i, jump), answers, jump, seed, time, game))
     return found
 
 
@@ -209,7 +209,7 @@ def _asked(start: Whole, seconds: Floats) -> Mask:
 
 
 def settle_market(
-    market: Market, answers: dict[str, Sequence[Answer]], latency: dict[str, float] | None = None
+    market: Market, answers: dict[str, Sequence[Action]], latency: dict[str, float] | None = None
 ) -> MarketPlay:
     """What a day comes to, given what everybody answers to its questions.
 
@@ -239,8 +239,8 @@ def settle_market(
 
 def _record(
     market: Market,
-    questions: list[Question],
-    answers: dict[str, Sequence[Answer]],
+    questions: list[Turn],
+    answers: dict[str, Sequence[Action]],
     seconds: Floats,
     fills: Fills,
 ) -> MarketPlay:
@@ -283,7 +283,7 @@ def _record(
     )
 
 
-def _decision(name: str, at: float, took: float, state: str, said: Answer, outcome: str) -> MarketDecision:
+def _decision(name: str, at: float, took: float, state: str, said: Action, outcome: str) -> MarketDecision:
     if outcome == "busy":
         return MarketDecision(name, at, 0.0, state, "", None, "busy")
     kind: Outcome = outcome  # type: ignore[assignment]  # numpy forgets which texts these are
@@ -318,7 +318,7 @@ def _drawn(market: Market) -> dict[str, Prices]:
     return found
 
 
-def ask_market(agents: Sequence[Agent], market: Market) -> dict[str, Sequence[Answer]]:
+def ask_market(agents: Sequence[Agent], market: Market) -> dict[str, Sequence[Action]]:
     """Each agent's answers to all questions of a day.
 
     Raises:

@@ -16,7 +16,7 @@ from datetime import datetime, time
 
 import numpy as np
 
-from tenfold.arena.agents import Agent, Answer
+from tenfold.arena.agents import Agent, Action
 from tenfold.arena.trading.account import (
     Account,
     AccountView,
@@ -270,7 +270,7 @@ class _Day:
             book.value(now, self._worth(account, {name: self.middle(name, step) for name in self.names}))
 
     def _orders(
-        self, answer: Answer, offered: Sequence[str], account: Account, step: int
+        self, answer: Action, offered: Sequence[str], account: Account, step: int
     ) -> Mapping[str, float] | None:
         """Quantities by ticker, above 0 to buy; None where the answer is not valid."""
         if self.parser is not None:

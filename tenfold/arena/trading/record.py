@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import time
 from typing import Any, Literal
 
-from tenfold.arena.agents import Answer
+from tenfold.arena.agents import Action
 from tenfold.errors import ConfigError, DataError
 
 Outcome = Literal["traded", "passed", "invalid", "late", "busy", "rejected", "unfilled"]
@@ -206,7 +206,7 @@ def check_names(names: Sequence[str]) -> None:
         raise ConfigError(f"agents: {what}", remedy="give one or more, each with a name of its own")
 
 
-def check_answers(agent: str, answers: Sequence[Answer], expected: int) -> None:
+def check_answers(agent: str, answers: Sequence[Action], expected: int) -> None:
     """Refuse answers that no clock can be charged with.
 
     Raises:
