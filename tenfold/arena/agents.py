@@ -60,5 +60,5 @@ class Agent(Protocol):
     name: str
 
     def answer(self, questions: Sequence[Turn]) -> list[Action]:
-        """One answer for each question, in their order; questions that are asked together do not wait for each other."""
+        """One answer for each, in their order; turns that are asked together do not wait for each other."""
         ...

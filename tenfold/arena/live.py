@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tenfold.arena.agents import Agent, Action
+from tenfold.arena.agents import Action, Agent
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.picture import WIDTH, fight_as_text
 from tenfold.arena.fighting.play import Bout, Decision, FightRecord, Harness, frames_of, play_fight, replay

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from tenfold.arena.agents import Agent, Action, Turn
+from tenfold.arena.agents import Action, Agent, Turn
 from tenfold.arena.latency import Latency
 from tenfold.engines.requests import Engine, Request
 from tenfold.errors import ConfigError, RunError

@@ -74,7 +74,20 @@ def is_table(row, path):
     assert {len(line) for line in lines} == {len(head)}
 
 
-IS = {"adapter": is_adapter, "model": is_model, "profile": is_profile, "rows": is_rows, "table": is_table}
+def is_traces(row, path):
+    """A line of JSON for each game, all with the same keys."""
+    games = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({frozenset(game) for game in games}) == 1
+
+
+IS = {
+    "adapter": is_adapter,
+    "model": is_model,
+    "profile": is_profile,
+    "rows": is_rows,
+    "table": is_table,
+    "traces": is_traces,
+}
 MADE = [pytest.param(row, name, kind, id=f"{row.name}-{name}") for row in ROWS for name, kind in row.makes.items()]
 TAKEN = [
     pytest.param(maker, name, taker, key, id=f"{maker.name}-{taker.name}")

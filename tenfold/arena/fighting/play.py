@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tenfold.arena.agents import Agent, Action, Turn
+from tenfold.arena.agents import Action, Agent, Turn
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.moves import INPUTS, NEUTRAL
 from tenfold.arena.fighting.plans import NOTHING, PLANS, Plan, named_move

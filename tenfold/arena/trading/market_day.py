@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tenfold.arena.agents import Agent, Action, Turn
+from tenfold.arena.agents import Action, Agent, Turn
 from tenfold.arena.trading.record import (
     DRAWN,
     Line,

@@ -16,7 +16,7 @@ from datetime import datetime, time
 
 import numpy as np
 
-from tenfold.arena.agents import Agent, Action
+from tenfold.arena.agents import Action, Agent
 from tenfold.arena.trading.account import (
     Account,
     AccountView,

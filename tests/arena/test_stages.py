@@ -1,0 +1,183 @@
+"""The arena from recipes and the command line: who plays, what is refused, and that workers change nothing."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tenfold import cli
+from tenfold.arena.fighting.play import play_fight
+from tenfold.arena.fighting.scripted import ScriptedFighter
+from tenfold.config.arena import FightingConfig, TradingConfig, parse_agent
+from tenfold.errors import ConfigError
+
+from ..runs import execute
+
+
+def games(out, stage="fighting"):
+    return [json.loads(line) for line in (out / f"01-{stage}/games.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "number", "engine", "source", "latency"),
+    [
+        ("scripted:0.6@fixed:0.2", "scripted", 0.6, "transformers", "", "fixed:0.2"),
+        ("random", "random", None, "transformers", "", None),
+        ("rule:0.01", "rule", 0.01, "transformers", "", None),
+        ("tiny:llama@tokens:300,30", "model", None, "transformers", "tiny:llama", "tokens:300,30"),
+        ("llama.cpp:a b.gguf", "model", None, "llama.cpp", "a b.gguf", None),
+        ("http://me:8000/v1#some/model@measured", "model", None, "openai", "http://me:8000/v1", "measured"),
+        ("runs/my@home/model", "model", None, "transformers", "runs/my@home/model", None),
+    ],
+)
+def test_agents_are_read(text, kind, number, engine, source, latency):
+    spec = parse_agent(text)
+    assert (spec.kind, spec.number, spec.engine, spec.source) == (kind, number, engine, source)
+    assert (spec.text, spec.latency) == (text, latency)
+
+
+def test_a_fast_and_a_slow_model():
+    spec = parse_agent("tiny:gpt2@fixed:0.1+tiny:llama@fixed:2")
+    assert (spec.source, spec.latency, spec.planner.source, spec.planner.latency) == (
+        "tiny:gpt2", "fixed:0.1", "tiny:llama", "fixed:2")  # fmt: skip
+    config = FightingConfig(agents=("tiny:gpt2+tiny:llama", "random"))
+    assert set(config.models().values()) == {"tiny:gpt2", "tiny:llama"}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"agents": ("scripted:0.5", "scripted:0.5")}, "named twice"),
+        ({"agents": ("scripted:", "random")}, "scripted takes a number"),
+        ({"agents": ("http://me/v1", "random")}, "which model of the server"),
+        ({"agents": ("", "random")}, "names nobody"),
+        ({"agents": ("human", "human")}, "named twice"),
+        ({"agents": ("human", "random", "scripted:1")}, "a person fights one other agent"),
+        ({"agents": ("human", "random"), "latencies": (0.1,)}, "takes the time that it takes"),
+        ({"agents": ("scripted:0.5+random", "random")}, "takes two models"),
+        ({"agents": ("rule:0.1", "random")}, "rule:MARGIN trades"),
+    ],
+)
+def test_who_cannot_fight(values, said):
+    with pytest.raises(ConfigError, match=said):
+        FightingConfig.parse(values, "fighting")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"market": "replay", "agents": ("rule:0.1",)}, r"recorded\.bars: missing"),
+        ({"market": "replay", "agents": ("rule:0.1",), "recorded": {"bars": {"A": "a.csv"}}}, r"recorded\.zone"),
+        ({"market": "replay", "recorded": {"bars": {"A": "a.csv"}, "zone": "UTC"}}, "reads synthetic jumps"),
+        ({"agents": ("random",), "recorded": {"bars": {"A": "a.csv"}}}, "market is synthetic"),
+        ({"agents": ("rule:0.1",)}, "reads recorded markets"),
+    ],
+)
+def test_what_cannot_be_traded(values, said):
+    with pytest.raises(ConfigError, match=said):
+        TradingConfig.parse(values, "trading")
+
+
+def test_values_that_only_the_games_know(tmp_path, capsys):
+    for agents, said in (
+        (["scripted:1.5", "random"], "agents: scripted:1.5: quality"),
+        (["scripted:1@fixed:-1", "random"], "agents: scripted:1@fixed:-1: latency"),
+        (["tiny:nothing", "random"], "tiny:nothing"),
+    ):
+        assert cli.main(["play", "fighting", "--agents", *agents, "--out", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_games_are_those_of_the_seed(tmp_path):
+    """What a tournament keeps is what a fight by hand gives, whoever sits where, also from several processes."""
+    stage = {"use": "fighting", "agents": ["scripted:0.9@fixed:0.1", "random"], "pairs": 2, "seconds": 8}
+    execute({"seed": 7, "stages": [stage]}, tmp_path / "one")
+    execute({"seed": 7, "stages": [{**stage, "workers": 2}]}, tmp_path / "two")
+    found = games(tmp_path / "one")
+    assert found == games(tmp_path / "two")
+    assert [(game["first"], game["seed"]) for game in found] == [
+        (name, seed) for seed in (7, 8) for name in ("scripted:0.9@fixed:0.1", "random")
+    ]
+    good, bad = ScriptedFighter(0.9, 0.1), ScriptedFighter(0.0, 0.2)
+    for game in found:
+        pair = (good, bad) if game["first"] == "scripted:0.9@fixed:0.1" else (bad, good)
+        record = play_fight(pair, game["seed"], bell=480)
+        assert (game["first health"], game["second health"]) == record.health
+        assert game["frames"] == record.frames <= 480
+    assert (tmp_path / "one/01-fighting/replays.html").stat().st_size > 20_000
+
+
+def test_models_play_in_one_process(tmp_path):
+    with pytest.raises(ConfigError, match="workers: models play in one process"):
+        execute({"stages": [{"use": "fighting", "agents": ["tiny:llama", "random"], "workers": 2}]}, tmp_path)
+
+
+def test_measured_latencies_repeat(tmp_path):
+    """What was measured is written down, and charged as written."""
+    stage = {"use": "trading", "agents": ["tiny:llama@measured"], "days": 1, "synthetic": {"events": 3}}
+    execute({"stages": [stage]}, tmp_path / "first")
+    trace = tmp_path / "first/01-trading/trace-1.jsonl"
+    known = [json.loads(line)["seconds"] for line in trace.read_text().splitlines()]
+    assert games(tmp_path / "first", "trading")[0]["seconds"] == known
+    execute({"stages": [{**stage, "agents": [f"tiny:llama@trace:{trace}"]}]}, tmp_path / "again")
+    assert games(tmp_path / "again", "trading")[0]["seconds"] == known
+
+
+def test_a_recording_is_replayed(tmp_path, capsys):
+    """A price that rises all day: who buys at once earns more than who buys later."""
+    bars = tmp_path / "bars.csv"
+    price = 100 * np.exp(np.arange(3000) * 1e-6)
+    lines = [f"{9 + (1800 + n) // 3600:02}:{(30 + n // 60) % 60:02}:{n % 60:02},{p},{p * 1.004},{p * 0.996},{p}"
+             for n, p in enumerate(price)]  # fmt: skip
+    bars.write_text("time,open,high,low,close\n" + "\n".join(lines) + "\n")
+    command = ["play", "trading", "--market", "replay", "--recorded.bars", "UP", str(bars), "--recorded.zone", "UTC",
+               "--recorded.day", "2024-01-02", "--recorded.trigger", "0", "--agents", "rule:0.007"]  # fmt: skip
+    assert cli.main([*command, "--latencies", "0", "600", "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run/01-trading/summary.json").read_text())
+    curve = next(figure for figure in summary["figures"] if figure["title"] == "Yield of a day")
+    at_once, later = curve["series"][0]["y"]
+    assert at_once > later > 0
+    bars.write_text("\n".join(["time,open,high,low,close", *lines[:9], lines[3]]) + "\n")
+    assert cli.main([*command, "--out", str(tmp_path / "bad")]) == 2
+    assert f"{bars}, line 11" in capsys.readouterr().err
+
+
+def test_a_person_plays_from_the_command_line(tmp_path):
+    """Through a terminal: some keys, then giving up."""
+    leader, follower = pty.openpty()
+    code = "import sys; from tenfold import cli; sys.exit(cli.main(sys.argv[1:]))"
+    words = ["play", "fighting", "--agents", "human", "scripted:0.2", "--seconds", "60", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30",
+                   "PYTHONPATH": str(Path(__file__).parents[2])}  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdin=follower, stdout=follower, stderr=follower, env=environment
+    )
+    os.close(follower)
+    seen = b""
+    try:
+        while b"quit" not in seen and b"gives up" not in seen:  # the legend is there: the fight runs
+            seen += os.read(leader, 4096)
+        os.write(leader, b"q")
+        while True:
+            try:
+                if not os.read(leader, 4096):
+                    break
+            except OSError:  # the child closed its end
+                break
+        assert child.wait(timeout=20) == 0
+    finally:
+        child.kill()
+        os.close(leader)
+    game = games(tmp_path / "run")[0]
+    assert (game["first"], game["score"]) == ("human", 0.0)
+    assert (tmp_path / "run/01-fighting/replays.html").exists()
+
+
+def test_a_person_needs_a_terminal(tmp_path, capsys):
+    assert cli.main(["play", "fighting", "--agents", "human", "random", "--out", str(tmp_path / "out")]) == 2
+    assert "terminal" in capsys.readouterr().err
