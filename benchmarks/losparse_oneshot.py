@@ -147,8 +147,12 @@ def ours(subject: Subject, own: float = 0.0, **options: Any) -> At:
     return at
 
 
-OURS = {"rank and rows (LoSparse)": ours, "rank and rows, half of the text its own": partial(ours, own=0.5), "rank and rows, no refit": partial(ours, refit=False),
-        "rank and rows, all outputs alike": partial(ours, weigh=False)}  # fmt: skip
+OURS = {
+    "rank and rows (LoSparse)": ours,
+    "rank and rows, half of the text its own": partial(ours, own=0.5),
+    "rank and rows, no refit": partial(ours, refit=False),
+    "rank and rows, all outputs alike": partial(ours, weigh=False),
+}
 METHODS: dict[str, Callable[[Subject], At]] = {**PEERS, **OURS}
 """All that are asked for shares."""
 

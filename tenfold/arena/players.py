@@ -159,6 +159,15 @@ class Timed:
         return [replace(answer, seconds=self.latency.seconds(question, answer)) for question, answer in pairs]
 
 
+def at_latency(agent: Agent, latency: Latency) -> Agent:
+    """The same agent with answers that take something else; of two threads, those of the fast one."""
+    if isinstance(agent, TwoThread):
+        return TwoThread(at_latency(agent.fast, latency), agent.slow, agent.plans, name=agent.name)
+    found = Timed(agent.agent if isinstance(agent, Timed) else agent, latency)
+    found.name = agent.name
+    return found
+
+
 @dataclass
 class _Thread:
     """What a slow agent does in one game: the plan that is there, and the one that it is making."""
@@ -199,7 +208,9 @@ class TwoThread:
         self._threads: dict[str, _Thread] = {}
 
     def answer(self, questions: Sequence[Turn]) -> list[Action]:
-        """The fast agent's answers; the questions are of different games, or of different sides of one."""
+        """The fast agent's answers; questions of one game and side are answered one after the other."""
+        if len({question.game for question in questions}) < len(questions):
+            return [self.answer([question])[0] for question in questions]
         idle = {}
         for question in questions:
             thread = self._threads.get(question.game)

@@ -42,8 +42,9 @@ from tenfold.engines.requests import (
     for_each,
 )
 from tenfold.engines.writing import Choosing, Ends, Sampling
+from tenfold.errors import DataError
 from tenfold.models.generation import decoding, left_padded
-from tenfold.models.inference import evaluating, input_device
+from tenfold.models.inference import evaluating, input_device, max_positions
 from tenfold.models.memory import stored_bytes
 from tenfold.models.opened import Opened
 
@@ -383,6 +384,17 @@ def _since_special(tokenizer: Any, text: str) -> str:
 
 def _names(indices: Sequence[int]) -> list[str]:
     return [f"prompt {index + 1}" for index in indices]
+
+
+def _check_length(model: Any, tokens: int) -> None:
+    """Refuse what a table of positions has no rows for; rotary ones go on, at a loss that transformers warns of."""
+    most = max_positions(model)
+    rotary = getattr(model.config.get_text_config(), "rope_parameters", None)
+    if most is not None and tokens > most and not rotary:
+        raise DataError(
+            f"{tokens} tokens to read and write, and the model was built for {most}",
+            remedy="shorten the prompt or max_new_tokens, or take a model for longer texts",
+        )
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[list[int]]:

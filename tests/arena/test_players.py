@@ -215,6 +215,15 @@ def test_a_plan_without_delay_counts_at_once_and_an_invalid_one_never():
     assert ["attack" in question.state for question in fast.seen] == [False, True, True, True]
 
 
+def test_a_day_that_is_asked_at_once_is_planned_as_it_goes():
+    """Questions of one game in one batch give what they give one after the other."""
+    turns = [Turn("r", f"s{n}", MOVES, time=0.4 * n, game="g") for n in range(8)]
+    (together, fast, slow), (alone, fast_alone, slow_alone) = two_threads(1.0), two_threads(1.0)
+    assert together.answer(turns) == [alone.answer([turn])[0] for turn in turns]
+    assert [one.state for one in fast.seen] == [one.state for one in fast_alone.seen]
+    assert [one.state for one in slow.seen] == [one.state for one in slow_alone.seen] == ["s0", "s3", "s6"]
+
+
 def test_games_do_not_share_plans_and_a_new_one_begins_without():
     agent, fast, slow = two_threads(1.0)
     for time in (0.0, 2.0):

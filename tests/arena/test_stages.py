@@ -117,6 +117,17 @@ def test_models_play_in_one_process(tmp_path):
         execute({"stages": [{"use": "fighting", "agents": ["tiny:llama", "random"], "workers": 2}]}, tmp_path)
 
 
+def test_a_planner_and_other_latencies(tmp_path):
+    """Only the fast model's answers are charged, at whatever they are said to take."""
+    agent = "tiny:qwen2@fixed:0.1+tiny:llama@fixed:2"
+    days = {"use": "trading", "agents": [agent], "days": 2, "synthetic": {"events": 3}, "latencies": [0, 0.5]}
+    execute({"stages": [days]}, tmp_path / "trading")
+    assert {one for day in games(tmp_path / "trading", "trading") for one in day["seconds"]} == {0.1}
+    fights = {"use": "fighting", "agents": [agent, "random"], "pairs": 1, "seconds": 5, "latencies": [0.3]}
+    execute({"stages": [fights]}, tmp_path / "fighting")
+    assert {game["first latency"] for game in games(tmp_path / "fighting") if game["first"] == agent} == {0.1}
+
+
 def test_measured_latencies_repeat(tmp_path):
     """What was measured is written down, and charged as written."""
     stage = {"use": "trading", "agents": ["tiny:llama@measured"], "days": 1, "synthetic": {"events": 3}}

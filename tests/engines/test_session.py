@@ -194,3 +194,13 @@ def test_what_cannot_be_meant_is_refused(opened):
     opened.tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
         Session(opened).generate([Request(messages=[{"role": "user", "content": "b"}])])
+
+
+def test_a_prompt_beyond_the_table_of_positions_is_refused():
+    opened = tiny_model("gpt2")
+    most = opened.model.config.max_position_embeddings
+    fitting = opened.tokenizer.decode(opened.tokenizer("one two three " * most)["input_ids"][: most - 4])
+    length = len(opened.tokenizer(fitting)["input_ids"])
+    assert Session(opened).generate([Request(fitting, max_new_tokens=most - length)])[0].tokens > 0
+    with pytest.raises(DataError, match=f"{most + 1} tokens to read and write, and the model was built for {most}"):
+        Session(opened).generate([Request(fitting, max_new_tokens=most - length + 1)])

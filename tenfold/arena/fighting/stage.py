@@ -19,7 +19,7 @@ from tenfold.arena.human import HumanFighter
 from tenfold.arena.latency import Fixed, latency_metrics
 from tenfold.arena.lineup import line_up
 from tenfold.arena.live import outcome_in_words, play_live, watch_fight
-from tenfold.arena.players import Timed
+from tenfold.arena.players import at_latency
 from tenfold.arena.ratings import Ratings, rate
 from tenfold.arena.tournament import Played, Tournament, play_tournament
 from tenfold.config.arena import AgentSpec, FightingConfig
@@ -170,7 +170,7 @@ def _curves(config: FightingConfig, context: Context, agents: Mapping[str, Agent
     *others, last = config.agents
 
     def points(name: str, latency: float, seed: int) -> float:
-        agent: Any = Timed(agents[name].agent, Fixed(latency))  # type: ignore[attr-defined]
+        agent = at_latency(agents[name], Fixed(latency))
         left = _fight(config, agent, agents[last], seed).winner
         right = _fight(config, agents[last], agent, seed).winner
         return (SCORES[left] + 1 - SCORES[right]) / 2

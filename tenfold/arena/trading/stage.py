@@ -16,7 +16,7 @@ from tenfold.arena.curves import RewardCurve, curves_figure, curves_table, rewar
 from tenfold.arena.human import HumanTrader
 from tenfold.arena.latency import Fixed, latency_metrics
 from tenfold.arena.lineup import line_up
-from tenfold.arena.players import Timed
+from tenfold.arena.players import at_latency
 from tenfold.arena.trading.agents import RandomTrader, RuleTrader, ScriptedTrader
 from tenfold.arena.trading.files import Bars, read_bars, read_quotes
 from tenfold.arena.trading.market_day import ask_market, market_questions, settle_market
@@ -146,8 +146,7 @@ def _recorded(
     label = recorded.day or "the recorded day"
 
     def gain(name: str, latency: float, seed: int) -> float:
-        timed: Any = Timed(agents[name].agent, Fixed(latency))  # type: ignore[attr-defined]
-        return play([timed]).yields[timed.name]
+        return play([at_latency(agents[name], Fixed(latency))]).yields[name]
 
     curves = [_curve(name, config, context, partial(gain, name), [context.seed]) for name in agents if config.latencies]
     return [_day(whole, name, label) for name in agents], curves, whole.notes

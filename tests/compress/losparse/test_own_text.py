@@ -48,7 +48,9 @@ def test_seeds_decide_and_nothing_else_changes():
 def test_shares_of_the_calibration():
     """Half and half, also where the user's texts are few; and the user's alone on request."""
     opened = tiny_model("llama")
-    encoded = encode([Text(str(n), "one two three " * 40) for n in range(9)], opened.tokenizer, max_length=32, packing=True)
+    encoded = encode(
+        [Text(str(n), "one two three " * 40) for n in range(9)], opened.tokenizer, max_length=32, packing=True
+    )
     context = type("Context", (), {"seed": 0, "progress": staticmethod(lambda *_: None)})()
     for share, calibration in ((0.5, 256), (0.0, 256), (0.75, 10**6)):
         config = LoSparseConfig(own_text=share, calibration=calibration, max_length=32)
