@@ -36,7 +36,7 @@ def options(name: str) -> str:
     parts = [
         f"# Options of `{name}`",
         f"{_sentence(stage.summary)} In a recipe `use: {name}`, on the command line "
-        f"`tenfold {stage.verb} MODEL --method {name}`{_in_full(stage)}.",
+        f"`tenfold {stage.verb} {'MODEL --method ' if stage.needs.model else ''}{name}`{_in_full(stage)}.",
         _prose(stage.__doc__ or ""),
     ]
     for title, keys in _groups(stage):

@@ -175,6 +175,8 @@ class FightingConfig(PlayFields):
     """Ask for the next move while the last one is still being made."""
     predict: bool = False
     """Show the fight as it will stand when the answer is expected."""
+    hold: Literal["neutral", "back", "high", "low"] = "neutral"
+    """What is pressed while there is nothing to do: ``back`` walks away, ``high`` and ``low`` take up a guard."""
     replays: Annotated[int, Field(ge=0)] = 3
     """Fights of every two agents that are drawn in ``replays.html``, from the first on."""
     watch: Annotated[bool, Incidental()] = False

@@ -80,7 +80,7 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
 def _with_a_person(config: FightingConfig, context: Context, agents: Mapping[str, Agent]) -> StageOutput:
     """One fight, in the terminal."""
     one, other = agents.values()
-    harness = Harness(config.pipelined, config.predict)
+    harness = Harness(config.pipelined, config.predict, config.hold)
     bell = config.seconds * FRAMES_PER_SECOND
     with context.progress.paused():
         record = play_live((one, other), context.seed, harness=(harness, harness), bell=bell)
@@ -133,7 +133,7 @@ def _agents(config: FightingConfig, context: Context | None) -> dict[str, Agent]
 
 
 def _fight(config: FightingConfig, first: Agent, second: Agent, seed: int) -> FightRecord:
-    harness = Harness(config.pipelined, config.predict)
+    harness = Harness(config.pipelined, config.predict, config.hold)
     return play_fight((first, second), seed, harness=(harness, harness), bell=config.seconds * FRAMES_PER_SECOND)
 
 
