@@ -159,6 +159,7 @@ class Session:
         batch, start = [requests[index] for index in indices], time.perf_counter()
         with self._reading(requests, indices) as (inputs, make_cache, notes), evaluating(self.model):
             prompt = inputs["input_ids"].shape[1]
+            _check_length(self.model, prompt + max(request.max_new_tokens for request in batch))
             config = decoding(self.model, self.tokenizer, max(request.max_new_tokens for request in batch))
             config.return_dict_in_generate = True
             choices = [self._choices(requests[index], index, config.eos_token_id) for index in indices]

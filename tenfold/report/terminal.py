@@ -51,7 +51,7 @@ def players(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tu
     >>> summary = StageSummary(tenfold_version="", index=1, stage="", fingerprint="", config={}, seed=0,
     ...                        results=tuple(results))
     >>> players([summary])
-    (('what', 'a', 'b', 'unit'), [('fighting: strength', '0.50', '−0.50', '')])
+    (('what', 'a', 'b', 'unit'), [('fighting: strength', '0.500', '-0.500', '')])
     """
     results = [result for summary in summaries for result in summary.results]
     compared = {result.task for result in results if result.subject.partition(", ")[0] in SIDES}

@@ -376,7 +376,8 @@ def test_arrows_and_unknown_keys_are_no_moves():
 
 
 CHILD = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from tenfold.arena.fighting.scripted import ScriptedFighter
 from tenfold.arena.human import HumanFighter

@@ -29,6 +29,7 @@ class Fight:
     Args:
         bell: frames after which it ends at the latest.
 
+    >>> from tenfold.arena.fighting.rules import X
     >>> fight = Fight()
     >>> for _ in range(16):
     ...     fight.step(1, 0)
