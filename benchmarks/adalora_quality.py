@@ -48,8 +48,8 @@ TUNING_SEED = 100
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 BEYOND = (1e-4, 3e-4, *RATES, 1e-1, 3e-1)
 """Where the grid may grow to."""
-SIZES = ("small", "1", "2")
-"""Of the adapter: LoRA on q and v alone, or LoRA's rank on all linear layers; the others get as many parameters."""
+SIZES = ("small", "1")
+"""Of the adapter: LoRA on q and v alone, or LoRA of this rank on all linear layers; others get as many parameters."""
 GAMMA = 0.1
 SMALL = 57_600
 """Parameters of LoRA of rank 1 on q and v of the embedded model: what lies below one rank on all matrices."""
