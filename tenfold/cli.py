@@ -447,9 +447,11 @@ def _execute(plan: Any, out: Path) -> int:
         if summary.artefact:
             artefact = out / f"{summary.index:02d}-{summary.stage}" / summary.artefact
             console.print(f"{summary.stage}: {artefact}", markup=False, highlight=False)
-    for columns, rows in (figures(summaries), players(summaries)):
-        if rows:
-            _table("figures", columns, rows)
+    columns, rows = figures(summaries)
+    if rows:
+        _table("figures", columns, rows)
+    for title, columns, rows in players(summaries):
+        _table(title, columns, rows)
     console.print(f"report: {out / 'report.html'}", markup=False, highlight=False)
     return 0
 

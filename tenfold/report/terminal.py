@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tenfold.stage.numbers import scale_for
 from tenfold.stage.record import StageSummary
+from tenfold.stage.results import Result
 
 SIDES = ("before", "after", "model")
 """Subjects that have a column."""
@@ -42,31 +43,39 @@ def figures(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tu
     return ("what", *(("before", "after") if compared else ("model",)), "unit"), rows
 
 
-def players(summaries: Sequence[StageSummary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Column titles and rows of what was measured of several that are no model before and after: a column for each.
+def players(summaries: Sequence[StageSummary]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """What was measured of several that are no model before and after: by stage a title, columns, and a row for each.
 
     >>> from tenfold.stage.results import Metric, Result
-    >>> results = [Result(task="fighting", subject=name, metrics=(Metric(name="strength", value=value),))
-    ...            for name, value in (("a", 0.5), ("b", -0.5))]
-    >>> summary = StageSummary(tenfold_version="", index=1, stage="", fingerprint="", config={}, seed=0,
+    >>> results = [Result(task="fighting", subject=name, metrics=(Metric(name="latency", value=value, unit="s"),))
+    ...            for name, value in (("a", 0.2), ("b", 0.1))]
+    >>> summary = StageSummary(tenfold_version="", index=1, stage="fighting", fingerprint="", config={}, seed=0,
     ...                        results=tuple(results))
     >>> players([summary])
-    (('what', 'a', 'b', 'unit'), [('fighting: strength', '0.500', '-0.500', '')])
+    [('01-fighting', ('', 'latency, ms'), [('a', '200'), ('b', '100')])]
     """
-    results = [result for summary in summaries for result in summary.results]
-    compared = {result.task for result in results if result.subject.partition(", ")[0] in SIDES}
-    found: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
-    for result in results:
-        if result.task not in compared:
-            for metric in result.metrics:
-                found.setdefault((result.task, metric.name), ({}, metric.unit))[0][result.subject] = metric.value
-    names = list(dict.fromkeys(name for values, _ in found.values() for name in values))
-    rows = []
-    for (task, metric_name), (values, unit) in found.items():
-        scale = scale_for(list(values.values()), unit)
-        cells = (scale.text(values[name]) if name in values else "" for name in names)
-        rows.append((f"{task}: {metric_name}", *cells, scale.unit))
-    return ("what", *names, "unit"), rows
+    tables = []
+    for summary in summaries:
+        results = [one for one in summary.results if one.subject.partition(", ")[0] not in SIDES]
+        names = dict.fromkeys(metric.name for one in results for metric in one.metrics)
+        if len(results) < len(summary.results) or not results:
+            continue  # of a model, and its change
+        values = {name: {one.subject: one.metric(name) for one in results if _has(one, name)} for name in names}
+        scales = {
+            name: scale_for([metric.value for metric in of.values()], next(iter(of.values())).unit)
+            for name, of in values.items()
+        }
+        columns = ("", *(", ".join(filter(None, (name, scales[name].unit))) for name in names))
+        rows = [
+            (one.subject, *(scales[name].text(one.metric(name).value) if _has(one, name) else "" for name in names))
+            for one in results
+        ]
+        tables.append((summary.folder, columns, rows))
+    return tables
+
+
+def _has(result: Result, name: str) -> bool:
+    return any(metric.name == name for metric in result.metrics)
 
 
 def _sides(values: dict[str, float], unit: str) -> tuple[str, str, str] | None:
