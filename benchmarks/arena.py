@@ -75,7 +75,7 @@ def speed(repeats: int = 5) -> None:
             nonlocal ended
             for frame in range(FRAMES):
                 stepped = batch.step(pressed[frame % 64])
-                ended += int((stepped.terminated | stepped.truncated).sum())
+                ended += int((stepped.knocked_out | stepped.timed_out).sum())
 
         frames()  # compiles
         ended = 0
@@ -125,8 +125,7 @@ def fights() -> None:
 
 def _points(one: Agent, other: Agent, seed: int) -> float:
     """Of the first agent, from a fight on each side."""
-    left, right = play_fight((one, other), seed).winner, play_fight((other, one), seed).winner
-    return ({None: 0.5, 0: 1.0, 1: 0.0}[left] + {None: 0.5, 0: 0.0, 1: 1.0}[right]) / 2
+    return (play_fight((one, other), seed).score + 1 - play_fight((other, one), seed).score) / 2
 
 
 def markets() -> None:

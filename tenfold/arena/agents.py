@@ -40,8 +40,7 @@ class Action:
 
     Args:
         text: as it was said.
-        choice: the one of the question's ``answers`` that it is; None where it is none of them. It is charged all the
-            same.
+        choice: which of the turn's ``answers`` it is; None where it is another text, which is charged all the same.
         seconds: from the question to the answer, 0 or more, on the game's clock.
         prompt_tokens: that were read; 0 where no model was asked.
         tokens: that were written.

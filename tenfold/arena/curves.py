@@ -33,8 +33,8 @@ class RewardCurve:
         name: of the agent.
         x: the points: seconds of latency, shares of right decisions, or names.
         rewards: at each point one for each seed, the seeds in the same order.
-        bounded: whether they are scores within [0, 1], such as points of games. Their intervals are Wilson's, to whom
-            winning every game is no certainty; others are Student's t over seeds.
+        bounded: whether they are scores within [0, 1], such as points of games. Their intervals are Wilson's, which
+            stay wide where every game is won; others are Student's t over seeds.
     """
 
     name: str

@@ -65,7 +65,7 @@ class Keyboard:
         descriptor: of the terminal; the standard input by default.
 
     Raises:
-        ConfigError: on entering, where that is no terminal.
+        ConfigError: on entering, where that is not a terminal.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
@@ -120,7 +120,7 @@ def _terminal(descriptor: int | None) -> int:
         found, known = -1, False
     if not known:
         raise ConfigError(
-            "human: the standard input is no terminal, so there are no keys to play with",
+            "human: the standard input is not a terminal, so keys cannot be read",
             remedy="play in a terminal, without a pipe and not in the background, or let another agent play",
         )
     return found
@@ -184,7 +184,7 @@ class HumanTrader:
         """An answer for each question, one after the other, with the seconds from its showing to the key.
 
         Raises:
-            ConfigError: the standard input is no terminal.
+            ConfigError: the standard input is not a terminal.
             KeyboardInterrupt: the person quits.
         """
         return [self._answer(question) for question in questions]

@@ -198,7 +198,7 @@ def read_trace(path: Path) -> Trace:
         seconds = found.get("seconds") if isinstance(found, dict) else found
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not _is_time(seconds):
             raise DataError(
-                f"latency: {path}, line {number}: {line.strip()[:60]!r} is no time",
+                f"latency: {path}, line {number}: {line.strip()[:60]!r} is not a time",
                 remedy='write a number of seconds, 0 or more, or {"seconds": ...}, on each line',
             )
         values.append(float(seconds))

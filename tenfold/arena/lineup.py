@@ -31,7 +31,7 @@ def line_up(
 
     Args:
         specs: who they are.
-        by_hand: makes those that are no model.
+        by_hand: makes those that are not models.
         plans: what a slow model may plan for a fast one.
         latency: of those that do not say theirs.
         temperature: of models.

@@ -144,7 +144,7 @@ def play_live(
     if not _can_show(console):
         if people:
             raise ConfigError(
-                f"{names[people[0]]}: the output is no terminal, so there is no fight to see",
+                f"{names[people[0]]}: the output does not go to a terminal, so the fight cannot be shown",
                 remedy="play in a terminal, without a pipe, or let another agent play",
             )
         record = play_fight(agents, seed, streams, harness, bell)

@@ -71,7 +71,7 @@ class EnginePlayer:
         """One answer for each question; their ``seconds`` are those that the engine took when it was first asked.
 
         Raises:
-            RunError: the engine failed; that is no answer, and nothing is remembered.
+            RunError: the engine failed; nothing is remembered of it.
         """
         keys = [self._key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.memory.entries}

@@ -1,7 +1,7 @@
 """Who is stronger, and how sure that is: Bradley-Terry strengths from games of two, with intervals.
 
 The strength of an agent is a number θ such that it beats another one with probability 1 / (1 + exp(θ' - θ)); a draw is
-half a win. Games of one seed are no independent observations: sides are swapped on it, and with common random numbers
+half a win. Games of one seed are not independent: sides are swapped on it, and with common random numbers
 an agent that is lucky on a seed is lucky against everyone. So intervals come from drawing seeds, each with all that was
 played on it.
 

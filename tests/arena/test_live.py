@@ -247,17 +247,17 @@ def test_who_cannot_play_is_refused_by_name():
     people = (HumanFighter("Ada"), HumanFighter("Bob"))
     with pytest.raises(ConfigError, match="Ada and Bob are two people"):
         play_live(people, 0, console=terminal())
-    with pytest.raises(ConfigError, match="Ada: the output is no terminal"):
+    with pytest.raises(ConfigError, match="Ada: the output does not go to a terminal"):
         play_live((people[0], Stands()), 0, console=Console(file=io.StringIO()))
     with pytest.raises(ConfigError, match="Ada: a person fights in real time"):
         play_fight((people[0], Stands()), 0)
     reads, writes = os.pipe()
     for descriptor in (reads, writes, None):  # pytest's standard input is none either
-        with pytest.raises(ConfigError, match="standard input is no terminal"), Keyboard(descriptor):
+        with pytest.raises(ConfigError, match="standard input is not a terminal"), Keyboard(descriptor):
             pass
     os.close(reads)
     os.close(writes)
-    with pytest.raises(ConfigError, match="standard input is no terminal"):
+    with pytest.raises(ConfigError, match="standard input is not a terminal"):
         play_live((people[0], Stands()), 0, console=terminal())
 
 

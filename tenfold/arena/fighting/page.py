@@ -60,7 +60,7 @@ def fight_page(records: Sequence[FightRecord], path: Path) -> None:
     True
     """
     if not records:
-        raise ConfigError("records: there is no fight to show", remedy="give one or more")
+        raise ConfigError("records: none are given", remedy="give one or more")
     pieces = Pieces()
     games = [_game(record, pieces) for record in records]
     names = list(dict.fromkeys(name for record in records for name in record.names))

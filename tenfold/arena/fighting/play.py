@@ -100,6 +100,11 @@ class FightRecord:
     bell: int = FRAMES
 
     @property
+    def score(self) -> float:
+        """Of player 0: 1 won, 0.5 a draw, 0 lost."""
+        return {None: 0.5, 0: 1.0, 1: 0.0}[self.winner]
+
+    @property
     def invalid(self) -> tuple[int, int]:
         """Answers of each that were no move."""
         first, second = (sum(each.move is None for each in side) for side in self.decisions)
@@ -281,7 +286,7 @@ class Bout:
         self.fight.step(left.press(self.fight), right.press(self.fight))
 
     def asked_at(self, side: int) -> int | None:
-        """Frames that were over when a player was asked what is not answered yet; None where there is no such thing."""
+        """Frames that were over when a player was asked what is not answered yet; None where nothing is awaited."""
         asked = self._seats[side].asked
         return None if asked is None else asked[1]
 

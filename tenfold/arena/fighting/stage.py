@@ -31,8 +31,6 @@ from tenfold.stage.results import Metric, Result
 PLANS_IN_WORDS = ("attack", "defend", "keep away and throw bolts", "wait for a mistake and punish it")
 """What a slow model may plan for a fast one."""
 GAMES, REPLAYS = "games.jsonl", "replays.html"
-SCORES = {None: 0.5, 0: 1.0, 1: 0.0}
-"""Of the first player, by who won."""
 
 
 def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
@@ -85,7 +83,7 @@ def _with_a_person(config: FightingConfig, context: Context, agents: Mapping[str
     with context.progress.paused():
         record = play_live((one, other), context.seed, harness=(harness, harness), bell=bell)
     fight_page([record], context.folder / REPLAYS)
-    row = {"first": one.name, "second": other.name, "seed": record.seed, "score": SCORES[record.winner]}
+    row = {"first": one.name, "second": other.name, "seed": record.seed, "score": record.score}
     _write(context, [row | {"rated": record.rated, **_facts(record)}])
     return StageOutput(
         attached={"games": 1, "agents": list(config.agents)},
@@ -139,7 +137,7 @@ def _fight(config: FightingConfig, first: Agent, second: Agent, seed: int) -> Fi
 
 def _play(config: FightingConfig, agents: Mapping[str, Agent], first: str, second: str, seed: int) -> Played:
     record = _fight(config, agents[first], agents[second], seed)
-    return Played(SCORES[record.winner], record.rated, _facts(record))
+    return Played(record.score, record.rated, _facts(record))
 
 
 @cache
@@ -171,9 +169,9 @@ def _curves(config: FightingConfig, context: Context, agents: Mapping[str, Agent
 
     def points(name: str, latency: float, seed: int) -> float:
         agent = at_latency(agents[name], Fixed(latency))
-        left = _fight(config, agent, agents[last], seed).winner
-        right = _fight(config, agents[last], agent, seed).winner
-        return (SCORES[left] + 1 - SCORES[right]) / 2
+        left = _fight(config, agent, agents[last], seed).score
+        right = _fight(config, agents[last], agent, seed).score
+        return (left + 1 - right) / 2
 
     seeds = range(context.seed, context.seed + config.pairs)
     return [

@@ -130,7 +130,7 @@ def read_quotes(
 
     Columns: ``local_ts_ns`` (``_us``, ``_ms``; since 1970) or ``time``, ``bid``, ``ask``, and ``bid_qty``, ``ask_qty``
     where sizes are known. An exchange's own stamps are not used: its clock is another one, and the difference of two
-    clocks is no latency.
+    clocks is not a latency.
 
     Args:
         path: the file.

@@ -43,7 +43,7 @@ def market_page(plays: Sequence[MarketPlay], path: Path) -> None:
     True
     """
     if not plays:
-        raise ConfigError("plays: there is no day to show", remedy="give one or more")
+        raise ConfigError("plays: none are given", remedy="give one or more")
     pieces = Pieces()
     games = [_day(play, pieces) for play in plays]
     titles = list(dict.fromkeys(game["title"] for game in games))

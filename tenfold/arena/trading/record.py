@@ -181,7 +181,7 @@ def check_numbers(rules: object, above_zero: Sequence[str], not_negative: Sequen
 
 
 def check_times(rules: object, *names: str) -> None:
-    """Refuse what is no time of day, other than None.
+    """Refuse what is neither a time of day nor None.
 
     Raises:
         ConfigError: naming the first that is not.
