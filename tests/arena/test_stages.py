@@ -192,3 +192,16 @@ def test_a_person_plays_from_the_command_line(tmp_path):
 def test_a_person_needs_a_terminal(tmp_path, capsys):
     assert cli.main(["play", "fighting", "--agents", "human", "random", "--out", str(tmp_path / "out")]) == 2
     assert "terminal" in capsys.readouterr().err
+
+
+def test_latency_is_the_mean_over_decisions(tmp_path):
+    """Of two fighters with latencies of their own: each is told as it is, over fights of any length."""
+    agents = ["scripted:0.9@fixed:0.1", "random@fixed:0.5"]
+    execute({"stages": [{"use": "fighting", "agents": agents, "pairs": 2, "seconds": 8}]}, tmp_path)
+    summary = json.loads((tmp_path / "01-fighting/summary.json").read_text())
+    found = {one["subject"]: {metric["name"]: metric for metric in one["metrics"]} for one in summary["results"]}
+    for agent, seconds in zip(agents, (0.1, 0.5), strict=True):
+        assert found[agent]["latency"]["value"] == pytest.approx(seconds)
+        asked = sum(game[f"{side} decisions"] for game in games(tmp_path) for side in ("first", "second")
+                    if game[side] == agent)  # fmt: skip
+        assert found[agent]["latency"]["count"] == asked

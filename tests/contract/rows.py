@@ -441,7 +441,7 @@ FIGHTING = Row(
     (*NOBODY, {"agents": ("random",)}, {"agents": ("rule:0.1", "random")}, {"seconds": 1}, {"pairs": 0}),
     lambda found: found["games"] == 12,
     subjects=frozenset(FIGHTERS),
-    metrics=frozenset({"strength", "invalid_answers", "latency_p50"}),
+    metrics=frozenset({"strength", "invalid_answers", "latency"}),
     page="arena",
 )
 TRADERS = ("tiny:llama", "scripted:0.8", "random")

@@ -16,7 +16,7 @@ from tenfold.arena.fighting.play import FightRecord, Harness, play_fight
 from tenfold.arena.fighting.rules import FRAMES_PER_SECOND
 from tenfold.arena.fighting.scripted import ScriptedFighter
 from tenfold.arena.human import HumanFighter
-from tenfold.arena.latency import Fixed, latency_metrics
+from tenfold.arena.latency import Fixed
 from tenfold.arena.lineup import line_up
 from tenfold.arena.live import outcome_in_words, play_live, watch_fight
 from tenfold.arena.players import at_latency
@@ -207,7 +207,7 @@ def _results(names: Sequence[str], tournament: Tournament, ratings: Ratings) -> 
         played = [(row, word) for row in rows for word in ("first", "second") if row[word] == name]
         decisions = sum(row[f"{word} decisions"] for row, word in played)
         invalid = sum(row[f"{word} invalid"] for row, word in played)
-        seconds = [row[f"{word} latency"] for row, word in played]
+        waited = sum(row[f"{word} latency"] * row[f"{word} decisions"] for row, word in played)
         metrics = (
             Metric(
                 name="strength",
@@ -217,7 +217,7 @@ def _results(names: Sequence[str], tournament: Tournament, ratings: Ratings) -> 
                 better="higher",
             ),
             Metric(name="invalid_answers", value=invalid / max(1, decisions), count=int(decisions), better="lower"),
-            *latency_metrics(seconds)[:1],
+            Metric(name="latency", value=waited / max(1, decisions), unit="s", count=int(decisions), better="lower"),
         )
         found.append(Result(task="fighting", subject=name, metrics=metrics))
     return found
