@@ -192,7 +192,7 @@ def test_a_record_that_its_inputs_do_not_lead_to_is_refused(fights, tmp_path):
 
 def test_nothing_to_show_is_refused(tmp_path):
     for write in (fight_page, market_page):
-        with pytest.raises(ConfigError, match="(records|plays): none are given"):
+        with pytest.raises(ConfigError, match=r"(records|plays): none are given"):
             write([], tmp_path / "page.html")
 
 
