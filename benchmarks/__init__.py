@@ -37,8 +37,10 @@ def section(title: str, command: str, rows: Iterable[dict[str, Any]] = ()) -> No
         command: without `python -m benchmarks.`.
         rows: those that the table is made of.
     """
+    rows = list(rows)
     machine = sorted({f"torch {row['torch']}" for row in rows if "torch" in row})
-    threads = sorted({row["threads"] for row in rows if "threads" in row})
+    machine += sorted({row["device"] for row in rows if "device" in row})
+    threads = sorted({row["threads"] for row in rows if "threads" in row and "device" not in row})
     if threads:
         machine.append(f"{' or '.join(map(str, threads))} thread{'s' if threads != [1] else ''}")
     print(f"\n## {title}\n\n{', '.join([f'`python -m benchmarks.{command}`', *machine])}\n")

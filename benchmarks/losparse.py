@@ -20,7 +20,7 @@ from functools import partial
 
 from benchmarks.losparse_oneshot import oneshot, oneshot_table
 from benchmarks.losparse_speed import decode, layers, machine, speed_tables
-from benchmarks.losparse_training import classification, training, training_tables
+from benchmarks.losparse_training import TOKENS, classification, training, training_tables
 from tenfold.compat import quiet_upstream
 
 
@@ -48,12 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", choices=[*parts, "cost"], default=[])
     parser.add_argument("--seeds", type=int, default=2, help="of training and classification")
     parser.add_argument("--kept", type=float, nargs="+", help="shares of these two; 0.5 and 0.3 by default")
-    parser.add_argument("--methods", nargs="+", default=(), help="of oneshot; all by default")
+    parser.add_argument("--methods", nargs="+", default=(), help="of oneshot or one of these two; all by default")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a run of these two")
+    parser.add_argument("--device", default="cpu", help="of these two and of oneshot")
     given = parser.parse_args(argv)
     quiet_upstream()
-    options = {"seeds": given.seeds} | ({"kept": given.kept} if given.kept else {})
+    shared = {"methods": given.methods, "device": given.device}
+    options = {"seeds": given.seeds, "tokens": given.tokens, **shared} | ({"kept": given.kept} if given.kept else {})
     parts |= {name: partial(parts[name], **options) for name in ("training", "classification")}
-    parts |= {"oneshot": partial(oneshot, methods=given.methods), "cost": cost}
+    parts |= {"oneshot": partial(oneshot, **shared), "cost": cost}
     for part in given.parts or [name for name in parts if name != "cost"]:
         parts[part]()
 

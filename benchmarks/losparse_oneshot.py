@@ -86,7 +86,7 @@ def measured(opened: Opened, few: int | None = None) -> dict[str, Any]:
         found |= {f"{name} nll": sums.tolist(), f"{name} tokens": counts.tolist()}
         ids = [opened.tokenizer(text, verbose=False)["input_ids"][:PROMPT] for text in test]
         prompts += [piece for piece in ids if len(piece) == PROMPT][: PROMPTS // 2]
-    given = torch.tensor(prompts)
+    given = torch.tensor(prompts, device=opened.model.device)
     options = {"do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW}
     written = opened.model.generate(given, attention_mask=torch.ones_like(given), **options)[:, PROMPT:]
     return found | {"repeated": [repetition(ids) for ids in written.tolist()]}
@@ -104,11 +104,14 @@ def repetition(ids: Sequence[int], size: int = 4) -> float:
     return (len(grams) - len(set(grams))) / len(grams)
 
 
-def oneshot(source: str = "demo", methods: Iterable[str] = (), pieces: int = PIECES, few: int | None = None) -> None:
+def oneshot(
+    source: str = "demo", methods: Iterable[str] = (), pieces: int = PIECES, few: int | None = None,
+    device: str = "cpu",
+) -> None:  # fmt: skip
     """A row for each method and share; those that ignore shares have one row."""
-    opened = open_model(source, device="cpu")
+    opened = open_model(source, device=device, dtype="float32")
     opened.model.eval()
-    subject = Subject(opened.model, calibration(opened.tokenizer, pieces), opened.tokenizer)
+    subject = Subject(opened.model, calibration(opened.tokenizer, pieces).to(device), opened.tokenizer)
     keys = {"part": "oneshot", "model": Path(source).stem}
     if not done(**keys, method="dense"):
         _keep(keys | {"method": "dense", "kept": 1.0}, opened, subject, None, 0.0, few)
@@ -175,10 +178,16 @@ def _keep(
             "tokenizer": f"{type(opened.tokenizer).__name__} of {len(opened.tokenizer)}",
             "calibration tokens": subject.ids.numel(),
             "length": LENGTH,
+            **on(opened.model.device),
             "seconds": round(seconds, 1),
             **found,
         }
     )
+
+
+def on(device: torch.device) -> dict[str, str]:
+    """What a row says of a GPU."""
+    return {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
 
 
 def mean_nll(row: dict[str, Any], name: str) -> tuple[float, float]:

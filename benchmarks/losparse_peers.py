@@ -90,7 +90,7 @@ class Moments:
     def root(self) -> Tensor:
         """``[in, in]``, lower triangular C with C C^T the mean of x x^T and of as small a ridge as does."""
         gram = self.gram / self.tokens
-        ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         while True:
             root, failed = torch.linalg.cholesky_ex(gram + ridge)
             if not failed:
@@ -109,8 +109,8 @@ def watched(block: nn.Module) -> Iterator[dict[str, Moments]]:
     matrices = {name.rpartition(".")[2]: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
     found, hooks = {}, []
     for name in dict.fromkeys(READS.values()):
-        size = matrices[name].in_features
-        found[name] = Moments(torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64))
+        size, make = matrices[name].in_features, {"dtype": torch.float64, "device": matrices[name].weight.device}
+        found[name] = Moments(torch.zeros(size, size, **make), torch.zeros(size, **make))
         hooks.append(matrices[name].register_forward_pre_hook(lambda _, args, into=found[name]: into.add(args[0])))
     try:
         yield {name: found[reads] for name, reads in READS.items()}
@@ -354,7 +354,7 @@ def _best(heads: Tensor, cells: Tensor, prices: tuple[int, int], budget: int) ->
     """The highest scores of the whole model, as many as the budget buys."""
     order = torch.cat([heads.flatten(), cells.flatten()]).argsort(descending=True)
     cost = torch.where(order < heads.numel(), prices[0], prices[1]).cumsum(0)
-    mask = torch.zeros(len(order), dtype=torch.bool)
+    mask = torch.zeros_like(order, dtype=torch.bool)
     mask[order[cost <= budget]] = True
     return mask[: heads.numel()].view_as(heads), mask[heads.numel() :].view_as(cells)
 
@@ -385,14 +385,14 @@ def rows(subject: Subject, metric: str) -> At:
             out, size = matrix.weight.shape
             if metric == "ln":
                 kept = int(keep * out)
-                clone = nn.Linear(size, out, bias=False)
+                clone = nn.Linear(size, out, bias=False, device=matrix.weight.device)
                 clone.weight.data = matrix.weight.detach().clone()
                 prune.ln_structured(clone, "weight", amount=out - kept, n=2, dim=0)
                 weights[name] = clone.weight.detach()
             else:
                 kept = int((keep * size - 1) * out / size)  # a bias costs one number a row
                 moments, weight = subject.moments[name], matrix.weight.detach()
-                mask = torch.ones(out, dtype=torch.bool)
+                mask = torch.ones(out, dtype=torch.bool, device=weight.device)
                 mask[(weight.double().abs() @ moments.norm).topk(kept).indices] = False
                 weights[name] = weight * ~mask[:, None]
                 biases[name] = (weight.double() @ moments.mean).float() * mask
@@ -413,7 +413,7 @@ def rounded(subject: Subject, bits: int) -> Made:
         out, width = matrix.weight.shape
         if width not in turned:
             noise = torch.randn(width, width, generator=torch.Generator().manual_seed(width))
-            turned[width] = torch.linalg.qr(noise)[0]
+            turned[width] = torch.linalg.qr(noise)[0].to(matrix.weight.device)
         weight = matrix.weight.detach() @ turned[width]
         weights[name] = round_to(weight, bits, width if bits == 8 else GROUP) @ turned[width].T
         size += weight.numel() * bits // 8 + 2 * (out if bits == 8 else weight.numel() // GROUP)

@@ -3,9 +3,10 @@
     python -m benchmarks.losparse training        # language modelling
     python -m benchmarks.losparse classification  # TREC, six kinds of question; LoSparse with frozen rows
 
-A run trains on 20,000 tokens with AdamW, two sequences of at most 128 tokens a step, with linear decay. At each size
-the rate of each method is the better of two on validation texts; then two seeds of the order of the texts (`--seeds 3`
-adds the third where intervals overlap). All methods store the same numbers, low rank as rows and combinations of them.
+A run trains on 20,000 tokens (`--tokens`) with AdamW and linear decay, 2 sequences of 128 tokens or 16 questions a
+step. At each size the rate of each method is the better of two on validation texts; then two seeds of the order of the
+texts (`--seeds 3` adds the third where intervals overlap). All methods store the same numbers, low rank as rows and
+combinations of them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from benchmarks import keep_in, rows_in, section
-from benchmarks.losparse_oneshot import DATA, LENGTH, PIECE, RESULTS, calibration, texts
+from benchmarks.losparse_oneshot import DATA, LENGTH, PIECE, RESULTS, calibration, on, texts
 from benchmarks.losparse_peers import Subject, affordable, truncated
 from tenfold.adapt.training import train
 from tenfold.compress.losparse.factors import Factors, stored
@@ -45,6 +46,8 @@ from tenfold.models.open import open_model
 
 KEPT = (0.5, 0.3)
 TOKENS, RATES, TUNING_SEED = 20_000, (1e-4, 3e-4), 100
+BATCH = {"text": 2, "trec": 16}
+"""Sequences a step."""
 VALIDATION = 5
 """Topics, of those that the one-shot benchmark calibrates on, that no run learns from."""
 KINDS = {"ABBR": "abbreviation", "DESC": "description", "ENTY": "entity", "HUM": "human", "LOC": "location",
@@ -84,8 +87,8 @@ def low_rank(subject: Subject, kept: float, steps: int) -> Numbers:
     for name, matrix in subject.matrices.items():
         left, right = truncated(matrix.weight, subject.moments[name])
         rank = affordable(*matrix.weight.shape, kept, pivoted=True)
-        none = torch.empty(0, dtype=torch.int64)
-        factors[name] = Factors(left[:, :rank], right[:rank], none, torch.empty(0, matrix.in_features))
+        none = torch.empty(0, dtype=torch.int64, device=left.device)
+        factors[name] = Factors(left[:, :rank], right[:rank], none, right.new_empty(0, matrix.in_features))
     return by_parts(subject, factors)
 
 
@@ -95,7 +98,8 @@ def norms(subject: Subject, kept: float, steps: int) -> Numbers:
     for name, matrix in subject.matrices.items():
         weight = matrix.weight.detach()
         rows = weight.norm(dim=1).topk(int(kept * len(weight))).indices
-        factors[name] = Factors(torch.empty(len(weight), 0), torch.empty(0, weight.shape[1]), rows, weight[rows])
+        none = weight.new_empty(len(weight), 0), weight.new_empty(0, weight.shape[1])
+        factors[name] = Factors(*none, rows, weight[rows])
     return by_parts(subject, factors)
 
 
@@ -192,7 +196,8 @@ def scored(task: str, split: str, model: Any, tokenizer: Any, few: int | None = 
     losses, right = [], []
     with evaluating(model):
         for prompt, answer in questions()[split][:few]:
-            logits = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1, words]
+            ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+            logits = model(input_ids=ids).logits[0, -1, words]
             label = list(KINDS.values()).index(answer.strip())
             losses.append(-logits.log_softmax(0)[label].item())
             right.append(float(logits.argmax() == label))
@@ -201,18 +206,19 @@ def scored(task: str, split: str, model: Any, tokenizer: Any, few: int | None = 
 
 
 def measure(
-    task: str, method: str, kept: float, rate: float, seed: int, split: str, steps: int | None = None,
+    task: str, method: str, kept: float, rate: float, seed: int, split: str, tokens: int, device: str = "cpu",
     pieces: int = 64, few: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, train and score once."""
     set_seed(seed)
-    opened = open_model("demo", device="cpu")
+    opened = open_model("demo", device=device, dtype="float32")
     model, tokenizer = opened.model, opened.tokenizer
     encoded = examples(task, tokenizer)
     average = encoded.tokens / len(encoded.examples)
-    steps = steps or round(TOKENS / (2 * average))
-    fields: dict[str, Any] = {"steps": steps, "batch_size": 2, "max_length": 128, "learning_rate": rate}
-    subject = Subject(model.eval(), calibration(tokenizer, pieces) if task == "text" else joined(encoded, pieces))
+    steps = round(tokens / (BATCH[task] * average))
+    fields: dict[str, Any] = {"steps": steps, "batch_size": BATCH[task], "max_length": 128, "learning_rate": rate}
+    read = calibration(tokenizer, pieces) if task == "text" else joined(encoded, pieces)
+    subject = Subject(model.eval(), read.to(device))
     began = time.perf_counter()
     numbers = {**METHODS, **FROZEN, "dense": dense}[method](subject, kept, steps)
     ready = time.perf_counter() - began
@@ -221,15 +227,18 @@ def measure(
         trained = train(model, tokenizer, encoded, config, folder=Path(folder), seed=seed)
     share = numbers() / subject.numbers
     return {"numbers": share, "trained tokens": trained.tokens, "preparing seconds": round(ready, 1),
-            "training seconds": round(trained.seconds, 1),
+            "training seconds": round(trained.seconds, 1), **on(model.device),
             **scored(task, split, model.eval(), tokenizer, few)}  # fmt: skip
 
 
-def once(part: str, task: str, method: str, kept: float, rate: float, seed: int, split: str, **few: Any) -> float:
+def once(
+    part: str, task: str, method: str, kept: float, rate: float, seed: int, split: str, tokens: int, **options: Any
+) -> float:
     """A row, read back or measured; its loss."""
-    keys = {"part": part, "task": task, "method": method, "kept": kept, "rate": rate, "seed": seed, "split": split}
+    keys = {"part": part, "task": task, "tokens": tokens, "method": method, "kept": kept, "rate": rate, "seed": seed,
+            "split": split}  # fmt: skip
     if not _kept(**keys):
-        keep_in(RESULTS, keys | measure(task, method, kept, rate, seed, split, **few))
+        keep_in(RESULTS, keys | measure(task, method, kept, rate, seed, split, tokens, **options))
     return _kept(**keys)[0]["nll"]
 
 
@@ -237,30 +246,35 @@ def _kept(**keys: Any) -> list[dict[str, Any]]:
     return [row for row in rows_in(RESULTS) if all(row.get(key) == value for key, value in keys.items())]
 
 
-def training(seeds: int = 2, kept: Iterable[float] = KEPT, **few: Any) -> None:
+def training(methods: Sequence[str] = (), **options: Any) -> None:
     """Language modelling: all methods at each size, seed by seed."""
-    _compare("training", "text", METHODS, seeds, kept, few)
+    _compare("training", "text", methods or ["dense", *METHODS], **options)
 
 
-def classification(seeds: int = 2, kept: Iterable[float] = KEPT, **few: Any) -> None:
+def classification(methods: Sequence[str] = (), **options: Any) -> None:
     """TREC."""
-    _compare("classification", "trec", FROZEN, seeds, kept, few)
+    _compare("classification", "trec", methods or ["dense", *FROZEN], **options)
 
 
 def _compare(
-    part: str, task: str, methods: Iterable[str], seeds: int, shares: Iterable[float], few: dict[str, Any]
-) -> None:
+    part: str, task: str, methods: Sequence[str], seeds: int = 2, kept: Iterable[float] = KEPT, tokens: int = TOKENS,
+    **options: Any,
+) -> None:  # fmt: skip
     _FOUND.clear()
-    once(part, task, "dense", 1.0, RATES[0], 0, "test", **few)
-    for kept in shares:
+
+    def loss(method: str, share: float, rate: float, seed: int, split: str) -> float:
+        return once(part, task, method, share, rate, seed, split, tokens, **options)
+
+    if "dense" in methods:
+        loss("dense", 1.0, RATES[0], 0, "test")
+    compressed_ones = [method for method in methods if method != "dense"]
+    for share in kept:
         rates = {
-            method: min(
-                RATES, key=lambda r, m=method, k=kept: once(part, task, m, k, r, TUNING_SEED, "validation", **few)
-            )
-            for method in methods
+            method: min(RATES, key=lambda rate: loss(method, share, rate, TUNING_SEED, "validation"))
+            for method in compressed_ones
         }
-        for seed, method in itertools.product(range(seeds), methods):
-            once(part, task, method, kept, rates[method], seed, "test", **few)
+        for seed, method in itertools.product(range(seeds), compressed_ones):
+            loss(method, share, rates[method], seed, "test")
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -275,7 +289,7 @@ def training_tables() -> None:
         found = [row for row in rows_in(RESULTS) if row["part"] == part and row["split"] == "test"]
         if not found:
             continue
-        section(title, f"losparse {part}", found)
+        section(title, f"losparse {part} --tokens {found[0]['tokens']}", found)
         accuracy = " accuracy |" if part == "classification" else ""
         print(
             f"| kept | method | numbers | rate | seeds | nll |{accuracy} nll above {first}, paired [95 %] | minutes |"

@@ -28,10 +28,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "gpu.jsonl"
 PARTS = {
     "attention": ("benchmarks.gpu.gear", "attention", 0.25),
     "decode": ("benchmarks.gpu.gear", "decoding", 0.15),
-    "packing": ("benchmarks.gpu.gear", "packing", 0.10),
-    "pasta": ("benchmarks.gpu.pasta", "pasta", 0.15),
-    "local": ("benchmarks.gpu.local", "local", 0.25),
+    "packing": ("benchmarks.gpu.gear", "packing", 0.05),
+    "pasta": ("benchmarks.gpu.pasta", "pasta", 0.10),
+    "local": ("benchmarks.gpu.local", "local", 0.20),
     "adalora": ("benchmarks.gpu.adalora", "steps", 0.10),
+    "losparse": ("benchmarks.gpu.losparse", "products", 0.15),
 }
 """Module, function, and its share of the time; what a part leaves goes to the next."""
 GRACE = 15
