@@ -16,7 +16,7 @@ from typing import Literal
 from tenfold.arena.agents import Action, Agent, Turn
 from tenfold.arena.fighting.fight import Fight
 from tenfold.arena.fighting.moves import INPUTS, NEUTRAL
-from tenfold.arena.fighting.plans import NOTHING, PLANS, Plan, named_move
+from tenfold.arena.fighting.plans import PLANS, Plan, named_move
 from tenfold.arena.fighting.question import NO_MOVE, fight_question
 from tenfold.arena.fighting.rules import FRAMES, FRAMES_PER_SECOND, HEALTH, MODE, RETREATING
 from tenfold.errors import ConfigError, DataError
@@ -141,7 +141,7 @@ class _Seat:
     def question(self, fight: Fight, last_moves: tuple[str, str], seed: int, game: str) -> Turn:
         """What is asked now."""
         question = fight_question(
-            self._predicted(fight) if self.harness.predict else fight,
+            self._predicted(fight) if self.harness.predict else fight.copy(),  # frozen: an agent may look at it later
             self.side,
             last_moves,
             seed=(seed << 32) + len(self.decisions),
@@ -193,7 +193,7 @@ class _Seat:
     def _begin(self, decision: Decision, frame: int) -> None:
         self.awaited = None
         # an invalid answer is a frame of nothing: without it, one that takes no time would be asked for ever
-        self.plan = NOTHING if decision.move is None else PLANS[decision.move]
+        self.plan = (self.hold,) if decision.move is None else PLANS[decision.move]
         self.at = 0
         self.last = decision.move or self.last
         self.decisions.append(replace(decision, begins=frame))
