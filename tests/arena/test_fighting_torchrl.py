@@ -51,5 +51,16 @@ def test_the_bell_truncates_and_the_fight_begins_anew():
     assert not stepped["next", "terminated"].any()
     assert following["players", "observation"][1].tolist() == [Fight().seen_by(0)] * 2
     assert following["players", "observation"][0, 0, 0] == FRAMES - 1
+
+
+def test_a_shorter_bell():
+    found = FightingTorchEnv(2, bell=50).rollout(120, break_when_any_done=False)
+    assert found["next", "truncated"][0].flatten().nonzero().flatten().tolist() == [49, 99]
+    assert found["players", "observation"][0, :, 0, 0].tolist() == [50 - n % 50 for n in range(120)]
+
+
+def test_what_is_refused():
+    with pytest.raises(ConfigError, match="bell"):
+        FightingTorchEnv(2, bell=0)
     with pytest.raises(ConfigError, match="games"):
         FightingTorchEnv(0)

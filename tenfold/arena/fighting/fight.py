@@ -18,6 +18,7 @@ from tenfold.arena.fighting.rules import (
     run_frame,
     start,
 )
+from tenfold.errors import ConfigError
 
 
 class Fight:
@@ -28,6 +29,9 @@ class Fight:
 
     Args:
         bell: frames after which it ends at the latest.
+
+    Raises:
+        ConfigError: a bell before the first frame.
 
     >>> from tenfold.arena.fighting.rules import X
     >>> fight = Fight()
@@ -40,6 +44,8 @@ class Fight:
     __slots__ = ("bell", "fighters", "frame")
 
     def __init__(self, bell: int = FRAMES) -> None:
+        if bell < 1:
+            raise ConfigError(f"bell: must be 1 or more, got {bell}", remedy="give a number of frames, 60 a second")
         self.bell = bell
         self.frame = 0
         self.fighters = (start(STARTS[0], 1), start(STARTS[1], -1))

@@ -56,6 +56,8 @@ WALK, RETREAT, LEAP, SPIN_STEP, BOLT_STEP = 3 * PIXEL, 5 * PIXEL // 2, 4 * PIXEL
 PUSH_BOX, KNOCK_BACK = 32 * PIXEL, 6 * PIXEL
 BOLT_START, BOLT_REACH, BOLT_MEETS = 30 * PIXEL, 14 * PIXEL, 10 * PIXEL
 TAKE_OFF, IN_AIR, LANDING = 4, 34, 4
+JUMP = TAKE_OFF + IN_AIR + LANDING
+"""Frames of a jump."""
 HIGH_IN_AIR, ABOVE_BOLT = 30, 40
 REGAIN, EXHAUSTED, REVIVED = 5, 55, 250
 SAFE_FRAMES, UPPER_SAFE, AIR_STUN = 8, 6, 40
@@ -71,6 +73,8 @@ LENGTH_MISSED = tuple(
     for name, move, length in zip(_names, _table, LENGTH_HIT, strict=True)
 )
 LENGTH_BLOCKED = tuple(length + 10 * (name != "bolt") for name, length in zip(_names, LENGTH_HIT, strict=True))
+LENGTHS = (LENGTH_MISSED, LENGTH_HIT, LENGTH_BLOCKED)
+"""Of each attack, by what it did: nothing, `HIT`, `BLOCKED`."""
 DAMAGE = tuple(move.damage for move in _table)
 REACH = tuple(move.reach * PIXEL for move in _table)
 HITSTUN = tuple(move.hitstun for move in _table)
@@ -122,8 +126,7 @@ def run_frame(a: Vector, b: Vector, pressed_a: int, pressed_b: int) -> None:
 
 def press(f: Vector, pressed: int) -> None:
     """The input: the guard changes at any time, all else is for the free."""
-    if pressed in (HIGH, LOW):
-        f[GUARD] = pressed - HIGH
+    f[GUARD] = pressed - HIGH if HIGH <= pressed <= LOW else f[GUARD]
     if f[MODE] > RETREATING:
         return
     f[MODE] = IDLE
@@ -148,7 +151,7 @@ def press(f: Vector, pressed: int) -> None:
 
 def pass_time(f: Vector) -> None:
     """Counters and motion."""
-    mode = f[MODE]
+    mode, move = f[MODE], f[MOVE]
     if f[SAFE] > 0:
         f[SAFE] -= 1
     if mode <= RETREATING:
@@ -158,22 +161,20 @@ def pass_time(f: Vector) -> None:
             f[X] += WALK * f[FACING]
         elif mode == RETREATING:
             f[X] -= RETREAT * f[FACING]
-    elif mode == ATTACKING:
-        f[TIME] += 1
-        if f[MOVE] == SPIN:
-            if STARTUP[SPIN] < f[TIME] <= LAST_ACTIVE[SPIN]:
-                f[X] += SPIN_STEP * f[FACING]
-        elif f[MOVE] == BOLT and f[TIME] == LAST_ACTIVE[BOLT]:
+        return
+    f[TIME] += 1 if mode <= JUMPING else -1
+    if move == SPIN:
+        if STARTUP[SPIN] < f[TIME] <= LAST_ACTIVE[SPIN]:
+            f[X] += SPIN_STEP * f[FACING]
+    elif move == BOLT:
+        if f[TIME] == LAST_ACTIVE[BOLT]:
             f[BOLT_WAY] = f[FACING]
             f[BOLT_X] = f[X] + BOLT_START * f[FACING]
     elif mode == JUMPING:
-        f[TIME] += 1
         k = f[TIME] - TAKE_OFF
         if 0 < k <= IN_AIR:
             f[X] += LEAP * f[WAY]
             f[HEIGHT] = ARC[k]
-    else:
-        f[TIME] -= 1
 
 
 def release(f: Vector) -> None:
@@ -181,31 +182,23 @@ def release(f: Vector) -> None:
 
     An attack that runs to its end on an empty stamina leaves its owner stunned.
     """
-    mode = f[MODE]
+    mode, time = f[MODE], f[TIME]
     if mode <= RETREATING:
         return
-    if mode == ATTACKING:
-        move, touched = f[MOVE], f[TOUCHED]
-        length = LENGTH_MISSED[move] if touched == 0 else LENGTH_HIT[move] if touched == HIT else LENGTH_BLOCKED[move]
-        if f[TIME] < length:
-            return
-        f[MOVE] = 0
-        f[TOUCHED] = 0
-        if f[STAMINA] < 0:
-            f[STAMINA] = REVIVED
-            f[MODE] = STUNNED
-            f[TIME] = EXHAUSTED
-            return
-    elif mode == JUMPING:
-        if f[TIME] < TAKE_OFF + IN_AIR + LANDING:
-            return
-        f[WAY] = 0
-    elif f[TIME] > 0:
+    # read whatever the mode: compiled, the one branch is that which is seldom taken
+    length = LENGTHS[f[TOUCHED]][f[MOVE]]
+    left = length - time if mode == ATTACKING else JUMP - time if mode == JUMPING else time
+    if left > 0:
         return
-    elif mode == LYING:
-        f[SAFE] = SAFE_FRAMES  # this frame is the first of them
     f[MODE] = IDLE
     f[TIME] = 0
+    f[MOVE] = f[TOUCHED] = f[WAY] = 0
+    if mode == ATTACKING and f[STAMINA] < 0:
+        f[STAMINA] = REVIVED
+        f[MODE] = STUNNED
+        f[TIME] = EXHAUSTED
+    elif mode == LYING:
+        f[SAFE] = SAFE_FRAMES  # this frame is the first of them
 
 
 def stay_on_stage(f: Vector) -> None:
@@ -231,8 +224,8 @@ def push_apart(a: Vector, b: Vector) -> None:
 def detect_and_apply(a: Vector, b: Vector) -> None:
     """Who hits whom, both judged as they stand now; then what it does to them, so that both may hit at once."""
     side = 1 if a[X] <= b[X] else -1
-    strike_a = strike(a, b, side) if a[MODE] == ATTACKING and a[TOUCHED] == 0 else 0
-    strike_b = strike(b, a, -side) if b[MODE] == ATTACKING and b[TOUCHED] == 0 else 0
+    strike_a = strike(a, b, side) if is_active(a) else 0
+    strike_b = strike(b, a, -side) if is_active(b) else 0
     bolt_a = bolt_b = way_a = way_b = 0
     if a[BOLT_WAY] != 0 or b[BOLT_WAY] != 0:
         way_a, way_b = a[BOLT_WAY], b[BOLT_WAY]
@@ -262,12 +255,15 @@ def detect_and_apply(a: Vector, b: Vector) -> None:
     stay_on_stage(b)
 
 
+def is_active(f: Vector) -> bool:
+    """In the frames of an attack that can hit, and it has not touched yet."""
+    return f[MODE] == ATTACKING and f[TOUCHED] == 0 and STARTUP[f[MOVE]] < f[TIME] <= LAST_ACTIVE[f[MOVE]]
+
+
 def strike(f: Vector, victim: Vector, side: int) -> int:
-    """What an attack that has not touched yet does in this frame; ``side`` is where the victim is."""
+    """What an active attack does in this frame; ``side`` is where the victim is."""
     move = f[MOVE]
-    if not STARTUP[move] < f[TIME] <= LAST_ACTIVE[move] or f[FACING] != side:
-        return 0
-    if abs(victim[X] - f[X]) > REACH[move] or is_safe(victim):
+    if f[FACING] != side or abs(victim[X] - f[X]) > REACH[move] or is_safe(victim):
         return 0
     mode = victim[MODE]
     if move == THROW:

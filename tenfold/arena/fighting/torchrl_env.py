@@ -10,7 +10,7 @@ import torch
 from tenfold.arena.fighting.batch import FightBatch, Numbers
 from tenfold.arena.fighting.fight import OBSERVED
 from tenfold.arena.fighting.moves import INPUTS
-from tenfold.arena.fighting.rules import LARGEST
+from tenfold.arena.fighting.rules import FRAMES, LARGEST
 from tenfold.errors import ConfigError, MissingDependencyError
 
 try:
@@ -33,16 +33,17 @@ class FightingTorchEnv(EnvBase):
 
     Args:
         games: N, 1 or more.
+        bell: frames after which a fight ends at the latest, 1 or more.
 
     Raises:
         ConfigError: fewer.
     """
 
-    def __init__(self, games: int) -> None:
+    def __init__(self, games: int, bell: int = FRAMES) -> None:
         if games < 1:
             raise ConfigError(f"games: must be 1 or more, got {games}", remedy="give how many fights run side by side")
         super().__init__(batch_size=[games], device="cpu")
-        self.batch = FightBatch(automatic_reset=False)
+        self.batch = FightBatch(automatic_reset=False, bell=bell)
         two = (games, 2)
         seen = Bounded(-LARGEST, LARGEST, (*two, OBSERVED), dtype=torch.int32)
         pressed = Categorical(len(INPUTS), two, dtype=torch.int64)
