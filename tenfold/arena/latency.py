@@ -25,7 +25,7 @@ from tenfold.core.statistics import wilson
 from tenfold.errors import ConfigError, DataError
 from tenfold.stage.results import Metric
 
-KINDS = "fixed:SECONDS, trace:FILE, measured or tokens:PREFILL,DECODE"
+KINDS = "SECONDS, trace:FILE, measured or tokens:PREFILL,DECODE"
 
 
 class Latency(Protocol):
@@ -148,14 +148,15 @@ def parse_latency(text: str, *, record: Path | None = None) -> Latency:
     """A latency from its text.
 
     Args:
-        text: ``fixed:0.2``, ``trace:FILE``, ``measured``, ``tokens:3500,90``, or ``tokens`` for the default rates.
+        text: ``0.2`` or ``fixed:0.2``, ``trace:FILE``, ``measured``, ``tokens:3500,90``, or ``tokens`` for the default
+            rates.
         record: where ``measured`` writes its trace.
 
     Raises:
         ConfigError: another text, or a value out of its range.
         DataError: a trace that cannot be read, with file and line.
 
-    >>> parse_latency("fixed:0.2"), parse_latency("tokens")
+    >>> parse_latency("0.2"), parse_latency("tokens")
     (Fixed(value=0.2), Tokens(prefill=3500.0, decode=90.0))
     """
     kind, colon, value = text.partition(":")
@@ -165,6 +166,9 @@ def parse_latency(text: str, *, record: Path | None = None) -> Latency:
         return Measured(record)
     if text == "tokens":
         return Tokens()
+    seconds = _number(text)
+    if seconds is not None:
+        return Fixed(seconds)
     if kind in ("fixed", "tokens") and colon:
         numbers = [_number(part) for part in value.split(",")]
         wanted = {"fixed": 1, "tokens": 2}[kind]

@@ -9,12 +9,55 @@ from typing import Any
 from tenfold.arena.agents import Agent
 from tenfold.arena.latency import Latency, parse_latency
 from tenfold.arena.players import EnginePlayer, Timed, TwoThread
-from tenfold.config.arena import AgentSpec
+from tenfold.config.arena import AgentSpec, counts_model
 from tenfold.errors import ConfigError
 from tenfold.stage.store import Store
 
 MODELS, OTHERS = "tokens", "fixed:0.2"
 """Latencies of agents that do not say theirs."""
+
+
+def latency_of(spec: AgentSpec, shared: str | None) -> str:
+    """What an agent's answers take: what it says, else the shared latency, if it has a model where that counts one.
+
+    >>> from tenfold.config.arena import parse_agent
+    >>> [latency_of(parse_agent(who), "tokens:300,30") for who in ("demo", "random", "random@0.1")]
+    ['tokens:300,30', 'fixed:0.2', '0.1']
+    """
+    if spec.latency is not None:
+        return spec.latency
+    if spec.kind == "model":
+        return shared or MODELS
+    return OTHERS if shared is None or counts_model(shared) else shared
+
+
+def latency_notes(specs: Sequence[AgentSpec], shared: str | None) -> list[str]:
+    """Whom a shared latency does not count, in words."""
+    if shared is None or not counts_model(shared):
+        return []
+    kept = [spec.text for spec in specs if spec.kind not in ("model", "human") and spec.latency is None]
+    seconds = OTHERS.removeprefix("fixed:")
+    return [f"Latency {shared} is for models; an answer of {', '.join(kept)} takes {seconds} s."] if kept else []
+
+
+def check_line_up(specs: Sequence[AgentSpec], by_hand: Callable[[AgentSpec], Agent], latency: str | None) -> None:
+    """Refuse agents and latencies that cannot be, before a model is opened.
+
+    Raises:
+        ConfigError: naming the agent.
+        DataError: a trace that cannot be read, with file and line.
+    """
+    if latency is not None:
+        parse_latency(latency)
+    for spec in specs:
+        if spec.kind == "human":
+            continue
+        for one in filter(None, (spec, spec.planner)):
+            _parsed(latency_of(one, latency), one, None)
+            if one.engine == "llama.cpp":
+                _gguf(one)
+        if spec.kind != "model":
+            by_hand(spec)
 
 
 def line_up(
@@ -52,8 +95,7 @@ def line_up(
             agent: Agent = EnginePlayer(engines[key], _model_name(spec), temperature=temperature, memory=store)
         else:
             agent = by_hand(spec)
-        text = spec.latency or latency or (MODELS if spec.kind == "model" else OTHERS)
-        return Timed(agent, _parsed(text, spec, traces and traces / f"trace-{place}.jsonl"))
+        return Timed(agent, _parsed(latency_of(spec, latency), spec, traces and traces / f"trace-{place}.jsonl"))
 
     found: dict[str, Agent] = {}
     for number, spec in enumerate(specs, 1):
@@ -87,15 +129,20 @@ def _engine(spec: AgentSpec) -> Any:
         return OpenAIEngine(spec.source, spec.served)
     if spec.engine == "llama.cpp":
         from tenfold.engines.llama_cpp import LlamaCpp
-        from tenfold.models.source import locate
 
-        located = locate(spec.source)
-        if located.kind != "gguf":
-            raise ConfigError(
-                f"agents: {spec.text}: {located.name} is not a GGUF file", remedy="llama.cpp plays demo or a .gguf file"
-            )
-        return LlamaCpp(located.path, context=2048, parallel=1)
+        return LlamaCpp(_gguf(spec), context=2048, parallel=1)
     from tenfold.engines.session import Session
     from tenfold.models.reference import ModelRef
 
     return Session(ModelRef(spec.source).open())
+
+
+def _gguf(spec: AgentSpec) -> Path:
+    from tenfold.models.source import locate
+
+    located = locate(spec.source)
+    if located.kind != "gguf":
+        raise ConfigError(
+            f"agents: {spec.text}: {located.name} is not a GGUF file", remedy="llama.cpp plays demo or a .gguf file"
+        )
+    return located.path

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tenfold.config.base import Config
 from tenfold.config.stage import ArtefactKind, Incidental, Needs, StageConfig
 
 PLAYERS = "scripted:QUALITY, random, human, or a model: demo, a hub id, a folder, llama.cpp:FILE, http://HOST/v1#MODEL"
-_LATENCY = re.compile(r"fixed:[^@]*|trace:.+|measured|tokens(:[^@]*)?")
+_LATENCY = re.compile(r"fixed:[^@]*|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|trace:.+|measured|tokens(:[^@]*)?")
+_COMMA = re.compile(r",\s*(?=$|(human|random|demo)([@+,]|$)|scripted:|rule:|tiny:|llama\.cpp:|https?://)")
+"""A comma before somebody who cannot be part of a path, or of ``tokens:PREFILL,DECODE``."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class AgentSpec:
     planner: AgentSpec | None = None
 
 
+def counts_model(latency: str) -> bool:
+    """Whether a latency counts what a model does: tokens, or the seconds of an engine."""
+    return latency.partition(":")[0] in ("tokens", "measured")
+
+
 def parse_agent(text: str) -> AgentSpec:
     """Who an agent is.
 
@@ -62,13 +70,16 @@ def parse_agent(text: str) -> AgentSpec:
     if at and _LATENCY.fullmatch(tail):
         who, latency = head, tail
     kind, _, value = who.partition(":")
+    if latency and counts_model(latency) and (who == "random" or kind in _EXAMPLES):
+        raise ValueError(f"{text!r}: {who} runs no model to be counted or measured: give a number, as in {who}@0.2")
     if who in ("random", "human"):
         return AgentSpec(text, "random" if who == "random" else "human", latency=latency)
     if kind in ("scripted", "rule"):
         try:
             number = float(value)
         except ValueError:
-            raise ValueError(f"{text!r}: {kind} takes a number, as in {kind}:{_EXAMPLES[kind]}") from None
+            words = "; put spaces between agents" if "," in value else ""
+            raise ValueError(f"{text!r}: {kind} takes a number, as in {kind}:{_EXAMPLES[kind]}{words}") from None
         return AgentSpec(text, "scripted" if kind == "scripted" else "rule", number, latency=latency)
     if kind == "llama.cpp":
         return AgentSpec(text, "model", engine="llama.cpp", source=value, latency=latency)
@@ -79,6 +90,8 @@ def parse_agent(text: str) -> AgentSpec:
         return AgentSpec(text, "model", engine="openai", source=url, served=served, latency=latency)
     if not who:
         raise ValueError(f"{text!r} names nobody; write {PLAYERS}")
+    if "," in who and not who.startswith(("/", "./", "../", "~")):
+        raise ValueError(f"{text!r}: put spaces between agents, and ./ before a path with a comma in it")
     return AgentSpec(text, "model", source=who, latency=latency)
 
 
@@ -95,13 +108,14 @@ class PlayFields(StageConfig):
     agents: Annotated[tuple[str, ...], Field(min_length=1)] = ("scripted:0.85@fixed:0.3", "scripted:0.6", "random")
     """Who plays, each a name of its own: ``scripted:QUALITY`` (0 to 1), ``random``, or a model: ``demo``, a hub id, a
     folder, ``llama.cpp:FILE.gguf``, ``http://HOST/v1#MODEL``. What its answers take may stand behind an ``@``, as in
-    ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that acts by the plans of a slow one. In trading also
-    ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with keys."""
+    ``random@0.1`` or ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that acts by the plans of a slow one. In
+    trading also ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with keys."""
     latency: str | None = None
-    """What answers take of agents that do not say it: ``fixed:SECONDS``, ``tokens:PREFILL,DECODE`` (prompt and written
-    tokens at these rates, in tokens per second), ``trace:FILE`` (recorded seconds), or ``measured`` (as they came, and
-    recorded, so that the run repeats). Default: ``tokens:3500,90`` of models, which is a mid-size model on one graphics
-    card, and ``fixed:0.2`` of others."""
+    """What answers take of agents that do not say it: seconds (``0.2`` or ``fixed:0.2``), ``tokens:PREFILL,DECODE``
+    (prompt and written tokens at these rates, in tokens per second), ``trace:FILE`` (recorded seconds), or ``measured``
+    (as they came, and recorded, so that the run repeats). The rates and ``measured`` are for models; others keep 0.2
+    seconds then. Default: ``tokens:3500,90`` of models, which is a mid-size model on one graphics card, and 0.2 seconds
+    of others."""
     latencies: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Also play each agent at each of these latencies, in seconds, for a curve of what speed is worth."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -129,11 +143,23 @@ class PlayFields(StageConfig):
             f"latency {text}": Path(text.removeprefix("trace:")) for text in texts if text and text.startswith("trace:")
         }
 
+    @field_validator("agents", mode="before")
+    @classmethod
+    def _apart_at_commas(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return [part for one in value for part in (_at_commas(one) if isinstance(one, str) else [one])]
+
+    @field_validator("latency", mode="before")
+    @classmethod
+    def _seconds_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _agents_are_told_apart(self) -> Self:
         if self.latency is not None and not _LATENCY.fullmatch(self.latency):
             raise ValueError(
-                f"latency: unknown latency {self.latency!r}: write fixed:0.2, tokens:3500,90, trace:FILE or measured"
+                f"latency: unknown latency {self.latency!r}: write 0.2, tokens:3500,90, trace:FILE or measured"
             )
         try:
             specs = self.specs()
@@ -142,10 +168,25 @@ class PlayFields(StageConfig):
         twice = [text for text in self.agents if self.agents.count(text) > 1]
         if twice:
             raise ValueError(f"agents: {twice[0]!r} is named twice: give each agent a name or latency of its own")
+        again = [seconds for seconds in self.latencies if self.latencies.count(seconds) > 1]
+        if again:
+            raise ValueError(f"latencies: {again[0]:g} is given twice: give each once")
+        if self.workers > 1 and any(spec.kind == "model" for spec in specs):
+            raise ValueError("workers: models play in one process: leave workers out")
         people = [spec for spec in specs if spec.kind == "human"]
         if people and (self.latencies or people[0].latency):
             raise ValueError("agents: human: a person takes the time that it takes: leave latencies and @ out")
         return self
+
+
+def _at_commas(text: str) -> list[str]:
+    """Agents that are written with commas between them; a comma that may belong to one of them stays.
+
+    >>> _at_commas("human,scripted:0.6@tokens:300,30"), _at_commas("./a,b")
+    (['human', 'scripted:0.6@tokens:300,30'], ['./a,b'])
+    """
+    places = [-1, *(found.start() for found in _COMMA.finditer(text)), len(text)]
+    return [part for one, other in pairwise(places) if (part := text[one + 1 : other].strip())] or [text]
 
 
 class FightingConfig(PlayFields):
@@ -161,9 +202,9 @@ class FightingConfig(PlayFields):
         "tenfold play fighting",
         "tenfold play fighting --agents llama.cpp:demo scripted:0.5 --pairs 10",
         "tenfold play fighting --agents human scripted:0.6",
-        "tenfold play trading --agents scripted:0.9 --latencies 0 0.3 0.7 1.3",
     )
     run = "tenfold.arena.fighting.stage:run_fighting"
+    refuse = "tenfold.arena.fighting.stage:check_fighting"
 
     pairs: Annotated[int, Field(ge=1)] = 100
     """Pairs of games of every two agents, at most. Raise it where the report says that it cannot separate two."""
@@ -234,6 +275,9 @@ class RecordedMarket(Config):
     """Ask where a bar's range, or a price's distance from its recent mean or the own cost, reaches this fraction."""
     cooling: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between two questions, at least."""
+    longest_gap: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds without a row, at most: after more, part of the day is taken to be missing. Raise it for a market that
+    rests at noon."""
 
 
 class TradingConfig(PlayFields):
@@ -250,6 +294,7 @@ class TradingConfig(PlayFields):
         "tenfold play trading --market replay --recorded.bars NVDA nvda.csv --recorded.zone UTC --agents rule:0.005",
     )
     run = "tenfold.arena.trading.stage:run_trading"
+    refuse = "tenfold.arena.trading.stage:check_trading"
 
     market: Literal["synthetic", "replay", "paper"] = "synthetic"
     """Which market: drawn from the seed, your own recording, or your own recording under the published rules, which
@@ -280,6 +325,8 @@ class TradingConfig(PlayFields):
             raise ValueError(f"agents: scripted:QUALITY reads synthetic jumps; in market: {self.market} take rule:0.01")
         if not given:
             raise ValueError(f"recorded.bars: missing, and market: {self.market} needs a recording")
+        if twice := set(self.recorded.bars) & set(self.recorded.quotes):
+            raise ValueError(f"recorded.quotes: {min(twice)} is among recorded.bars as well: give one of them")
         if self.recorded.zone is None:
             raise ValueError("recorded.zone: missing: say the time zone of the stamps, such as America/New_York or UTC")
         if self.market == "paper" and self.recorded.quotes:

@@ -141,6 +141,9 @@ class StageConfig(Config):
     """Artefacts of rows under the column names of its data: what reads them reads them with the same ``columns``."""
     run: ClassVar[str]
     """``module:function``, ``(config, context) -> StageOutput``; imported on first use."""
+    refuse: ClassVar[str | None] = None
+    """``module:function``, ``(config) -> None``: raises what the method's own code knows cannot be; imported to check a
+    recipe, and so without torch. `check` is for what configurations know by themselves."""
     attach: ClassVar[str | None] = None
     """``module:function``, ``(model, config, task) -> adapted model``, of stages that train: `estimate` predicts their
     needs by it, and `validate` sees whether the model has what they adapt."""

@@ -29,7 +29,7 @@ def check_stage(step: Step, rows: Rows | None) -> None:
         rows: its data, or None.
 
     Raises:
-        TenfoldError: as `StageConfig.check`, with the stage named.
+        TenfoldError: as `StageConfig.check` and `StageConfig.refuse`, with the stage named.
     """
     with naming(step):
         for key, path in step.config.files().items():
@@ -37,6 +37,8 @@ def check_stage(step: Step, rows: Rows | None) -> None:
                 raise ConfigError(f"{key}: no file {path}", remedy="give a file that is there")
         if not (isinstance(step.config, DataFields) and is_reference(step.config.data)):
             step.config.check(rows)
+        if step.config.refuse is not None:
+            load(step.config.refuse)(step.config)
 
 
 @contextmanager

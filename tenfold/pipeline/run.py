@@ -131,12 +131,10 @@ def check(plan: ResolvedRecipe) -> list[str]:
 
     looked_at = set()
     for step in plan.steps:
-        if not step.config.needs.model or is_reference(step.model):
-            continue
-        ref = model_of(plan, step)
-        with naming(step) if step.model is not None else nullcontext():
+        own = [model_of(plan, step)] if step.config.needs.model and not is_reference(step.model) else []
+        with naming(step) if step.model is not None or not own else nullcontext():
             others = [ModelRef(source) for source in step.config.models().values() if not is_reference(source)]
-            for one in (ref, *others):
+            for one in (*own, *others):
                 if one not in looked_at and locate(one.source).kind != "hub":
                     one.identity()
                 looked_at.add(one)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tenfold import cli
 from tenfold.arena.fighting.play import play_fight
@@ -33,6 +34,9 @@ def games(out, stage="fighting"):
         ("llama.cpp:a b.gguf", "model", None, "llama.cpp", "a b.gguf", None),
         ("http://me:8000/v1#some/model@measured", "model", None, "openai", "http://me:8000/v1", "measured"),
         ("runs/my@home/model", "model", None, "transformers", "runs/my@home/model", None),
+        ("scripted:0.8@0.2", "scripted", 0.8, "transformers", "", "0.2"),
+        ("random@.1", "random", None, "transformers", "", ".1"),
+        ("demo@1e-1", "model", None, "transformers", "demo", "1e-1"),
     ],
 )
 def test_agents_are_read(text, kind, number, engine, source, latency):
@@ -61,6 +65,12 @@ def test_a_fast_and_a_slow_model():
         ({"agents": ("human", "random"), "latencies": (0.1,)}, "takes the time that it takes"),
         ({"agents": ("scripted:0.5+random", "random")}, "takes two models"),
         ({"agents": ("rule:0.1", "random")}, "rule:MARGIN trades"),
+        ({"agents": ("scripted:1@tokens:30,3", "random")}, "runs no model .* as in scripted:1@0.2"),
+        ({"agents": ("random@measured", "scripted:1")}, "runs no model"),
+        ({"latencies": (0.1, 0, 0.1)}, "latencies: 0.1 is given twice"),
+        ({"agents": ("my/one,my/other", "random")}, "put spaces between agents"),
+        ({"agents": ("scripted:1,my/other", "random")}, "put spaces between agents"),
+        ({"agents": ("tiny:llama", "random"), "workers": 2}, "workers: models play in one process"),
     ],
 )
 def test_who_cannot_fight(values, said):
@@ -83,14 +93,79 @@ def test_what_cannot_be_traded(values, said):
         TradingConfig.parse(values, "trading")
 
 
-def test_values_that_only_the_games_know(tmp_path, capsys):
-    for agents, said in (
-        (["scripted:1.5", "random"], "agents: scripted:1.5: quality"),
-        (["scripted:1@fixed:-1", "random"], "agents: scripted:1@fixed:-1: latency"),
-        (["tiny:nothing", "random"], "tiny:nothing"),
-    ):
-        assert cli.main(["play", "fighting", "--agents", *agents, "--out", str(tmp_path / "out")]) == 2
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"agents": ["scripted:1.5", "random"]}, "agents: scripted:1.5: quality"),
+        ({"agents": ["scripted:nan", "random"]}, "agents: scripted:nan: quality"),
+        ({"agents": ["scripted:1@fixed:-1", "random"]}, "agents: scripted:1@fixed:-1: latency"),
+        ({"agents": ["scripted:1@-1", "random"]}, "agents: scripted:1@-1: latency"),
+        ({"agents": ["random", "tiny:llama@tokens:0,0"]}, "agents: tiny:llama@tokens:0,0: latency: PREFILL"),
+        ({"agents": ["random", "tiny:llama+tiny:gpt2@fixed:inf"]}, "agents: tiny:gpt2@fixed:inf: latency"),
+        ({"agents": ["random", "tiny:nothing"]}, "tiny:nothing"),
+        ({"agents": ["random", "llama.cpp:tiny:llama"]}, "not a GGUF file"),
+        ({"agents": ["random", "scripted:1"], "latency": -1}, "01-fighting: latency: fixed:-1"),
+        ({"use": "trading", "agents": ["scripted:2"]}, "agents: scripted:2: accuracy"),
+        ({"use": "trading", "synthetic": {"events": 1_000_000}}, "synthetic.events: "),
+        ({"use": "trading", "synthetic": {"amplitude": 0.9}}, "synthetic.amplitude: "),
+        ({"use": "trading", "agents": ["rule:-1"], "recorded": {}}, "agents: rule:-1: margin"),
+        ({"use": "trading", "recorded": {"zone": "Mars/Base"}}, "recorded.zone: unknown"),
+        ({"use": "trading", "recorded": {"exchange": "Mars/Base"}}, "recorded.exchange: unknown"),
+        ({"use": "trading", "recorded": {"day": "5.8.2024"}}, "recorded.day: "),
+        ({"use": "trading", "recorded": {"cutoff": "25:00:00"}}, "recorded.cutoff: "),
+        ({"use": "trading", "recorded": {"cutoff": "09:00:00"}}, "recorded.cutoff: 09:00:00 is not after opens"),
+        ({"use": "trading", "recorded": {"opens": "09:00Z"}}, "recorded.opens: "),
+    ],
+)
+def test_a_recipe_is_valid_only_if_it_can_be_played(values, said, tmp_path, capsys):
+    (tmp_path / "bars.csv").write_text("time,open,high,low,close\n")
+    stage = {"use": "fighting", **values}
+    if "recorded" in stage:
+        stage |= {"market": "replay", "recorded": {"bars": {"X": str(tmp_path / "bars.csv")}, "zone": "UTC"}
+                  | stage["recorded"], "agents": stage.get("agents", ["rule:0.1"])}  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"stages": [stage]}))
+    for command in ("validate", "run"):
+        assert cli.main([command, str(recipe), *(["--out", str(tmp_path / "out")] if command == "run" else [])]) == 2
         assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_agents_with_commas_between_them():
+    for texts, agents in (
+        (["human,scripted:0.6"], ("human", "scripted:0.6")),
+        (["human,", "scripted:0.6"], ("human", "scripted:0.6")),
+        (["demo@tokens:300,30,random, scripted:1@0.1"], ("demo@tokens:300,30", "random", "scripted:1@0.1")),
+        (["llama.cpp:a.gguf,http://me/v1#m"], ("llama.cpp:a.gguf", "http://me/v1#m")),
+        (["./a,b", "random"], ("./a,b", "random")),
+        (["my/random,random"], ("my/random", "random")),
+    ):
+        assert FightingConfig.parse({"agents": texts}, "fighting").agents == agents
+
+
+def test_a_latency_for_models_leaves_others_their_seconds(tmp_path):
+    """Scripted agents read and write no tokens, and nothing measures them: neither makes them instant."""
+    for latency in ("tokens:30,3", "measured"):
+        for stage, agents in (("fighting", ["scripted:1", "random@0.1"]), ("trading", ["scripted:1", "random@0.1"])):
+            short = (
+                {"pairs": 1, "seconds": 5, "replays": 0}
+                if stage == "fighting"
+                else {"days": 1, "synthetic": {"events": 2}}
+            )
+            out = tmp_path / latency[:6] / stage
+            execute({"stages": [{"use": stage, "agents": agents, "latency": latency, **short}]}, out)
+            summary = json.loads((out / f"01-{stage}/summary.json").read_text())
+            assert f"Latency {latency} is for models; an answer of scripted:1 takes 0.2 s." in summary["notes"]
+            if stage == "fighting":
+                assert {game["first latency"] for game in games(out) if game["first"] == "scripted:1"} == {0.2}
+            else:
+                assert [set(day["seconds"]) for day in games(out, "trading")] == [{0.2}, {0.1}]
+
+
+def test_a_plain_number_is_seconds(tmp_path):
+    stage = {"use": "trading", "agents": ["scripted:1", "random@0.5"], "latency": 0.3, "days": 1}
+    execute({"stages": [{**stage, "synthetic": {"events": 2}}]}, tmp_path)
+    assert [set(day["seconds"]) for day in games(tmp_path, "trading")] == [{0.3}, {0.5}]
 
 
 def test_games_are_those_of_the_seed(tmp_path):
@@ -110,11 +185,6 @@ def test_games_are_those_of_the_seed(tmp_path):
         assert (game["first health"], game["second health"]) == record.health
         assert game["frames"] == record.frames <= 480
     assert (tmp_path / "one/01-fighting/replays.html").stat().st_size > 20_000
-
-
-def test_models_play_in_one_process(tmp_path):
-    with pytest.raises(ConfigError, match="workers: models play in one process"):
-        execute({"stages": [{"use": "fighting", "agents": ["tiny:llama", "random"], "workers": 2}]}, tmp_path)
 
 
 def test_a_planner_and_other_latencies(tmp_path):
@@ -156,6 +226,22 @@ def test_a_recording_is_replayed(tmp_path, capsys):
     bars.write_text("\n".join(["time,open,high,low,close", *lines[:9], lines[3]]) + "\n")
     assert cli.main([*command, "--out", str(tmp_path / "bad")]) == 2
     assert f"{bars}, line 11" in capsys.readouterr().err
+
+
+def test_a_recording_that_rests_at_noon(tmp_path, capsys):
+    bars = tmp_path / "bars.csv"
+    minutes = [f"{hour:02}:{minute:02}:00,10,10,10,10" for hour in (10, 13) for minute in range(30)]
+    bars.write_text("time,open,high,low,close\n" + "\n".join(minutes) + "\n")
+    command = ["play", "trading", "--market", "replay", "--recorded.bars", "X", str(bars), "--recorded.zone", "UTC",
+               "--recorded.day", "2024-01-02", "--agents", "rule:0.01", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert cli.main(command) == 2
+    assert "raise recorded.longest_gap" in capsys.readouterr().err
+    assert cli.main([*command, "--recorded.longest-gap", "10000"]) == 0
+
+
+def test_examples_stand_once():
+    shown = cli.examples("play")
+    assert len(set(shown)) == len(shown)
 
 
 def test_a_person_plays_from_the_command_line(tmp_path):

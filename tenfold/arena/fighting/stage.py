@@ -17,7 +17,7 @@ from tenfold.arena.fighting.rules import FRAMES_PER_SECOND
 from tenfold.arena.fighting.scripted import ScriptedFighter
 from tenfold.arena.human import HumanFighter
 from tenfold.arena.latency import Fixed
-from tenfold.arena.lineup import line_up
+from tenfold.arena.lineup import check_line_up, latency_notes, line_up
 from tenfold.arena.live import outcome_in_words, play_live, watch_fight
 from tenfold.arena.players import at_latency
 from tenfold.arena.ratings import Ratings, rate
@@ -33,11 +33,19 @@ PLANS_IN_WORDS = ("attack", "defend", "keep away and throw bolts", "wait for a m
 GAMES, REPLAYS = "games.jsonl", "replays.html"
 
 
+def check_fighting(config: FightingConfig) -> None:
+    """Refuse agents and latencies that cannot be.
+
+    Raises:
+        ConfigError: naming the agent.
+        DataError: a trace that cannot be read, with file and line.
+    """
+    check_line_up(config.specs(), fighter_by_hand, config.latency)
+
+
 def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
     """The stage ``fighting``; its artefact is the record of all games."""
     specs = config.specs()
-    if config.workers > 1 and any(spec.kind == "model" for spec in specs):
-        raise ConfigError("workers: models play in one process", remedy="leave workers out")
     context.progress.begin("opening the agents")
     agents = _agents(config, context)
     if any(spec.kind == "human" for spec in specs):
@@ -69,7 +77,7 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
         tables=tables,
         figures=figures,
         attached={"games": tournament.games, "agents": list(config.agents)},
-        notes=[*tournament.notes, *ratings.notes],
+        notes=[*latency_notes(specs, config.latency), *tournament.notes, *ratings.notes],
         artefact=GAMES,
         artefacts={"games": GAMES},
     )

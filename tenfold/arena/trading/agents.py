@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,9 +73,14 @@ class RuleTrader:
         seconds: that each answer takes.
         again: whether it also buys where it holds something.
         name: ``rule:0.01`` for a margin of .01 by default.
+
+    Raises:
+        ConfigError: a margin that is not above 0, or not finite.
     """
 
     def __init__(self, margin: float = 0.01, seconds: float = 0.0, again: bool = True, name: str = "") -> None:
+        if not 0 < margin < math.inf:
+            raise ConfigError(f"margin: must be above 0, got {margin}", remedy="give a fraction, as in rule:0.01")
         self.name = name or f"rule:{margin:g}"
         self.margin, self.seconds, self.again = margin, seconds, again
 

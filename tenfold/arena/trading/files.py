@@ -217,8 +217,8 @@ class _Reader:
             )
         if time - before > self.longest_gap * SECOND:
             raise DataError(
-                f"{place}: a gap of {(time - before) / SECOND:g} s before it, above longest_gap {self.longest_gap:g}",
-                remedy="get the missing part of the day, or raise longest_gap",
+                f"{place}: a gap of {(time - before) / SECOND:g} s before it, more than {self.longest_gap:g}",
+                remedy="get the missing part of the day; if the market rested, raise recorded.longest_gap",
             )
 
     def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -280,13 +280,8 @@ class _Stamps:
 
     def __init__(self, zone: str, day: str | None) -> None:
         self.name, self.zone = zone, zone_of(zone)
-        self.day: date | None = None
+        self.day = None if day is None else day_of(day)
         self.given = day is not None
-        if day is not None:
-            try:
-                self.day = date.fromisoformat(day)
-            except ValueError:
-                raise ConfigError(f"day: {day!r}", remedy="write YYYY-MM-DD") from None
         self.aware: bool | None = None
 
     def read(self, place: str, row: Mapping[str, Any]) -> int | None:
@@ -340,8 +335,20 @@ class _Stamps:
         return local
 
 
-def zone_of(name: str) -> ZoneInfo:
-    """A time zone by its name.
+def day_of(text: str) -> date:
+    """A day by its text.
+
+    Raises:
+        ConfigError: not ``YYYY-MM-DD``.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"day: {text!r}", remedy="write YYYY-MM-DD") from None
+
+
+def zone_of(name: str, key: str = "zone") -> ZoneInfo:
+    """A time zone by its name; errors call it by the key.
 
     Raises:
         ConfigError: unknown.
@@ -349,4 +356,4 @@ def zone_of(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise ConfigError(f"zone: unknown time zone {name!r}", remedy="as America/New_York, or UTC") from None
+        raise ConfigError(f"{key}: unknown time zone {name!r}", remedy="as America/New_York, or UTC") from None

@@ -189,7 +189,8 @@ def check_times(rules: object, *names: str) -> None:
     for name in names:
         value = getattr(rules, name)
         try:
-            time.fromisoformat("00:00:00" if value is None else value)
+            if time.fromisoformat("00:00:00" if value is None else value).tzinfo is not None:
+                raise ValueError
         except (TypeError, ValueError):
             raise ConfigError(f"{name}: {value!r}", remedy="write HH:MM:SS") from None
 

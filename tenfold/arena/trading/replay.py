@@ -81,6 +81,8 @@ class ReplayRules:
         if self.stake > 1:
             raise ConfigError(f"stake: {self.stake} of the cash", remedy="nobody borrows: at most 1")
         check_times(self, "opens", "cutoff")
+        if self.opens and self.cutoff and time.fromisoformat(self.opens) >= time.fromisoformat(self.cutoff):
+            raise ConfigError(f"cutoff: {self.cutoff} is not after opens, {self.opens}", remedy="give a later time")
 
 
 def play_replay(agents: Sequence[Agent], tapes: Sequence[Tape], rules: ReplayRules, seed: int = 0) -> MarketPlay:

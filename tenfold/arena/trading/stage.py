@@ -15,10 +15,10 @@ from tenfold.arena.agents import Agent
 from tenfold.arena.curves import RewardCurve, curves_figure, curves_table, reward_curve
 from tenfold.arena.human import HumanTrader
 from tenfold.arena.latency import Fixed, latency_metrics
-from tenfold.arena.lineup import line_up
+from tenfold.arena.lineup import check_line_up, latency_notes, line_up
 from tenfold.arena.players import at_latency
 from tenfold.arena.trading.agents import RandomTrader, RuleTrader, ScriptedTrader
-from tenfold.arena.trading.files import Bars, read_bars, read_quotes
+from tenfold.arena.trading.files import Bars, day_of, read_bars, read_quotes, zone_of
 from tenfold.arena.trading.market_day import ask_market, market_questions, settle_market
 from tenfold.arena.trading.page import market_page
 from tenfold.arena.trading.paper import PaperRules, play_paper
@@ -41,6 +41,29 @@ Day = dict[str, Any]
 PLANS_IN_WORDS = ("trade every jump", "trade only clear cases", "pass")
 """What a slow model may plan for a fast one."""
 GAMES, REPLAYS = "games.jsonl", "replays.html"
+
+
+def check_trading(config: TradingConfig) -> None:
+    """Refuse agents, latencies and markets that cannot be.
+
+    Raises:
+        ConfigError: naming the agent, or the key of the market.
+        DataError: a trace that cannot be read, with file and line.
+    """
+    check_line_up(config.specs(), trader_by_hand, config.latency)
+    group = "synthetic" if config.market == "synthetic" else "recorded"
+    try:
+        if config.market == "synthetic":
+            _rules(config)
+            return
+        zone_of(config.recorded.zone or "")
+        if config.recorded.exchange is not None:
+            zone_of(config.recorded.exchange, "exchange")
+        if config.recorded.day is not None:
+            day_of(config.recorded.day)
+        _paper_rules(config) if config.market == "paper" else _replay_rules(config)
+    except ConfigError as error:
+        raise ConfigError(f"{group}.{error.problem}", error.remedy) from None
 
 
 def run_trading(config: TradingConfig, context: Context) -> StageOutput:
@@ -69,7 +92,11 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
         tables=tables,
         figures=figures,
         attached={"market": config.market, "days": len({row["day"] for row in days}), "agents": list(config.agents)},
-        notes=[*notes, "What is earned in a simulated market says nothing about what would be earned elsewhere."],
+        notes=[
+            *latency_notes(config.specs(), config.latency),
+            *notes,
+            "What is earned in a simulated market says nothing about what would be earned elsewhere.",
+        ],
         artefact=GAMES,
         artefacts={"games": GAMES},
     )
@@ -134,8 +161,9 @@ def _recorded(
     """One day, each agent on its own."""
     recorded, zone = config.recorded, config.recorded.zone or ""
     context.progress.begin("reading the market")
-    bars = [read_bars(path, name, zone=zone, day=recorded.day) for name, path in recorded.bars.items()]
-    quotes = [read_quotes(path, name, zone=zone, day=recorded.day) for name, path in recorded.quotes.items()]
+    how: dict[str, Any] = {"zone": zone, "day": recorded.day, "longest_gap": recorded.longest_gap}
+    bars = [read_bars(path, name, **how) for name, path in recorded.bars.items()]
+    quotes = [read_quotes(path, name, **how) for name, path in recorded.quotes.items()]
     tapes: list[Tape] = [*map(BarTape, bars), *map(QuoteTape, quotes)]
 
     def play(players: Iterable[Agent]) -> MarketPlay:
@@ -155,17 +183,24 @@ def _recorded(
 def _played_day(
     config: TradingConfig, players: list[Agent], bars: Sequence[Bars], tapes: Sequence[Tape], seed: int
 ) -> MarketPlay:
-    recorded = config.recorded
     if config.market == "paper":
-        return play_paper(players, bars, PaperRules(lookahead=True, cutoff=recorded.cutoff), seed=seed)
-    rules = ReplayRules(
+        return play_paper(players, bars, _paper_rules(config), seed=seed)
+    return play_replay(players, tapes, _replay_rules(config), seed=seed)
+
+
+def _paper_rules(config: TradingConfig) -> PaperRules:
+    return PaperRules(lookahead=True, cutoff=config.recorded.cutoff)
+
+
+def _replay_rules(config: TradingConfig) -> ReplayRules:
+    recorded = config.recorded
+    return ReplayRules(
         zone=recorded.exchange or recorded.zone or "",
         opens=recorded.opens,
         cutoff=recorded.cutoff,
         trigger=recorded.trigger,
         cooling=recorded.cooling,
     )
-    return play_replay(players, tapes, rules, seed=seed)
 
 
 def _day(play: MarketPlay, name: str, day: int | str) -> Day:

@@ -91,7 +91,7 @@ class MarketRules:
         if self.room < 0:
             raise ConfigError(
                 f"events: a day of {self.seconds} s has no room for {self.events} of them",
-                remedy=f"at most {max(0, (self.seconds - self.first) // self.apart)}, or a longer day",
+                remedy=f"at most {max(0, (self.seconds - self.first) // self.apart)}, or a shorter half_life",
             )
 
     @property
