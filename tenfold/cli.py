@@ -445,8 +445,10 @@ def _execute(plan: Any, out: Path) -> int:
                 console.print(f"{summary.stage}: {note}", markup=False, highlight=False)
             said.add(note)
         if summary.artefact:
-            artefact = out / f"{summary.index:02d}-{summary.stage}" / summary.artefact
+            artefact = out / summary.folder / summary.artefact
             console.print(f"{summary.stage}: {artefact}", markup=False, highlight=False)
+        if summary.replays:
+            console.print(f"replays: {out / summary.folder / summary.replays}", markup=False, highlight=False)
     columns, rows = figures(summaries)
     if rows:
         _table("figures", columns, rows)
@@ -464,8 +466,12 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
     table = Table(
         title=Text(title, style="table.title"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for place, column in enumerate(columns):
+        # Titles and figures are not broken within a word; what is too wide for the terminal folds in the first column.
+        words = (
+            [word for text in (column, *(row[place] for row in rows)) for word in str(text).split()] if place else []
+        )
+        table.add_column(column, overflow="fold", min_width=min(16, max(map(len, words), default=0)))
     for row in rows:
         table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     Console(soft_wrap=False).print(table)

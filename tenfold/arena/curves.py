@@ -133,7 +133,7 @@ def curves_figure(curves: Sequence[RewardCurve], *, title: str, x_label: str, y_
         x_label=x_label,
         y_label=y_label,
         series=tuple(series),
-        caption=" ".join(_best_in_words(curve) for curve in curves),
+        caption=" ".join(filter(None, map(_best_in_words, curves))),
     )
 
 
@@ -145,8 +145,15 @@ def _ends(curve: RewardCurve) -> dict[str, tuple[float, ...]]:
 
 
 def _best_in_words(curve: RewardCurve) -> str:
+    if len(curve.rewards[0]) < 2:
+        return ""  # one seed separates nothing, and its highest point may be luck
     first, *others = (f"{curve.x[at]:g}" if isinstance(curve.x[at], float) else str(curve.x[at]) for at in curve.best)
     return f"{curve.name} is best at {first}" + (f"; cannot separate from {', '.join(others)}." if others else ".")
+
+
+def _range(low: float, high: float, form: str) -> str:
+    """An interval; a dash where nothing is known."""
+    return f"[{low:{form}}, {high:{form}}]" if math.isfinite(low) and math.isfinite(high) else "–"
 
 
 def curves_table(curves: Sequence[RewardCurve], *, title: str, x_label: str) -> Table:
@@ -155,7 +162,11 @@ def curves_table(curves: Sequence[RewardCurve], *, title: str, x_label: str) -> 
     for curve in curves:
         for at, (point, mean, (low, high)) in enumerate(zip(curve.x, curve.means, curve.intervals, strict=True)):
             change, (least, most) = curve.change(at, 0)
-            beside = f"{change:+.4f} [{least:+.4f}, {most:+.4f}]" if at else ""
-            rows.append((curve.name, point, round(mean, 6), f"[{low:.4f}, {high:.4f}]", beside))
-    columns = ("agent", x_label, "mean reward", "95 % interval", "change from the first, paired by seed")
+            beside = f"{change:+.4f} {_range(least, most, '+.4f')}" if at else ""
+            rows.append((curve.name, point, round(mean, 6), _range(low, high, ".4f"), beside))
+    kind = "Wilson" if all(curve.bounded for curve in curves) else "Student's t"
+    columns = (
+        "agent", x_label, "mean reward", f"95 % interval ({kind}, over seeds)",
+        "change from the first (Student's t, paired by seed)",
+    )  # fmt: skip
     return Table(title=title, columns=columns, rows=tuple(rows))

@@ -245,7 +245,10 @@ class Ratings:
         for index, name in enumerate(self.names):
             if 0 in (wins[index].sum(), wins[:, index].sum()):
                 word = "lost" if wins[index].sum() == 0 else "won"
-                found.append(f"{name} {word} every game: how far it is from the others is the ridge's word")
+                found.append(
+                    f"{name} {word} every game, so that games cannot say how far it is from the others: its strength "
+                    "and interval are no more than a cautious guess"
+                )
         return tuple(found)
 
     def table(self) -> Table:
@@ -256,18 +259,17 @@ class Ratings:
             best, worst = self.ranks[index]
             low, high = self.intervals[index]
             points, games = wins[index].sum(), wins[index].sum() + wins[:, index].sum()
-            least, most = wilson(points, games)
             rows.append(
                 (
                     name,
                     str(best) if best == worst else f"{best} to {worst}, cannot separate",
                     round(self.strengths[index], 3),
                     f"{low:.2f} to {high:.2f}",
-                    f"{points / games:.3f} [{least:.3f}, {most:.3f}]",
+                    round(points / games, 3),
                     round(games),
                 )
             )
-        columns = ("agent", "place", "strength", "95 % interval", "share of points", "games")
+        columns = ("agent", "place", "strength", "its 95 % interval (seeds drawn anew)", "share of points", "games")
         return Table(title="Ratings", columns=columns, rows=tuple(rows))
 
     def matrix(self) -> Figure:
@@ -288,7 +290,6 @@ class Ratings:
             title="Share of points of rows against columns",
             series=series,
             full=1.0,
-            caption=" ".join(self.notes),
         )
 
 

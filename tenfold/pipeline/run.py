@@ -291,6 +291,7 @@ def _execute(at_work: Run, job: Job, start: ModelRef | None, model: ModelRef | N
         notes=(*_data_notes(config, rows), *output.notes),
         artefact=output.artefact,
         artefacts=_made(config, output, work),
+        replays=output.replays,
         continues_with=output.continues_with,
         timings={**output.timings, "stage": time.perf_counter() - began},
         environment=at_work.machine,

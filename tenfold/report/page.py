@@ -236,7 +236,7 @@ def _model(recipe: str) -> str:
         values = yaml.safe_load(recipe)
     except yaml.YAMLError:
         return ""
-    return str(values.get("model", "")) if isinstance(values, dict) else ""
+    return str(values.get("model") or "") if isinstance(values, dict) else ""
 
 
 def _section(summary: StageSummary, metrics: Sequence[Mapping[str, Any]]) -> Section:

@@ -65,7 +65,7 @@ def players(summaries: Sequence[StageSummary]) -> list[tuple[str, tuple[str, ...
             name: scale_for([metric.value for metric in of.values()], next(iter(of.values())).unit)
             for name, of in values.items()
         }
-        columns = ("", *(", ".join(filter(None, (name, scales[name].unit))) for name in names))
+        columns = ("", *(", ".join(filter(None, (name.replace("_", " "), scales[name].unit))) for name in names))
         rows = [
             (one.subject, *(scales[name].text(one.metric(name).value) if _has(one, name) else "" for name in names))
             for one in results

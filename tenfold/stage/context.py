@@ -35,6 +35,8 @@ class StageOutput:
     timings: dict[str, float] = field(default_factory=dict)
     artefact: str | None = None
     """The folder that the report and the next stage know."""
+    replays: str | None = None
+    """A page to look at, within the stage's folder; the report links to it."""
     artefacts: Mapping[str, str] = field(default_factory=dict)
     """Further artefacts: name as the configuration promises it -> file or folder within the stage's folder."""
     continues_with: Literal["adapter", "model"] | None = None

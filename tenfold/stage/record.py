@@ -93,6 +93,8 @@ class StageSummary(Record):
     """Folder of the artefact, relative to the stage folder."""
     artefacts: dict[str, str] = {}
     """All artefacts by name, relative to the stage folder."""
+    replays: str | None = None
+    """A page of what was played, relative to the stage folder."""
     continues_with: Literal["adapter", "model"] | None = None
     """What the artefact is to the next stage: an adapter on top of the model, or the model itself."""
     timings: dict[str, float] = {}

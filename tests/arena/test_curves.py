@@ -86,6 +86,21 @@ def test_curves_as_data_for_the_report():
     assert table.rows[1][4].startswith("-0.5000 [-0.5000")
     single = curves_figure([reward_curve("one", [0.0], market, [1])], title="t", x_label="x", y_label="y")
     assert single.series[0].low is None  # one seed says nothing of the spread
+    assert table.columns[3:] == (
+        "95 % interval (Student's t, over seeds)", "change from the first (Student's t, paired by seed)",
+    )  # fmt: skip
+
+
+def test_one_seed_is_not_judged():
+    """Of a recorded day, or of a single pair of games: there are no intervals, and no point is the best."""
+    for bounded in (False, True):
+        curve = RewardCurve("bot", (0.0, 1.0), ((0.5,), (0.25,)), bounded)
+        assert curves_figure([curve], title="t", x_label="x", y_label="y").caption == ""
+        table = curves_table([curve], title="t", x_label="x")
+        assert table.rows[1][4] == "-0.2500 –"
+        assert (table.rows[0][3] == "–") is not bounded  # Wilson's holds for one game as well
+        assert table.columns[3].startswith("95 % interval (Wilson" if bounded else "95 % interval (Student")
+        assert "inf" not in str(table.rows)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ def test_places_are_told_as_far_as_they_are_known():
     table = ratings.table()
     assert [row[1] for row in table.rows] == ["1 to 2, cannot separate", "1 to 2, cannot separate", "3"]
     assert [row[5] for row in table.rows] == [240, 240, 240]
+    assert "seeds drawn anew" in table.columns[3]
+    # One interval a row: that of the strength. Shares have theirs where two are compared.
+    assert [row[4] for row in table.rows] == pytest.approx([sum(row) / 240 for row in ratings.wins], abs=1e-3)
     figure = ratings.matrix()
     worst = figure.series[2]
     assert worst.name == "c"
@@ -162,8 +165,8 @@ def test_intransitive_results_are_warned_of_and_chance_is_not():
     pairs += [SeedPair("stone", "rock", seed, 0.5 + 0.5 * (-1) ** seed) for seed in range(30)]
     ratings = rate(pairs, names)
     assert ratings.cycles == (("rock", "scissors", "paper"),)
+    assert ratings.matrix().caption == ""  # notes are told once, by the stage
     assert ratings.notes[0].startswith("intransitive: rock beats scissors beats paper beats rock")
-    assert ratings.matrix().caption.startswith("intransitive")
     even = np.array([[0, 25, 15], [15, 0, 25], [25, 15, 0]])  # each may be chance
     assert intransitive(even) == []
     assert intransitive(np.triu(np.full((4, 4), 40))) == []

@@ -1,8 +1,10 @@
 """The arena from recipes and the command line: who plays, what is refused, and that workers change nothing."""
 
+import html
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +239,55 @@ def test_a_recording_that_rests_at_noon(tmp_path, capsys):
     assert cli.main(command) == 2
     assert "raise recorded.longest_gap" in capsys.readouterr().err
     assert cli.main([*command, "--recorded.longest-gap", "10000"]) == 0
+
+
+def test_a_single_recorded_day_has_no_intervals(tmp_path):
+    bars = tmp_path / "bars.csv"
+    minutes = [f"10:{minute:02}:00,10,{10 + minute / 100},10,10" for minute in range(30)]
+    bars.write_text("time,open,high,low,close\n" + "\n".join(minutes) + "\n")
+    recorded = {"bars": {"X": str(bars)}, "zone": "UTC", "day": "2024-01-02", "trigger": 0}
+    for market in ("replay", "paper"):
+        stage = {"use": "trading", "market": market, "agents": ["rule:0.01"], "latencies": [0, 1], "recorded": recorded}
+        execute({"stages": [stage]}, tmp_path / market)
+        page = (tmp_path / market / "report.html").read_text()
+        assert "Yield of a day" in page
+        assert "inf]" not in page.replace("∞", "inf")
+        assert "is best at" not in page
+
+
+def test_expected_yields_are_drawn_where_they_are_known(tmp_path):
+    stage = {"use": "trading", "agents": ["scripted:0.9"], "days": 2, "latencies": [0, 1, 9]}
+    execute({"stages": [{**stage, "synthetic": {"events": 3}}]}, tmp_path)
+    summary = json.loads((tmp_path / "01-trading/summary.json").read_text())
+    figure = next(figure for figure in summary["figures"] if figure["title"] == "Yield of a day")
+    assert [series["x"] for series in figure["series"]] == [[0, 1, 9], [0, 1]]
+    assert "hold up to 4 s (8 half-lives)" in figure["caption"]
+
+
+def test_replays_are_named_and_linked(tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["play", "fighting", "--agents", "scripted:1", "random", "--pairs", "1", "--seconds", "5"]
+    assert cli.main([*command, "--out", str(out)]) == 0
+    assert f"replays: {out}/01-fighting/replays.html" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    link = re.search(r'Replays: <a href="([^"]+)"', page)[1]
+    assert (out / link).read_text().startswith("<!doctype html>")
+    for target in re.findall(r'href="([^"#]+)"', page):
+        assert (out / target).exists()
+    assert "<span>None</span>" not in page
+    summary = json.loads((out / "01-fighting/summary.json").read_text())
+    assert [page.count(html.escape(note)) for note in summary["notes"]] == [1] * len(summary["notes"]) != []
+    assert cli.main([*command, "--replays", "0", "--out", str(tmp_path / "none")]) == 0
+    assert "replays:" not in capsys.readouterr().out
+
+
+def test_the_terminal_breaks_no_word(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    command = ["play", "trading", "--agents", "scripted:0.85@fixed:0.35", "random", "--days", "2"]
+    assert cli.main([*command, "--synthetic.events", "3", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    for word in ("right", "readings", "invalid", "answers", "latency", "p50,", "p95,"):
+        assert word in shown.split()
 
 
 def test_examples_stand_once():

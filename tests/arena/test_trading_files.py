@@ -176,6 +176,7 @@ def test_quotes(tmp_path):
         (f"{NOON + 9},10,-1,11,1", r"bid_qty is -1"),
         ("soon,10,1,11,1", r"local_ts_ns is 'soon'"),
         (f"{NOON}0000,10,1,11,1", r"local_ts_ns is"),
+        (f"{NOON // 1_000_000},10,1,11,1", r"local_ts_ns is '\d+', which is on 1970-01-01 in nanoseconds since 1970"),
     ],
 )
 def test_malformed_quotes(tmp_path, line, problem):

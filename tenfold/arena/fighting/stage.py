@@ -66,7 +66,7 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
     ratings = rate(tournament.pairs, config.agents, seed=context.seed)
     context.progress.begin("writing the games")
     _write(context, _games(tournament))
-    _replays(config, context, agents)
+    replays = _replays(config, context, agents)
     tables, figures = [ratings.table(), tournament.table()], [ratings.matrix()]
     if curves:
         words = {"title": f"Points against {config.agents[-1]}", "x_label": "seconds an answer takes"}
@@ -80,6 +80,7 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
         notes=[*latency_notes(specs, config.latency), *tournament.notes, *ratings.notes],
         artefact=GAMES,
         artefacts={"games": GAMES},
+        replays=replays,
     )
 
 
@@ -98,11 +99,12 @@ def _with_a_person(config: FightingConfig, context: Context, agents: Mapping[str
         notes=[outcome_in_words(record)],
         artefact=GAMES,
         artefacts={"games": GAMES},
+        replays=REPLAYS,
     )
 
 
-def _replays(config: FightingConfig, context: Context, agents: Mapping[str, Agent]) -> None:
-    """The first fights of every two agents, played again: what models said is remembered."""
+def _replays(config: FightingConfig, context: Context, agents: Mapping[str, Agent]) -> str | None:
+    """The page of the first fights of every two agents, played again: what models said is remembered."""
     seeds = range(context.seed, context.seed + min(config.replays, config.pairs))
     records = [
         _fight(config, agents[first], agents[second], seed)
@@ -114,6 +116,7 @@ def _replays(config: FightingConfig, context: Context, agents: Mapping[str, Agen
     if records and config.watch:
         with context.progress.paused():
             watch_fight(records[0])
+    return REPLAYS if records else None
 
 
 def fighter_by_hand(spec: AgentSpec) -> Agent:

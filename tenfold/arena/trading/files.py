@@ -27,6 +27,9 @@ SECOND = 1_000_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CLOCKS = ("local_ts_ns", "local_ts_us", "local_ts_ms", "time", "timestamp", "datetime")
 _UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000}
+_WORDS = {1: "nanoseconds", 1_000: "microseconds", 1_000_000: "milliseconds"}
+_OLDEST = 1980
+"""No recording in the form of quotes is older; stamps of another unit than they say are in the first days of 1970."""
 _OTHER_NAMES = {"bid_price": "bid", "ask_price": "ask", "bid_size": "bid_qty", "ask_size": "ask_qty"}
 
 
@@ -299,6 +302,11 @@ class _Stamps:
                 moment = datetime.fromtimestamp(found // SECOND, self.zone)
             except (TypeError, ValueError, OverflowError, OSError):
                 raise DataError(f"{place}: {column} is {value!r}", remedy="give a whole number since 1970") from None
+            if moment.year < _OLDEST:
+                raise DataError(
+                    f"{place}: {column} is {value!r}, which is on {moment.date()} in {_WORDS[unit]} since 1970",
+                    remedy="name the column by the unit of its numbers: local_ts_ns, local_ts_us or local_ts_ms",
+                )
         return found if self._of_the_day(place, moment.astimezone(self.zone).date()) else None
 
     def _of_the_day(self, place: str, day: date) -> bool:

@@ -24,7 +24,7 @@ from tenfold.arena.trading.page import market_page
 from tenfold.arena.trading.paper import PaperRules, play_paper
 from tenfold.arena.trading.record import MarketPlay
 from tenfold.arena.trading.replay import ReplayRules, play_replay
-from tenfold.arena.trading.synthetic import MarketRules, draw_market
+from tenfold.arena.trading.synthetic import ALLOWED, MarketRules, draw_market
 from tenfold.arena.trading.tapes import BarTape, QuoteTape, Tape
 from tenfold.config.arena import AgentSpec, TradingConfig
 from tenfold.core.statistics import t_quantile, wilson
@@ -99,6 +99,7 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
         ],
         artefact=GAMES,
         artefacts={"games": GAMES},
+        replays=REPLAYS,
     )
 
 
@@ -264,13 +265,18 @@ def _with_closed_form(config: TradingConfig, figure: Figure) -> Figure:
         return figure
     rules = _rules(config)
     scale = rules.events * rules.notional / rules.cash
+    latest = ALLOWED * rules.half_life
+    known = tuple(latency for latency in config.latencies if latency <= latest)
     expected = tuple(
         Series(
             name=f"{spec.text}, expected",
-            x=config.latencies,
-            y=tuple(scale * rules.expected_yield(spec.number or 0.0, latency) for latency in config.latencies),
+            x=known,
+            y=tuple(scale * rules.expected_yield(spec.number or 0.0, latency) for latency in known),
         )
         for spec in config.specs()
-        if spec.kind == "scripted" and max(config.latencies) <= 8 * rules.half_life
+        if spec.kind == "scripted" and known
     )
-    return figure.model_copy(update={"series": (*figure.series, *expected)})
+    said = figure.caption
+    if len(known) < len(config.latencies) and any(spec.kind == "scripted" for spec in config.specs()):
+        said = f"{said} Expected yields hold up to {latest:g} s ({ALLOWED} half-lives): later orders trade nothing."
+    return figure.model_copy(update={"series": (*figure.series, *expected), "caption": said.strip()})
