@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tenfold.arena.agents import Agent
@@ -31,13 +32,20 @@ def latency_of(spec: AgentSpec, shared: str | None) -> str:
     return OTHERS if shared is None or counts_model(shared) else shared
 
 
-def latency_notes(specs: Sequence[AgentSpec], shared: str | None) -> list[str]:
-    """Whom a shared latency does not count, in words."""
-    if shared is None or not counts_model(shared):
-        return []
-    kept = [spec.text for spec in specs if spec.kind not in ("model", "human") and spec.latency is None]
-    seconds = OTHERS.removeprefix("fixed:")
-    return [f"Latency {shared} is for models; an answer of {', '.join(kept)} takes {seconds} s."] if kept else []
+def line_up_notes(specs: Sequence[AgentSpec], latency: str | None, opening: Mapping[str, Any]) -> list[str]:
+    """What of a recipe does not reach which agents, in words; arguments as those of `line_up`."""
+    notes = []
+    if latency is not None and counts_model(latency):
+        kept = [spec.text for spec in specs if spec.kind not in ("model", "human") and spec.latency is None]
+        seconds = OTHERS.removeprefix("fixed:")
+        notes += [f"Latency {latency} is for models; an answer of {', '.join(kept)} takes {seconds} s."] if kept else []
+    files = [spec.text for spec in specs if "llama.cpp" in (spec.engine, spec.planner and spec.planner.engine)]
+    keys = [key for key in ("dtype", "load") if opening.get(key) is not None]
+    if files and keys:
+        notes.append(
+            f"A GGUF file has a number format of its own: {' and '.join(keys)} not used by {', '.join(files)}."
+        )
+    return notes
 
 
 def check_line_up(specs: Sequence[AgentSpec], by_hand: Callable[[AgentSpec], Agent], latency: str | None) -> None:
@@ -69,6 +77,7 @@ def line_up(
     temperature: float = 0.0,
     store: Store | None = None,
     traces: Path | None = None,
+    opening: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Agent]:
     """Agents by name, in the order of the configuration.
 
@@ -80,6 +89,8 @@ def line_up(
         temperature: of models.
         store: where models' answers are remembered.
         traces: the folder that measured latencies are written to.
+        opening: fields of `tenfold.models.reference.ModelRef`: ``dtype``, ``device`` and others. llama.cpp heeds
+            ``device: cpu``; a GGUF file has a number format of its own.
 
     Raises:
         ConfigError: a latency or an engine that cannot be.
@@ -91,7 +102,7 @@ def line_up(
         if spec.kind == "model":
             key = (spec.engine, spec.source, spec.served)
             if key not in engines:
-                engines[key] = _engine(spec)
+                engines[key] = _engine(spec, opening)
             agent: Agent = EnginePlayer(engines[key], _model_name(spec), temperature=temperature, memory=store)
         else:
             agent = by_hand(spec)
@@ -122,7 +133,7 @@ def _model_name(spec: AgentSpec) -> str:
     return " ".join(filter(None, (spec.engine, spec.source, spec.served)))
 
 
-def _engine(spec: AgentSpec) -> Any:
+def _engine(spec: AgentSpec, opening: Mapping[str, Any]) -> Any:
     if spec.engine == "openai":
         from tenfold.engines.openai import OpenAIEngine
 
@@ -130,11 +141,12 @@ def _engine(spec: AgentSpec) -> Any:
     if spec.engine == "llama.cpp":
         from tenfold.engines.llama_cpp import LlamaCpp
 
-        return LlamaCpp(_gguf(spec), context=2048, parallel=1)
+        layers = 0 if opening.get("device") == "cpu" else None
+        return LlamaCpp(_gguf(spec), context=2048, parallel=1, gpu_layers=layers)
     from tenfold.engines.session import Session
     from tenfold.models.reference import ModelRef
 
-    return Session(ModelRef(spec.source).open())
+    return Session(ModelRef(spec.source, **opening).open())
 
 
 def _gguf(spec: AgentSpec) -> Path:

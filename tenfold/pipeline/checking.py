@@ -61,7 +61,7 @@ def check_model(plan: ResolvedRecipe) -> list[str]:
         ModelError: no such model, or an architecture that a stage does not know.
     """
     steps = [step for step in plan.steps if step.config.needs.model]
-    if not steps:
+    if not steps and not any(step.config.models() for step in plan.steps):
         return []
     if plan.recipe.load is not None:
         from tenfold.models.quantised import check_load

@@ -67,7 +67,7 @@ def jobs(plan: ResolvedRecipe) -> list[Job]:
             "stage": step.name,
             "config": step.config.decisive(),
             "seed": plan.recipe.seed,
-            "device": [plan.recipe.dtype, plan.recipe.device],
+            "device": [plan.recipe.dtype, plan.recipe.device, *filter(None, [plan.recipe.load])],
             "inputs": inputs,
             "code": code_hash(type(step.config)),
         }

@@ -271,7 +271,8 @@ def _execute(at_work: Run, job: Job, start: ModelRef | None, model: ModelRef | N
     with Progress(at_work.console, at_work.said) as progress:
         if model is not None:
             progress.begin(f"opening {model.source}")
-        context = Context(work, start, model, rows, plan.recipe.seed, plan.to_yaml(), progress, others)
+        opening = plan.recipe.model_dump(include={"dtype", "load", "device", "trust_remote_code"})
+        context = Context(work, start, model, rows, plan.recipe.seed, plan.to_yaml(), progress, others, opening)
         output: StageOutput = load(config.run)(config, context)
     summary = StageSummary(
         tenfold_version=tenfold.__version__,

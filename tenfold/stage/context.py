@@ -91,6 +91,9 @@ class Context:
     progress: Progress
     other_rows: Mapping[str, Rows] = field(default_factory=dict)
     """Further rows, by the key that names them."""
+    opening: Mapping[str, Any] = field(default_factory=dict)
+    """How the recipe wants models to be opened: ``dtype``, ``load``, ``device``, ``trust_remote_code``, as those of
+    `tenfold.models.reference.ModelRef`."""
 
     @property
     def metrics(self) -> MetricsLog:

@@ -66,6 +66,21 @@ def test_the_bell_truncates():
     assert env.agents == []
 
 
+def test_a_bell_of_ones_own():
+    """It truncates there, in every fight, and what is seen counts down to it."""
+    env = FightingParallelEnv(bell=90)
+    for _ in range(2):
+        seen, _ = env.reset()
+        assert seen["p0"][0] == 90
+        for n in range(90):
+            seen, _, _, truncated, _ = env.step(keys("neutral", "neutral"))
+            assert truncated["p0"] == (n == 89)
+        assert env.agents == []
+        assert seen["p1"][0] == 0
+    with pytest.raises(ConfigError, match="bell"):
+        FightingParallelEnv(bell=0)
+
+
 def test_pictures():
     env = FightingParallelEnv(render_mode="ansi")
     env.reset()

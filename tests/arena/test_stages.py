@@ -16,8 +16,10 @@ import yaml
 from tenfold import cli
 from tenfold.arena.fighting.play import play_fight
 from tenfold.arena.fighting.scripted import ScriptedFighter
+from tenfold.arena.lineup import line_up_notes
 from tenfold.config.arena import FightingConfig, TradingConfig, parse_agent
 from tenfold.errors import ConfigError
+from tenfold.models.reference import ModelRef
 
 from ..runs import execute
 
@@ -168,6 +170,24 @@ def test_a_plain_number_is_seconds(tmp_path):
     stage = {"use": "trading", "agents": ["scripted:1", "random@0.5"], "latency": 0.3, "days": 1}
     execute({"stages": [{**stage, "synthetic": {"events": 2}}]}, tmp_path)
     assert [set(day["seconds"]) for day in games(tmp_path, "trading")] == [{0.3}, {0.5}]
+
+
+def test_how_a_recipe_opens_models_reaches_those_that_play(tmp_path, monkeypatch):
+    opened, plain = [], ModelRef.open
+    monkeypatch.setattr(ModelRef, "open", lambda self, **more: opened.append(self) or plain(self, **more))
+    fight = {"use": "fighting", "agents": ["tiny:llama@3", "random@3"], "pairs": 1, "seconds": 5}
+    trade = {"use": "trading", "agents": ["tiny:qwen2"], "days": 1, "synthetic": {"events": 1}}
+    execute({"dtype": "bfloat16", "device": "cpu", "stages": [fight, trade]}, tmp_path)
+    assert [(ref.source, ref.dtype, ref.device) for ref in opened] == [
+        (source, "bfloat16", "cpu") for source in ("tiny:llama", "tiny:qwen2")
+    ]
+
+
+def test_a_gguf_file_keeps_its_number_format():
+    specs = [parse_agent(text) for text in ("llama.cpp:demo", "tiny:llama", "random")]
+    (note,) = line_up_notes(specs, None, {"dtype": "bfloat16", "device": "cpu", "load": None})
+    assert note == "A GGUF file has a number format of its own: dtype not used by llama.cpp:demo."
+    assert line_up_notes(specs, None, {"device": "cpu"}) == line_up_notes(specs[1:], None, {"dtype": "float16"}) == []
 
 
 def test_games_are_those_of_the_seed(tmp_path):

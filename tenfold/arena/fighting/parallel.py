@@ -14,7 +14,7 @@ from tenfold.arena.fighting.fight import OBSERVED, Fight
 from tenfold.arena.fighting.moves import INPUTS, MOVES
 from tenfold.arena.fighting.picture import fight_as_image, fight_as_text
 from tenfold.arena.fighting.question import NO_MOVE, state_in_words
-from tenfold.arena.fighting.rules import ATTACKING, FULL, HEALTH, LARGEST, MODE, MOVE, TIME
+from tenfold.arena.fighting.rules import ATTACKING, FRAMES, FULL, HEALTH, LARGEST, MODE, MOVE, TIME
 from tenfold.errors import ConfigError, MissingDependencyError
 
 try:
@@ -37,20 +37,21 @@ class FightingParallelEnv(ParallelEnv):
 
     Args:
         render_mode: ``ansi`` gives text, ``rgb_array`` an image, None nothing.
+        bell: frames after which a fight ends at the latest.
 
     Raises:
-        ConfigError: another render mode.
+        ConfigError: another render mode, or a bell before the first frame.
     """
 
     metadata = {"name": "tenfold_fighting_v0", "render_modes": ["ansi", "rgb_array"], "render_fps": 60}
 
-    def __init__(self, render_mode: str | None = None) -> None:
+    def __init__(self, render_mode: str | None = None, bell: int = FRAMES) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):  # type: ignore[misc]
             raise ConfigError(f"render_mode: unknown mode {render_mode!r}", remedy="take ansi, rgb_array or None")
         self.render_mode = render_mode
         self.possible_agents = list(PLAYERS)
         self.agents: list[str] = []
-        self.fight = Fight()
+        self.fight = Fight(bell)
         self._last = [NO_MOVE, NO_MOVE]
         self._actions = {player: Discrete(len(INPUTS)) for player in PLAYERS}
         self._observations = {player: Box(-LARGEST, LARGEST, (OBSERVED,), np.int32) for player in PLAYERS}
@@ -68,7 +69,7 @@ class FightingParallelEnv(ParallelEnv):
     ) -> tuple[dict[str, NDArray[Any]], dict[str, dict[str, Any]]]:
         """Begin. Nothing is drawn by chance: all seeds give the same fight."""
         self.agents = list(PLAYERS)
-        self.fight = Fight()
+        self.fight = Fight(self.fight.bell)
         self._last = [NO_MOVE, NO_MOVE]
         return self._seen(), self._infos()
 

@@ -17,7 +17,7 @@ from tenfold.arena.fighting.rules import FRAMES_PER_SECOND
 from tenfold.arena.fighting.scripted import ScriptedFighter
 from tenfold.arena.human import HumanFighter
 from tenfold.arena.latency import Fixed
-from tenfold.arena.lineup import check_line_up, latency_notes, line_up
+from tenfold.arena.lineup import check_line_up, line_up, line_up_notes
 from tenfold.arena.live import outcome_in_words, play_live, watch_fight
 from tenfold.arena.players import at_latency
 from tenfold.arena.ratings import Ratings, rate
@@ -77,7 +77,7 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
         tables=tables,
         figures=figures,
         attached={"games": tournament.games, "agents": list(config.agents)},
-        notes=[*latency_notes(specs, config.latency), *tournament.notes, *ratings.notes],
+        notes=[*line_up_notes(specs, config.latency, context.opening), *tournament.notes, *ratings.notes],
         artefact=GAMES,
         artefacts={"games": GAMES},
         replays=replays,
@@ -138,6 +138,7 @@ def _agents(config: FightingConfig, context: Context | None) -> dict[str, Agent]
         temperature=config.temperature,
         store=None if context is None else context.store,
         traces=None if context is None else context.folder,
+        opening={} if context is None else context.opening,
     )
 
 

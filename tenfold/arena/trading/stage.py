@@ -15,7 +15,7 @@ from tenfold.arena.agents import Agent
 from tenfold.arena.curves import RewardCurve, curves_figure, curves_table, reward_curve
 from tenfold.arena.human import HumanTrader
 from tenfold.arena.latency import Fixed, latency_metrics
-from tenfold.arena.lineup import check_line_up, latency_notes, line_up
+from tenfold.arena.lineup import check_line_up, line_up, line_up_notes
 from tenfold.arena.players import at_latency
 from tenfold.arena.trading.agents import RandomTrader, RuleTrader, ScriptedTrader
 from tenfold.arena.trading.files import Bars, day_of, read_bars, read_quotes, zone_of
@@ -77,6 +77,7 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
         temperature=config.temperature,
         store=context.store,
         traces=context.folder,
+        opening=context.opening,
     )
     play = _synthetic if config.market == "synthetic" else _recorded
     days, curves, notes = play(config, context, agents)
@@ -93,7 +94,7 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
         figures=figures,
         attached={"market": config.market, "days": len({row["day"] for row in days}), "agents": list(config.agents)},
         notes=[
-            *latency_notes(config.specs(), config.latency),
+            *line_up_notes(config.specs(), config.latency, context.opening),
             *notes,
             "What is earned in a simulated market says nothing about what would be earned elsewhere.",
         ],
