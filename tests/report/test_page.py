@@ -82,7 +82,7 @@ def test_the_page_needs_nothing_but_itself(run):
     assert not {"script", "link", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
     assert page.attributes("src") == []
     for address in [*page.attributes("href"), *page.attributes("xlink:href")]:
-        assert address.startswith("#") or address == "01-lora/adapter/"
+        assert address.startswith("#") or address == "01-lora/adapter"
     assert "@import" not in text
     assert set(re.findall(r"url\(([^)]+)\)", text)) == set(re.findall(r"url\((#[^)]+)\)", text))
 
