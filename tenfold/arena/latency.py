@@ -22,7 +22,7 @@ import numpy as np
 
 from tenfold.arena.agents import Action, Turn
 from tenfold.core.statistics import wilson
-from tenfold.errors import ConfigError, DataError
+from tenfold.errors import ConfigError, DataError, RunError
 from tenfold.stage.results import Metric
 
 KINDS = "SECONDS, trace:FILE, measured or tokens:PREFILL,DECODE"
@@ -85,7 +85,16 @@ class Tokens:
                 )
 
     def seconds(self, question: Turn, answer: Action) -> float:
-        """Tokens read and tokens written, each by its rate; an answer without tokens takes no time."""
+        """Tokens read and tokens written, each by its rate.
+
+        Raises:
+            RunError: no tokens were read, as of a server that does not count them, or of an agent without a model.
+        """
+        if answer.prompt_tokens < 1:
+            raise RunError(
+                f"latency: tokens: {answer.text!r} came without a count of the tokens that were read",
+                remedy="charge seconds, such as 0.2, or what was measured; a server must tell the usage of its tokens",
+            )
         return answer.prompt_tokens / self.prefill + answer.tokens / self.decode
 
 

@@ -16,7 +16,7 @@ from tenfold.arena.latency import (
     question_key,
     read_trace,
 )
-from tenfold.errors import ConfigError, DataError
+from tenfold.errors import ConfigError, DataError, RunError
 
 ASKED = Turn("rules", "far", ("jab", "wait"), seed=3)
 SAID = Action("jab", "jab", 0.7, prompt_tokens=200, tokens=4)
@@ -144,3 +144,8 @@ def test_settings_of_code_are_checked_as_texts_are():
         Fixed(-0.1)
     with pytest.raises(ConfigError):
         Tokens(decode=0)
+
+
+def test_an_answer_whose_tokens_nobody_counted_is_not_instant():
+    with pytest.raises(RunError, match="'jab' came without a count"):
+        Tokens().seconds(ASKED, Action("jab", "jab", 0.7))
