@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tenfold.config.base import Config
-from tenfold.config.budget import BudgetText, adapter_budget, parse_budget
+from tenfold.config.budget import WeightBudget, adapter_budget, parse_budget
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind
 from tenfold.config.training import TextTrainingFields
@@ -65,7 +65,7 @@ class AdaLoraConfig(TextTrainingFields):
     run = "tenfold.adapt.adalora.stage:run_adalora"
     attach = "tenfold.adapt.adalora.stage:attach_adalora"
 
-    budget: BudgetText | None = None
+    budget: WeightBudget | None = None
     """Trainable parameters left at the end: a share of all parameters of the model (``0.4%``), a count (``300k``), or
     bytes of the exported adapter in fp32 (``2MiB``). A triplet costs ``in_features + out_features``. Never exceeded.
     Raise it where the loss stays high."""

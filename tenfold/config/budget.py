@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator
 
@@ -29,11 +31,27 @@ class Budget:
     unit: Unit
 
 
-def parse_budget(text: str) -> Budget:
+_FORMS: dict[Unit, str] = {
+    "share": "50% (at most 100%)",
+    "count": "300k",
+    "bytes": "64MiB",
+    "seconds": "200ms",
+    "bits": "4.5bits",
+    "bytes/token": "9KiB/token",
+}
+SIZES: tuple[Unit, ...] = ("share", "count", "bytes")
+"""Of what is made of numbers."""
+
+
+def parse_budget(text: str, units: Sequence[Unit] = get_args(Unit)) -> Budget:
     """Read a budget as users write it.
 
+    Args:
+        text: an amount and the short form of a unit.
+        units: that the caller takes.
+
     Raises:
-        ValueError: saying which forms exist.
+        ValueError: saying which forms these have.
 
     >>> parse_budget("0.4%")
     Budget(amount=0.004, unit='share')
@@ -45,7 +63,19 @@ def parse_budget(text: str) -> Budget:
     Traceback (most recent call last):
     ...
     ValueError: '0.25' counts something and is not whole; for a share write 25%
+    >>> parse_budget("64KB", units=["bytes"])
+    Traceback (most recent call last):
+    ...
+    ValueError: '64KB' cannot be read as a budget: write 64KiB (1 KiB is 1,024 bytes) or 64kB (1 kB is 1,000 bytes)
     """
+    budget = _read(text, units)
+    if budget.unit not in units:
+        raise ValueError(f"{text!r} is in {budget.unit}, which cannot be meant here: write {_forms(units)}")
+    return budget
+
+
+def _read(text: str, units: Sequence[Unit]) -> Budget:
+    forms = _forms(units)
     match = _PATTERN.fullmatch(text)
     if match:
         amount, suffix = float(match[1]), match[2]
@@ -54,7 +84,7 @@ def parse_budget(text: str) -> Budget:
         if suffix in _COUNT:
             count = amount * _COUNT[suffix]
             if abs(count - round(count)) > 1e-6 * count:  # 1.1k is 1100, whatever binary fractions make of it
-                share = f"; for a share write {amount * 100:g}%" if count < 1 else ""
+                share = f"; for a share write {amount * 100:g}%" if count < 1 and "share" in units else ""
                 raise ValueError(f"{text!r} counts something and is not whole{share}")
             return Budget(float(round(count)), "count")
         if suffix in _BYTES:
@@ -65,9 +95,11 @@ def parse_budget(text: str) -> Budget:
             return Budget(amount / 1000 if suffix == "ms" else amount, "seconds")
         if suffix in ("bit", "bits"):
             return Budget(amount, "bits")
-    raise ValueError(
-        f"{text!r} cannot be read as a budget: write 0.4% (at most 100%), 300k, 64MiB, 200ms, 4.5bits or 9KiB/token"
-    )
+        short, per = suffix.removesuffix("/token"), "/token" if suffix.endswith("/token") else ""
+        meant = [name for name in _BYTES if name.lower().replace("i", "") == short.lower().replace("i", "")]
+        if meant and f"bytes{per}" in units:  # 64KB, 64mb
+            forms = _listed([f"{match[1]}{name}{per} (1 {name} is {_BYTES[name]:,} bytes)" for name in meant])
+    raise ValueError(f"{text!r} cannot be read as a budget: write {forms}")
 
 
 def adapter_budget(text: str) -> Budget:
@@ -105,11 +137,25 @@ def trainable_parameters(text: str, model_parameters: int) -> float:
     return budget.amount * each[budget.unit]
 
 
-def _check(value: object) -> str:
+def _check(value: object, units: Sequence[Unit] = get_args(Unit)) -> str:
     text = str(value)
-    parse_budget(text)
+    parse_budget(text, units)
     return text
 
 
-BudgetText = Annotated[str, BeforeValidator(_check)]
-"""A field type: the text as written, known to parse."""
+def _forms(units: Sequence[Unit]) -> str:
+    return _listed([_FORMS[unit] for unit in units])
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+WeightBudget = Annotated[str, BeforeValidator(partial(_check, units=SIZES))]
+"""A field type: the text as written, known to be a share, a count or bytes."""
+LayerBudget = Annotated[str, BeforeValidator(partial(_check, units=("share", "count")))]
+"""The same of layers or heads: a share or a count."""
+CacheBudget = Annotated[str, BeforeValidator(partial(_check, units=("bits", "bytes/token")))]
+"""The same of a cache: bits of an element, or bytes of a token."""
+ShareBudget = Annotated[str, BeforeValidator(partial(_check, units=("share",)))]
+"""The same of a share alone."""

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from tenfold.config.base import Config
-from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.budget import CacheBudget, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.reading import read_yaml
 from tenfold.config.shape import Shape
@@ -62,7 +62,7 @@ class CacheConfig(Config):
     layer_bits: dict[int, tuple[Bits, Bits]] = {}
     """Layers with widths of their own: ``{0: [8, 8]}``, keys and values; for a layer that packs
     badly."""
-    budget: BudgetText | None = None
+    budget: CacheBudget | None = None
     """Instead of ``bits``: what a number (``3.5bits``) or a token of the whole model (``9KiB/token``) may cost; where
     you know the memory that there is."""
     group_size: Annotated[int, Field(ge=8)] = 64

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from tenfold.config.budget import BudgetText, adapter_budget
+from tenfold.config.budget import WeightBudget, adapter_budget
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind
 from tenfold.config.training import TextTrainingFields
@@ -30,7 +30,7 @@ class LoraConfig(TextTrainingFields):
     rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of every adapted matrix; give this or ``budget``. Default: 8. Raise it where the training loss stays
     high."""
-    budget: BudgetText | None = None
+    budget: WeightBudget | None = None
     """Trainable parameters: a share of all parameters of the model (``0.4%``), a count (``300k``), or bytes of the
     adapter in fp32 (``2MiB``). The largest rank that fits is taken. Give it to compare methods at one size."""
     alpha: Annotated[float, Field(gt=0)] | None = None

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from tenfold.config.adalora import Beta, StepSpan
 from tenfold.config.base import Config
-from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.budget import Budget, WeightBudget, parse_budget
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind, RowsRead, check_kind
 from tenfold.config.training import TextTrainingFields
@@ -52,8 +52,9 @@ class LoSparseConfig(TextTrainingFields):
     )
     makes: ClassVar[Mapping[str, ArtefactKind]] = {"model": "model"}
     run = "tenfold.compress.losparse.stage:run_losparse"
+    fits = "tenfold.compress.losparse.checks:check_model"
 
-    budget: BudgetText = "80%"
+    budget: WeightBudget = "80%"
     """What the replaced matrices may hold when all is done: a share of their numbers (``50%``), a count (``60M``), or
     bytes (``120MiB``, biases and indices included). Never exceeded. The report says what that is of the whole model.
     Lower it for a smaller and faster model, raise it where the perplexity suffers."""
@@ -73,7 +74,7 @@ class LoSparseConfig(TextTrainingFields):
     helps (not in the paper). Turn it off to save half of the time."""
     elastic: bool = False
     """Also keep what rows are made of without them, so that the folder opens with fewer rows as well (not in the
-    paper). It costs ``rank`` numbers a row."""
+    paper). It costs ``rank`` numbers a row, of the same budget."""
     layout: Literal["fast", "small"] = "fast"
     """Whether speed or memory counts where the model runs; the files are as small either way. ``fast``: each matrix
     computes in the form that was measured to be best, and none is more than 5 % slower than before; one that saves too
@@ -104,6 +105,17 @@ class LoSparseConfig(TextTrainingFields):
         """Whether a training follows, or chooses the rows."""
         return self.steps is not None or self.epochs is not None or self.tokens is not None
 
+    @property
+    def allowed(self) -> Budget:
+        """``budget``, read."""
+        return parse_budget(self.budget)
+
+    def needs_matrices(self, shape: Shape) -> bool:
+        """Targets may match nothing, low-rank parts of a given share be too large, and a budget buy nothing."""
+        allowed, usual = self.allowed, type(self).model_fields["targets"].default
+        small = allowed.unit != "share" or allowed.amount < 0.05
+        return small or self.targets != usual or self.paper.low_rank is not None
+
     def check(self, rows: RowsRead | None) -> None:
         """Rows to look at and, if asked for, to learn from."""
         check_kind(rows, self.reads, "compressing")
@@ -122,10 +134,7 @@ class LoSparseConfig(TextTrainingFields):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        budget = parse_budget(self.budget)
-        if budget.unit not in ("share", "count", "bytes"):
-            raise ValueError(f"budget: weights are counted or take bytes, got {self.budget}: write 50%, 60M or 120MiB")
-        if budget.amount <= 0:
+        if self.allowed.amount <= 0:
             raise ValueError(f"budget: {self.budget} buys nothing: write 50%, 60M or 120MiB")
         if self.pruning != "oneshot" and not self.trains:
             raise ValueError(f"pruning: {self.pruning} chooses rows while training: give steps, epochs or tokens")

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.budget import LayerBudget, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind, RowsRead, check_kind
@@ -29,7 +29,7 @@ class MasformerConfig(DataFields):
     makes: ClassVar[Mapping[str, ArtefactKind]] = {"model": "model"}
     run = "tenfold.attend.masformer.stage:run_masformer"
 
-    budget: BudgetText = "25%"
+    budget: LayerBudget = "25%"
     """Layers, or heads, that keep full attention: a share of all, or a count such as ``6``. Raise it where ``copying``
     or ``needle`` suffers, lower it for cheaper long contexts."""
     by: Literal["layers", "heads"] = "layers"
@@ -65,8 +65,6 @@ class MasformerConfig(DataFields):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if parse_budget(self.budget).unit not in ("share", "count"):
-            raise ValueError(f"budget: {self.budget} is not an amount of layers: write 25% or a count such as 6")
         if self.by == "heads" and (self.full_layers is not None or self.placement != "profile"):
             raise ValueError("by: heads are found by placement profile: leave full_layers and placement out")
         if self.full_layers is not None and ("placement" in self.model_fields_set or "budget" in self.model_fields_set):

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from tenfold.config.base import Config
-from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.budget import ShareBudget, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape, Task
 from tenfold.config.stage import ArtefactKind, Incidental, Needs, OtherRows, RowsRead, Takes, check_kind
@@ -46,7 +46,7 @@ class RobustFields(Config):
     """Cap on the pull of one pair, which would be 1 at most: smaller is more robust, 1 is off. A pair is flagged where
     the model gives its label less than ``1 - lam``. Default: 0.75 (``trimmed``: 0.9), unless ``budget`` is given.
     Sensible: 0.5 to 0.95, less where many labels are wrong."""
-    budget: BudgetText | None = None
+    budget: ShareBudget | None = None
     """Instead of ``lam``: share of labels that may be wrong, such as ``10%``, where you can guess it. The cap then
     follows the margins, so that about this share of the pairs is flagged."""
     paper: R3MPaper = R3MPaper()

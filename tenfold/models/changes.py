@@ -22,7 +22,8 @@ model."""
 COMPRESSED = {"losparse": "tenfold.compress.losparse.saving"}
 """Methods (``quantization_config.quant_method``) of models whose layers hold fewer numbers, all of which can be
 trained; and a module that lets transformers open their files once it is imported. Its function ``restructure`` gives
-a model without weights such layers, ``absorb`` adds the adapters of a PEFT model into them."""
+a model without weights such layers, ``absorb`` adds the adapters of a PEFT model into them, ``settle`` measures in
+which form each is fastest."""
 
 _NOTE = """
 
@@ -68,6 +69,15 @@ def absorb_adapters(model: Any) -> None:
     """Add the adapters of a PEFT model into its compressed layers, which PEFT cannot; plain layers are left to it."""
     if method := compression(model.config):
         _named(f"{COMPRESSED[method]}:absorb")(model)
+
+
+def settle_layers(model: Any) -> None:
+    """Before a model is written: measure how its compressed layers are fastest here, where that is not known of them.
+
+    Saving alone does not, as it must not change what a model computes with.
+    """
+    if method := compression(model.config):
+        _named(f"{COMPRESSED[method]}:settle")(model)
 
 
 def prepare_opening(config: Any) -> None:

@@ -122,16 +122,16 @@ class LayerMap:
             numbers = sum(math.prod(shape) for shape in self.stacked.values())
             kind = "experts" if all("expert" in name.lower() for name in self.stacked) else "matrices"
             said.append(
-                f"stacked {kind} are not adapted: {_patterns(self.stacked)} are parameters, not linear layers, of "
+                f"stacked {kind} stay as they are: {_patterns(self.stacked)} are parameters, not linear layers, of "
                 f"{numbers:,} numbers"
             )
         if "all-linear" in groups and (routers := [slot.name for slot in self.slots if slot.part == "router"]):
-            said.append(f"routers are not adapted: {_patterns(routers)}")
+            said.append(f"routers stay as they are: {_patterns(routers)}")
         reasons: dict[str, list[str]] = {}
         for slot in self.slots:
             if slot.fixed and slot.part in parts:
                 reasons.setdefault(slot.fixed, []).append(slot.name)
-        return (*said, *(f"not adapted: {_patterns(names)}: {reason}" for reason, names in reasons.items()))
+        return (*said, *(f"left as they are: {_patterns(names)}: {reason}" for reason, names in reasons.items()))
 
     def _matches(self, target: str) -> list[Slot]:
         matrices = [slot for slot in self.slots if slot.layout in _MATRIX]
@@ -166,7 +166,7 @@ class LayerMap:
         near = difflib.get_close_matches(target, known, n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         if self.stacked:
-            hint += f"; stacked in parameters, and not adapted: {_patterns(self.stacked)}"
+            hint += f"; stacked in parameters, which no target reaches: {_patterns(self.stacked)}"
         return ConfigError(
             f"targets: {target!r} matches nothing in this {self.model_type} model{hint}",
             remedy=f"roles here: {', '.join(roles)}; groups: {', '.join(groups)}; or part of a module name",

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from tenfold.attend.masformer.native import save_native
-from tenfold.compress.losparse.layer import compressed_layers, to_dense, trim
+from tenfold.compress.losparse.dense import to_dense
+from tenfold.compress.losparse.layer import compressed_layers, number_count, trim
 from tenfold.config.export import ExportConfig
 from tenfold.errors import ConfigError
+from tenfold.models.changes import compression, settle_layers
 from tenfold.models.export import merge, push_to_hub, save_adapter, save_model
-from tenfold.models.quantised import parameter_count
 from tenfold.models.reference import ModelRef
 from tenfold.stage.context import Context, StageOutput
 
@@ -37,7 +38,7 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
         if config.rows is not None:
             trim(model, config.rows)
             layers = compressed_layers(model).values()
-            attached |= {"kept rows": sum(layer.kept for layer in layers), "numbers": parameter_count(model)}
+            attached |= {"kept rows": sum(layer.kept for layer in layers), "numbers": number_count(model)}
         if config.form == "dense":
             context.progress.begin("making its layers whole")
             to_dense(model)
@@ -46,6 +47,9 @@ def run_export(config: ExportConfig, context: Context) -> StageOutput:
             model = merge(model)
         if config.save_dtype is not None:
             model = model.to(getattr(torch, config.save_dtype))
+        if compression(model.config) is not None:
+            context.progress.begin("timing its layers")
+            settle_layers(model)
         context.progress.begin("writing the model")
         (save_native if config.form == "native" else save_model)(model, opened.tokenizer, folder)
     if config.push_to_hub:

@@ -138,6 +138,9 @@ def _check_matrices(step: Step, ref: ModelRef) -> None:
     from tenfold.models.meta_model import meta_model
 
     model = meta_model(ref)
+    if step.config.fits is not None:
+        load(step.config.fits)(model, step.config, ref.task)
+        return
     if step.config.attach is None:
         layer_map(model).select(step.config.model_dump()["targets"])
         return

@@ -6,8 +6,9 @@ from peft import LoraConfig, get_peft_model
 
 from tenfold.adapt import adalora
 from tenfold.attend import masformer
+from tenfold.compress.losparse.dense import to_dense
 from tenfold.compress.losparse.factors import Factors
-from tenfold.compress.losparse.layer import compressed_layers, install, replace_module, to_dense
+from tenfold.compress.losparse.layer import compressed_layers, install, replace_module
 from tenfold.compress.losparse.masked import LoSparseLinear
 from tenfold.engines.requests import Request
 from tenfold.engines.session import Session

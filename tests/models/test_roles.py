@@ -114,8 +114,8 @@ def test_all_linear_is_that_of_peft(model_type):
 @pytest.mark.parametrize(
     ("model_type", "said"),
     [
-        ("mixtral", "stacked experts are not adapted: model.layers.*.mlp.experts.gate_up_proj, "),
-        ("qwen3_next", "routers are not adapted: model.layers.*.mlp.shared_expert_gate"),
+        ("mixtral", "stacked experts stay as they are: model.layers.*.mlp.experts.gate_up_proj, "),
+        ("qwen3_next", "routers stay as they are: model.layers.*.mlp.shared_expert_gate"),
         ("mamba", "mixer.dt_proj, backbone.layers.*.mixer.out_proj: the model reads the weight without calling"),
         ("zamba2", "several layers share the weight"),
     ],
@@ -141,7 +141,11 @@ def test_stacked_experts_are_counted():
         ("gpt_bigcode", "v", "'v' is fused into 'qkv'"),
         ("zamba2", r".*shared_transformer\.self_attn\.q_proj", "share the weight"),
         ("mixtral", "mlp", "matches nothing in this mixtral model"),
-        ("qwen3_moe", "gate_proj", "stacked in parameters, and not adapted: model.layers.*.mlp.experts.gate_up_proj"),
+        (
+            "qwen3_moe",
+            "gate_proj",
+            "stacked in parameters, which no target reaches: model.layers.*.mlp.experts.gate_up_proj",
+        ),
         ("deepseek_v3", r".*shared_experts.*", "PEFT takes the name for the stacked experts"),
     ],
 )
@@ -190,7 +194,7 @@ def test_experts_that_are_linear_layers_are_adapted():
         layer.mlp = Experts(64, 96, 3)
     found = layer_map(model)
     assert [slot.role for slot in found.select(["mlp"]) if slot.layer == 0] == ["gate", "down", "up"] * 3
-    assert found.left_out(["all-linear"]) == ("routers are not adapted: model.layers.*.mlp.gate",)
+    assert found.left_out(["all-linear"]) == ("routers stay as they are: model.layers.*.mlp.gate",)
     assert len(found.select(["all-linear"])) == 2 * (4 + 9)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tenfold.adapt import full
 from tenfold.adapt.fitting import fit, prepare
 from tenfold.config.full import FullConfig
+from tenfold.models.changes import settle_layers
 from tenfold.models.export import save_model
 from tenfold.stage.context import Context, StageOutput
 
@@ -15,7 +16,8 @@ def run_full(config: FullConfig, context: Context) -> StageOutput:
     dtype = opened.model.dtype
     model = full.attach(opened.model, config, task=context.model.task)
     trained, results = fit(model, opened, encoded, config, context)
-    save_model(model.to(dtype), opened.tokenizer, context.folder / "model")
+    settle_layers(model.to(dtype))
+    save_model(model, opened.tokenizer, context.folder / "model")
     count = sum(parameter.numel() for parameter in model.parameters())
     return StageOutput(
         results=results,

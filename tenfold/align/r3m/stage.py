@@ -50,6 +50,7 @@ from tenfold.data.rows import Preference
 from tenfold.errors import ConfigError, DataError
 from tenfold.evaluate.choice import share
 from tenfold.files import write_text
+from tenfold.models.changes import settle_layers
 from tenfold.models.export import save_adapter, save_model
 from tenfold.models.layer_map import layer_map
 from tenfold.models.memory import measure_growth
@@ -87,6 +88,7 @@ def run_r3m(config: R3MConfig, context: Context) -> StageOutput:
         method = {**lora.attached(trained.model), **method}
         notes = [*notes, *layer_map(trained.model).left_out(config.targets)]
     else:
+        settle_layers(trained.model)
         save_model(trained.model, trained.opened.tokenizer, context.folder / kind)
     known = {"target": config.target, "beta": config.beta, "max_length": config.max_length}
     write_text(context.folder / kind / TRAINED, json.dumps(known))

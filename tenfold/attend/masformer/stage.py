@@ -15,6 +15,7 @@ from tenfold.config.masformer import MasformerConfig
 from tenfold.errors import ConfigError
 from tenfold.evaluate.long_context import copying, joined_ids, repeated, spread
 from tenfold.kernels.local import AttentionWindow
+from tenfold.models.changes import settle_layers
 from tenfold.models.export import save_model
 from tenfold.models.head_sizes import head_dim, kv_heads
 from tenfold.models.inference import max_positions
@@ -39,6 +40,7 @@ def run_masformer(config: MasformerConfig, context: Context) -> StageOutput:
     full, heads, scores = _chosen(model, span, found, config, context)
     handle = convert(model, full_layers=full, span=span, heads=heads)
     after = context.store.get("after", lambda: [quality(subject="after")], list[Result])
+    settle_layers(model)
     save_model(model, opened.tokenizer, context.folder / "model")
     report = handle.report()
     return StageOutput(

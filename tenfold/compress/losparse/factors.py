@@ -44,8 +44,8 @@ class Factors:
         return weight.index_copy(0, self.kept, self.rows.to(weight.dtype))
 
 
-def stored(out_features: int, in_features: int, rank: int, kept: int) -> int:
-    r"""Numbers that a compressed matrix holds, which is also its multiply-adds for each token.
+def stored(out_features: int, in_features: int, rank: int, kept: int, *, elastic: bool = False) -> int:
+    r"""Numbers that a compressed matrix holds, which without ``elastic`` are also its multiply-adds for each token.
 
     Of the rows that are not kept, ``rank`` are stored as they are and the others as combinations of these (PIFA,
     arXiv 2501.19090): :math:`(r + k)\,d_{in} + (d_{out} - r - k)\,r`, which is :math:`r(r+k)` less than the
@@ -56,8 +56,10 @@ def stored(out_features: int, in_features: int, rank: int, kept: int) -> int:
         in_features: columns.
         rank: of the low-rank part, at most ``min(out_features - kept, in_features)``.
         kept: rows that are kept.
+        elastic: also store, for each kept row, the combination that it is without being kept.
 
-    >>> stored(576, 576, 100, 30), stored(576, 576, 0, 576)
-    (119480, 331776)
+    >>> stored(576, 576, 100, 30), stored(576, 576, 100, 30, elastic=True), stored(576, 576, 0, 576)
+    (119480, 122480, 331776)
     """
-    return (rank + kept) * in_features + (out_features - rank - kept) * rank
+    combined = out_features - rank - (0 if elastic else kept)
+    return (rank + kept) * in_features + combined * rank

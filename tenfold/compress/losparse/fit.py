@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,14 +11,15 @@ from torch import Tensor
 from tenfold.compress.losparse.calibration import Moments
 from tenfold.compress.losparse.factors import Factors
 from tenfold.compress.losparse.mathematics import RIDGE
-from tenfold.compress.losparse.plan import RankAndRows, among, diagonal, leading, weighed
+from tenfold.compress.losparse.plan import RankAndRows, diagonal, leading, weighed
 
 STEADINESS = 0.3
 """Of a refit: what is added to the diagonal of the Gram matrix, as a share of its mean. Directions with fewer inputs
 than that are hardly refitted, as what so few tokens say of them would not hold for others."""
 
 
-class Second(NamedTuple):
+@dataclass(frozen=True)
+class Second:
     r"""Second moments per token: of what a matrix reads now, and of what it read before.
 
     Args:
@@ -35,9 +37,15 @@ class Second(NamedTuple):
         """The means of sums over tokens."""
         return cls(*(part / max(1, sums.tokens) for part in (sums.own, sums.cross, sums.before)))
 
-    def double(self) -> Second:
-        """In float64, as a fit needs it."""
-        return Second(*(part.double() for part in self))
+    @cached_property
+    def half(self) -> Tensor:
+        r""":math:`\tilde C` of :math:`\tilde G=\tilde C\tilde C^\top=E[\tilde x\tilde x^\top]`, float64."""
+        return root(self.own.double())
+
+    @cached_property
+    def steady(self) -> Tensor:
+        """The same with `STEADINESS` for a refit."""
+        return root(self.own.double(), STEADINESS / len(self.own))
 
     def error(self, weight: Tensor, factors: Factors, outputs: Tensor) -> float:
         r"""How far off the outputs are, :math:`\sum_jB_{jj}E[(W_jx-\hat W_j\tilde x)^2]` over the same of them.
@@ -59,10 +67,9 @@ def fit_matrix(
     choice: RankAndRows,
     order: Tensor,
     seen: Second,
-    outputs: Tensor,
+    costs: Tensor,
     *,
     refit: bool,
-    steadiness: float = STEADINESS,
 ) -> Factors:
     r"""Factors of a matrix whose outputs come nearest to those before.
 
@@ -77,23 +84,20 @@ def fit_matrix(
         choice: rank and number of kept rows.
         order: ``[out]``, the rows in the order in which they are kept.
         seen: what the matrix reads.
-        outputs: :math:`B`, ``[out, out]`` or its diagonal, ``[out]``; positive.
+        costs: :math:`B^{1/2}` among the rows that are not kept, in their order, float64, as
+            `tenfold.compress.losparse.plan.half` makes it.
         refit: see above.
-        steadiness: of the refit, see `STEADINESS`.
 
     Returns:
         Tensors in float64.
     """
-    used = seen.double()
-    half = root(used.own)
     if refit:
-        steady = root(used.own, steadiness / len(half))
-        weight = weight + torch.cholesky_solve((weight @ (used.cross - used.own)).T, steady).T
+        change = (seen.cross.double() - seen.own.double()).T @ weight.T
+        weight = weight + torch.cholesky_solve(change, seen.steady).T
     kept, others = order[: choice.kept], order[choice.kept :]
-    price = among(outputs.to(weight), others)
     left = weight.new_zeros(len(weight), choice.rank)
-    basis, right = nearest_low_rank(weighed(weight[others], price), half, choice.rank)
-    left[others] = weighed(basis, price, undo=True)
+    basis, right = nearest_low_rank(weighed(weight[others], costs), seen.half, choice.rank)
+    left[others] = weighed(basis, costs, undo=True)
     return Factors(left, right, kept, weight[kept])
 
 

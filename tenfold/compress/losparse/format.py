@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming
@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tenfold.errors import ModelError
 
 METHOD = "losparse"
+Layout = Literal["fast", "small"]
 VERSION = 1
 """Of the format. Readers refuse a later one."""
 
@@ -24,8 +25,8 @@ class LowRankRowsConfig(QuantizationConfigMixin):
 
     Args:
         modules: by name, ``rank`` and ``kept`` of each compressed layer and, where rows can be left out, ``elastic``.
-        layouts: by machine, how many tokens each shape multiplies faster as a whole matrix
-            (`tenfold.compress.losparse.layout`).
+        layouts: by machine, in which forms the layers multiply best (`tenfold.compress.losparse.layout`).
+        layout: whether speed (``fast``) or memory (``small``) counts; of ``small`` nothing is measured.
         version: of the format.
 
     Raises:
@@ -39,6 +40,7 @@ class LowRankRowsConfig(QuantizationConfigMixin):
         self,
         modules: Mapping[str, Mapping[str, Any]],
         layouts: Mapping[str, Any] | None = None,
+        layout: Layout = "fast",
         version: int = VERSION,
         **_: Any,
     ) -> None:
@@ -48,6 +50,7 @@ class LowRankRowsConfig(QuantizationConfigMixin):
         self.version = version
         self.modules = {name: dict(entry) for name, entry in modules.items()}
         self.layouts = dict(layouts or {})
+        self.layout: Layout = layout
 
 
 def renaming(names: list[str]) -> WeightRenaming:
@@ -76,8 +79,9 @@ def record_layers(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
         before = [one for one in before if one._original_source_patterns != ours]
     if modules:
         found = LowRankRowsConfig(modules)
-        if isinstance(known, LowRankRowsConfig) and known.modules == found.modules:
-            found.layouts = known.layouts  # other sizes are to be measured anew
+        if isinstance(known, LowRankRowsConfig):
+            found.layout = known.layout
+            found.layouts = known.layouts if known.modules == found.modules else {}  # other sizes are measured anew
         model.config.quantization_config = found
         before = [*before, renaming(list(modules))]
     elif isinstance(known, LowRankRowsConfig):

@@ -97,8 +97,11 @@ class LoSparse:
         self.pruner.close()
         return {name: layer.factors() for name, layer in self.layers.items()}
 
-    def compact(self) -> nn.Module:
+    def compact(self, *, elastic: bool = False) -> nn.Module:
         """Finish, with the compressed layers in place of those that were trained.
+
+        Args:
+            elastic: whether the layers can be trimmed, as of `tenfold.compress.losparse.layer.install`.
 
         Returns:
             The model.
@@ -109,7 +112,7 @@ class LoSparse:
         for name, factors in self.finish().items():
             trained = self.layers[name]
             kind: Kind = "conv1d" if self.slots[name].layout == "conv1d" else "linear"
-            layer = LowRankRowsLinear.from_factors(factors, dtype=trained.left.dtype, kind=kind)
+            layer = LowRankRowsLinear.from_factors(factors, dtype=trained.left.dtype, kind=kind, elastic=elastic)
             replace_module(self.model, name, layer.to(trained.left.device).train(trained.training))
         return remark(self.model)
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tenfold.compress.losparse.factors import Factors
+from tenfold.compress.losparse.factors import Factors, stored
 from tenfold.compress.losparse.format import record_layers
 from tenfold.compress.losparse.spanning import spanning_rows
 from tenfold.compress.losparse.unmade import UnmadeWeight
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.low_rank_rows import FEW, Form, combinations, joined, product
+from tenfold.models.quantised import parameter_count
 
 Kind = Literal["linear", "conv1d"]
 
@@ -35,7 +34,8 @@ class LowRankRowsLinear(nn.Linear):
         rank: of what is not kept.
         kept: rows that are kept as a whole.
         bias: whether a bias is added.
-        kind: of the layer that it replaces, which `to_dense` gives back.
+        kind: of the layer that it replaces, which `tenfold.compress.losparse.dense.to_dense` gives
+            back.
         elastic: whether it also holds what kept rows are without being kept, for `trim`.
         device: of all tensors.
         dtype: of all tensors but ``place``.
@@ -64,11 +64,11 @@ class LowRankRowsLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make the weight
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.kept, self.kind = rank, kept, kind
-        stored = rank + kept
+        whole = rank + kept
         make: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.rows = nn.Parameter(torch.zeros(stored, in_features, **make))
+        self.rows = nn.Parameter(torch.zeros(whole, in_features, **make))
         """``[rank + kept, in]``: the rows that the others are made of, then the kept ones, the most important first."""
-        self.mix = nn.Parameter(torch.zeros(out_features - stored, rank, **make))
+        self.mix = nn.Parameter(torch.zeros(out_features - whole, rank, **make))
         """``[out - rank - kept, rank]``: the other rows as combinations of the first."""
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **make)) if bias else None)
         self.register_buffer("place", torch.arange(out_features, dtype=torch.int32, device=device))
@@ -197,6 +197,11 @@ class LowRankRowsLinear(nn.Linear):
         return torch.cat((self.rows, self.mix @ self.rows[: self.rank])).index_select(0, self.place)
 
     @property
+    def numbers(self) -> int:
+        """What it holds in the place of its matrix, as `tenfold.compress.losparse.factors.stored` counts."""
+        return stored(self.out_features, self.in_features, self.rank, self.kept, elastic=self.spare is not None)
+
+    @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The same for those who know linear layers: of its shape and type, read-only, made when it is read."""
         shape = (self.out_features, self.in_features)
@@ -247,6 +252,7 @@ class LowRankRowsLinear(nn.Linear):
         elastic = self.spare is not None
         layer = self.from_factors(factors, self.bias, self.rows.dtype, self.kind, elastic=elastic)
         layer.to(self.rows.device).requires_grad_(self.rows.requires_grad)
+        layer.take(self.few, self.many)  # until it is measured for its own rank
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -265,7 +271,8 @@ def install(model: nn.Module, factors: Mapping[str, Factors], *, elastic: bool =
     Args:
         model: changed in place.
         factors: by the name of an ``nn.Linear`` or ``Conv1D``.
-        elastic: whether the layers can be trimmed.
+        elastic: whether the layers can be trimmed. It takes ``rank`` numbers more for each kept row, which the budget
+            holds where `tenfold.compress.losparse.oneshot.compress_once` was told so.
 
     Returns:
         The model.
@@ -332,57 +339,22 @@ def trim(model: nn.Module, share: float) -> nn.Module:
     return remark(model)
 
 
-def to_dense(model: nn.Module) -> nn.Module:
-    """Put plain layers in the place of the compressed ones; the model is then one of plain transformers.
-
-    Args:
-        model: changed in place; may have adapters on it.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: a layer was given a bias that plain models of this architecture do not have.
-    """
-    _check_biases(model)
-    plain: dict[int, nn.Module] = {}
-    weights: dict[int, nn.Parameter] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, LowRankRowsLinear):
-            continue
-        if id(module) not in plain:
-            if id(module.rows) not in weights:
-                weight = module.dense_weight().detach()
-                weight = weight.mT.contiguous() if module.kind == "conv1d" else weight
-                weights[id(module.rows)] = nn.Parameter(weight, requires_grad=module.rows.requires_grad)
-            plain[id(module)] = _plain(module, weights[id(module.rows)])
-        replace_module(model, name, plain[id(module)])
-        around = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(around, LoraLayer):
-            around.fan_in_fan_out = module.kind == "conv1d"  # how an adapter on it is to be merged
-    return remark(model)
-
-
-def _check_biases(model: Any) -> None:
-    biased = [name for name, layer in compressed_layers(model).items() if layer.bias is not None]
-    own = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not biased or not isinstance(own, PreTrainedModel):
-        return
-    with torch.device("meta"):
-        stock = dict(type(own)(copy.deepcopy(own.config)).named_modules())
-    prefix = "base_model.model." if isinstance(model, PeftModel) else ""
-    for name in biased:
-        module = stock.get(name.removeprefix(prefix).removesuffix(".base_layer"))
-        if getattr(module, "bias", None) is None:
-            raise ModelError(
-                f"{name}: has a bias, which a plain {own.config.model_type} model has not", "keep it compressed"
-            )
-
-
 def compressed_layers(model: nn.Module) -> dict[str, LowRankRowsLinear]:
     """The compressed layers of a model, by every name that they have."""
     found = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in found if isinstance(module, LowRankRowsLinear)}
+
+
+def number_count(model: nn.Module) -> int:
+    """What a model holds, compressed or not: its parameters, and beside these the spare combinations of elastic layers.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> model = tiny_model("llama").model
+    >>> number_count(model) == model.num_parameters()
+    True
+    """
+    spare = {id(one.spare): one.spare.numel() for one in compressed_layers(model).values() if one.spare is not None}
+    return parameter_count(model) + sum(spare.values())
 
 
 def layer_like(module: Any, entry: Mapping[str, Any]) -> LowRankRowsLinear:
@@ -429,13 +401,18 @@ def remark(model: nn.Module) -> nn.Module:
     return model
 
 
+def replaceable(module: nn.Module) -> bool:
+    """Whether `install` can put a compressed layer in its place: it multiplies with its weight, and no more."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
 def _replaceable(model: nn.Module, name: str, matrix: Factors) -> Any:
     module: Any
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ModelError(f"{name}: the model has no such module", "give names of its linear layers") from None
-    if type(module) not in (nn.Linear, Conv1D):
+    if not replaceable(module):
         raise ModelError(f"{name}: a {type(module).__name__} cannot be compressed", "give an nn.Linear or a Conv1D")
     shape = tuple(module.weight.shape) if isinstance(module, nn.Linear) else tuple(module.weight.mT.shape)
     wanted = (matrix.left.shape[0], matrix.right.shape[1])
@@ -478,16 +455,3 @@ def _twin(layer: LowRankRowsLinear, module: Any) -> LowRankRowsLinear:
     )
     twin.kind = layer.kind
     return twin.train(module.training)
-
-
-def _plain(module: LowRankRowsLinear, weight: nn.Parameter) -> nn.Module:
-    with torch.device("meta"):
-        plain = (
-            Conv1D(module.out_features, module.in_features)
-            if module.kind == "conv1d"
-            else nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        )
-    plain.weight = weight
-    if module.bias is not None or module.kind == "linear":
-        plain.bias = module.bias
-    return plain.train(module.training)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tenfold.compress.losparse.factors import stored
-from tenfold.compress.losparse.format import LowRankRowsConfig
+from tenfold.compress.losparse.format import Layout, LowRankRowsConfig
 from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers
 from tenfold.kernels.low_rank_rows import MANY, Form, seconds
 from tenfold.models.inference import machine
@@ -22,25 +22,41 @@ _STEP = 0.05
 """Of the share of numbers that is stored: layers of the same shape within a step are measured once."""
 
 
-def settle(model: Any, *, measure: bool = True) -> dict[str, tuple[Form, Form]]:
+def settle(model: Any, *, measure: bool = True, layout: Layout | None = None) -> dict[str, tuple[Form, Form]]:
     """Let every compressed layer take the form that is best on this machine: fast enough, and small.
 
     No layer is then slower than its whole matrix, as measured. A measurement is off by a few percent.
 
+    `install` and whatever changes sizes (`trim`, the merging of an adapter) leave this to be called; the commands do.
     What was measured on a machine of this kind is taken from the model's configuration, where new measurements go to,
     so that ``save_pretrained`` keeps them. Forms other than ``stored`` take memory beside that of the parameters.
 
     Args:
         model: a compressed ``transformers`` model, where it is to run.
         measure: whether to measure where nothing is known of such a machine; layers keep their form otherwise.
+        layout: ``fast``, or ``small`` for layers that hold nothing beside their parameters, for which nothing is
+            measured. It is kept with the model. Default: what the model has, ``fast`` at first.
 
     Returns:
         By name, the form for few tokens and the one for many.
+
+    >>> from tenfold.compress.losparse.factors import Factors
+    >>> from tenfold.compress.losparse.layer import install
+    >>> from tenfold.models.tiny import tiny_model
+    >>> one = Factors(torch.ones(128, 1), torch.ones(1, 64), torch.tensor([3]), torch.ones(1, 64))
+    >>> settle(install(tiny_model("llama").model, {"model.layers.0.mlp.up_proj": one}), layout="small")
+    {'model.layers.0.mlp.up_proj': ('stored', 'stored')}
     """
     layers = compressed_layers(model)
     config = getattr(model.config, "quantization_config", None)
     if not layers or not isinstance(config, LowRankRowsConfig):
         return {}
+    config.layout = layout or config.layout
+    if config.layout == "small":
+        config.layouts = {}
+        for layer in layers.values():
+            layer.take("stored", "stored")
+        return dict.fromkeys(layers, ("stored", "stored"))
     first = next(iter(layers.values())).rows
     here = f"{machine(first.device)}, {str(first.dtype).removeprefix('torch.')}"
     if here not in config.layouts and measure:

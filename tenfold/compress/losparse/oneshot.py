@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,15 +20,21 @@ from tenfold.compress.losparse.calibration import (
     sensitivity,
     weight_of,
 )
+from tenfold.compress.losparse.checks import (
+    check_budget,
+    check_passages,
+    matrices_of,
+    matrix_bytes,
+    price_of,
+)
 from tenfold.compress.losparse.factors import Factors, stored
-from tenfold.compress.losparse.fit import Second, fit_matrix, root
-from tenfold.compress.losparse.plan import DOUBT, Curve, RankAndRows, curve, diagonal, spend
+from tenfold.compress.losparse.fit import Second, fit_matrix
+from tenfold.compress.losparse.plan import DOUBT, Curve, RankAndRows, among, curve, diagonal, half, spend
 from tenfold.compress.losparse.streams import Blocks, block_of
 from tenfold.config.budget import Budget
-from tenfold.errors import ConfigError, DataError, ModelError
+from tenfold.errors import DataError, ModelError
 from tenfold.models.inference import evaluating, input_device
-from tenfold.models.layer_map import layer_map
-from tenfold.models.quantised import parameter_count, refuse_quantised
+from tenfold.models.quantised import parameter_count
 
 HELD_OUT = 8
 """One passage of so many is not fitted to: it decides whether a refit helps."""
@@ -38,8 +44,6 @@ COMPARED_TOKENS = 2048
 """Held-out tokens whose predictions say whether the model as a whole gains by a refit."""
 FEWEST_TOKENS = 32
 """A matrix that fewer tokens reach (an expert) stays as it is."""
-PLACE_BYTES = 4
-"""Of each row of a compressed matrix, for its place."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Replaced:
         error: squared error of its outputs on held-out texts relative to the outputs, without refit; None unmeasured.
         refitted: the same with it; None where it was not tried.
         refit: whether it was kept.
+        elastic: whether what kept rows are without being kept is stored as well.
     """
 
     name: str
@@ -63,11 +68,12 @@ class Replaced:
     error: float | None = None
     refitted: float | None = None
     refit: bool = False
+    elastic: bool = False
 
     @property
     def numbers(self) -> int:
-        """Numbers stored, which is the multiply-adds for each token."""
-        return stored(*self.shape, *self.choice)
+        """Numbers stored, which without ``elastic`` is the multiply-adds for each token."""
+        return stored(*self.shape, *self.choice, elastic=self.elastic)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class OneShot:
 
     @property
     def numbers(self) -> int:
-        """Numbers that the matrices hold now, and multiply-adds for each token."""
+        """Numbers that the matrices hold now."""
         return sum(matrix.numbers for matrix in self.matrices)
 
     @property
@@ -118,6 +124,7 @@ def compress_once(
     targets: Sequence[str] = ("all-linear",),
     refit: bool = True,
     weigh: bool = True,
+    elastic: bool = False,
     progress: Tell | None = None,
 ) -> OneShot:
     r"""Find a model's compressed matrices; the model itself stays as it is.
@@ -135,15 +142,17 @@ def compress_once(
         refit: whether step 4 is tried; a matrix keeps it only where its outputs on held-out passages come nearer, and
             the model where its predictions there do. Else each is fitted to what it reads in the model as it is.
         weigh: whether step 1 is done; without it all outputs of all matrices count alike.
+        elastic: count what layers store beside the rest that `tenfold.compress.losparse.layer.install` is told to make
+            elastic: ``rank`` numbers for each kept row.
         progress: called with what is done, how many steps of it, and of how many.
 
     Returns:
         Factors of each replaced matrix, and the report.
 
     Raises:
-        ConfigError: targets that match nothing, or a budget that buys nothing.
-        ModelError: quantised weights.
-        DataError: no passage.
+        ConfigError: targets that match nothing, no budget of weights, or one that buys nothing.
+        ModelError: quantised weights, adapters, or layers that are compressed already.
+        DataError: no passage, or one that is not a tensor of token ids of this model.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> ids = [torch.randint(6, 262, (64,), generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
@@ -151,29 +160,25 @@ def compress_once(
     >>> len(found.factors), 0.49 < found.share <= 0.5
     (12, True)
     """
-    refuse_quantised(model, "compress", "open the model in its original precision (leave load out)")
-    if not passages:
-        raise DataError("no passage to calibrate on", remedy="give texts")
     names, notes = matrices_of(model, targets)
+    check_budget(model, names, budget, elastic=elastic)
+    check_passages(model, passages)
     fitted, held = _divide(passages)
     if not held:
         notes.append("one passage only: none is held out, so nothing is refitted")
     outputs = sensitivity(model, _first(fitted, SENSITIVE_TOKENS), names, tell=progress) if weigh else {}
     texts = Texts.of(fitted, held, input_device(model))
-    curves, outputs = _curves(model, texts, names, outputs, notes, progress)
-    allowed = budget.amount * (
-        sum(found.numbers[-1].item() for found in curves.values()) if budget.unit == "share" else 1
-    )
-    price = (lambda name, choice: _bytes(model.get_submodule(name), choice)) if budget.unit == "bytes" else None
-    choices = spend(curves, allowed, price, DOUBT)
+    curves, outputs = _curves(model, texts, names, outputs, elastic, notes, progress)
+    allowed = check_budget(model, list(curves), budget, elastic=elastic)
+    choices = spend(curves, allowed, price_of(model, budget, elastic=elastic), DOUBT)
     orders = {name: found.order for name, found in curves.items()}
-    work = _Work(model, choices, orders, outputs)
+    work = _Work(model, choices, orders, outputs, elastic)
     work.at_once(texts, progress)
     blocks = Blocks.of(model, list(curves), texts.batches) if refit and held else None
     if refit and held and blocks is None:
         notes.append("not refitted: the blocks of this model cannot be called one by one")
     if blocks is not None:
-        other = _Work(model, choices, orders, outputs)
+        other = _Work(model, choices, orders, outputs, elastic)
         other.by_blocks(blocks, texts, progress)
         work = _nearer(model, texts, work, other, notes)
     return OneShot(
@@ -183,27 +188,6 @@ def compress_once(
         sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         tuple(notes),
     )
-
-
-def matrices_of(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The matrices that targets name and that can be replaced, in model order; and what is left out, with reasons."""
-    found = layer_map(model)
-    notes = list(found.left_out(targets))
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
-            owners.setdefault(id(weight), []).append(name)
-    names = []
-    for slot in found.select(targets):
-        weight = model.get_submodule(slot.name).weight
-        if len(twins := owners[id(weight)]) > 1:
-            other = next(name for name in twins if name != slot.name)
-            notes.append(f"{slot.name}: shares its weight with {other}, so it stays as it is")
-        else:
-            names.append(slot.name)
-    if not names:
-        raise ConfigError("targets: nothing that can be replaced: " + "; ".join(notes), "name other matrices")
-    return names, notes
 
 
 def _divide(passages: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -228,6 +212,7 @@ def _curves(
     texts: Texts,
     names: Sequence[str],
     outputs: Mapping[str, Tensor],
+    elastic: bool,
     notes: list[str],
     tell: Tell | None,
 ) -> tuple[dict[str, Curve], dict[str, Tensor]]:
@@ -235,7 +220,7 @@ def _curves(
     found: dict[str, Curve] = {}
     used: dict[str, Tensor] = {}
     total = sum(ids.numel() for ids in texts.fitted)
-    for name, sums in moments(model, texts.fitted, names, tell=tell):
+    for name, sums, second in _seconds(moments(model, texts.fitted, names, tell=tell)):
         weight = weight_of(model.get_submodule(name)).double()
         price = outputs.get(name, torch.ones(len(weight)) if not outputs else None)
         if sums.tokens < FEWEST_TOKENS or price is None:
@@ -243,14 +228,22 @@ def _curves(
         if not (sums.own.isfinite().all() and price.isfinite().all()):
             raise ModelError(f"{name}: reads numbers or has gradients that are not finite", "open the model in float32")
         # An expert counts by the tokens that reach it.
-        seen = (weight @ root(Second.of(sums).own.double())) * (sums.tokens / total) ** 0.5
+        seen = (weight @ second.half) * (sums.tokens / total) ** 0.5
         used[name] = _positive(price.to(weight.device))
-        found[name] = curve(seen.float(), used[name])
+        found[name] = curve(seen.float(), used[name], elastic=elastic)
     if few := [name for name in names if name not in found]:
         notes.append(f"fewer than {FEWEST_TOKENS} of the calibration tokens reach {', '.join(few)}: left as they are")
     if not found:
         raise DataError("no matrix is reached by enough tokens", f"give texts of {FEWEST_TOKENS} tokens or more")
     return {name: found[name] for name in names if name in found}, used
+
+
+def _seconds(found: Iterable[tuple[str, Moments]]) -> Iterator[tuple[str, Moments, Second]]:
+    """Sums of matrices and their means; matrices that read the same, one after the other, share the means as well."""
+    last: tuple[Moments, Second] | None = None
+    for name, sums in found:
+        last = last if last is not None and last[0] is sums else (sums, Second.of(sums))
+        yield name, *last
 
 
 def _positive(price: Tensor) -> Tensor:
@@ -287,6 +280,7 @@ class _Work:
         choices: of each matrix.
         orders: of the rows of each.
         outputs: :math:`B` of each, or its diagonal.
+        elastic: whether what kept rows are without being kept is stored as well.
     """
 
     def __init__(
@@ -295,6 +289,7 @@ class _Work:
         choices: Mapping[str, RankAndRows],
         orders: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
+        elastic: bool,
     ) -> None:
         self._model, self._orders, self._outputs = model, orders, outputs
         self._changed = [
@@ -304,19 +299,21 @@ class _Work:
         self.replaced: dict[str, Replaced] = {}
         for name, choice in choices.items():
             module = model.get_submodule(name)
-            self.replaced[name] = Replaced(name, tuple(weight_of(module).shape), choice, _bytes(module, choice))  # type: ignore[arg-type]
+            out, inner = weight_of(module).shape
+            size = matrix_bytes(module, choice, elastic=elastic)
+            self.replaced[name] = Replaced(name, (out, inner), choice, size, elastic=elastic)
 
     def at_once(self, texts: Texts, tell: Tell | None) -> None:
         """Fit all to what they read in the model as it is."""
         fitted = moments(self._model, texts.fitted, self._changed, tell=tell)
         held = moments(self._model, texts.held, self._changed)
-        for done, (name, seen) in enumerate(fitted, 1):
-            self._replace(name, Second.of(seen), None)
+        for done, (name, _, seen) in enumerate(_seconds(fitted), 1):
+            self._replace(name, seen, None)
             if tell is not None:
                 tell("fit", done, len(self._changed))
-        for name, seen in held:
+        for name, _, seen in _seconds(held):
             weight, outputs = self._weight(name), self._outputs[name]
-            error = Second.of(seen).error(weight, self.factors[name], outputs)
+            error = seen.error(weight, self.factors[name], outputs)
             self.replaced[name] = replace(self.replaced[name], error=error)
 
     def by_blocks(self, blocks: Blocks, texts: Texts, tell: Tell | None) -> None:
@@ -378,10 +375,11 @@ class _Work:
     def _replace(self, name: str, seen: Second, held: Second | None) -> None:
         """Fit one matrix, with a refit where held-out texts say so."""
         module, row = self._model.get_submodule(name), self.replaced[name]
-        weight, outputs = self._weight(name), self._outputs[name]
-        chosen = fit_matrix(weight, row.choice, self._orders[name], seen, outputs, refit=False)
+        weight, outputs, order = self._weight(name), self._outputs[name], self._orders[name]
+        costs = half(among(outputs.to(weight), order[row.choice.kept :]))
+        chosen = fit_matrix(weight, row.choice, order, seen, costs, refit=False)
         if held is not None:
-            other = fit_matrix(weight, row.choice, self._orders[name], seen, outputs, refit=True)
+            other = fit_matrix(weight, row.choice, order, seen, costs, refit=True)
             error, refitted = (held.error(weight, one, outputs) for one in (chosen, other))
             row = replace(row, error=error, refitted=refitted, refit=refitted < error)
             chosen = other if row.refit else chosen
@@ -406,9 +404,15 @@ def _nearer(model: nn.Module, texts: Texts, plain: _Work, refitted: _Work, notes
     keep = away["refitted"] < away["plain"]
     notes.append(
         f"refit {'kept' if keep else 'left out'}: with it the predictions on {count} held-out tokens are "
-        f"{away['refitted'] / count:.4f} nats from those of the model before, without it {away['plain'] / count:.4f}"
+        f"{_told(away['refitted'] / count)} nats from those of the model before, without it "
+        f"{_told(away['plain'] / count)}"
     )
     return refitted if keep else plain
+
+
+def _told(nats: float) -> str:
+    """With digits that tell two apart; rounding takes none at all below zero."""
+    return f"{max(0.0, nats):.4g}"
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> float:
@@ -441,11 +445,3 @@ def _as_stored(factors: Factors, module: Any) -> Factors:
     parts = (factors.left, factors.right, factors.rows)
     left, right, rows = (part.to(module.weight.dtype) for part in parts)
     return Factors(left, right, factors.kept, rows)
-
-
-def _bytes(module: Any, choice: RankAndRows) -> int:
-    """What is stored of a matrix."""
-    out, inner = weight_of(module).shape
-    size: int = module.weight.element_size()
-    numbers = stored(out, inner, *choice) + (out if module.bias is not None else 0)
-    return numbers * size + (PLACE_BYTES * out if choice.kept < out else 0)

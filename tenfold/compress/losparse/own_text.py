@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from tenfold.errors import ConfigError
 from tenfold.models.inference import evaluating, input_device
 
 BATCH = 16
@@ -28,19 +29,26 @@ def own_text(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, whose special tokens begin no text.
-        tokens: how many in all, rounded up to whole texts.
-        length: of a text.
+        tokens: how many in all, 1 or more, rounded up to whole texts.
+        length: of a text, 2 or more.
         seed: of all that is drawn; the global random state stays as it was.
         tell: called with texts done, and how many there are.
 
     Returns:
         Token ids of each text, ``[length]``.
 
+    Raises:
+        ConfigError: fewer than 1 token, or texts of fewer than 2.
+
     >>> from tenfold.models.tiny import tiny_model
     >>> opened = tiny_model("llama")
     >>> [len(ids) for ids in own_text(opened.model, opened.tokenizer, 20, length=8)]
     [8, 8, 8]
     """
+    if tokens < 1:
+        raise ConfigError(f"tokens: must be 1 or more, got {tokens}", remedy="leave own texts out, or ask for some")
+    if length < 2:
+        raise ConfigError(f"length: must be 2 or more, got {length}: the first token is no text of the model's", "256")
     device, special = input_device(model), set(tokenizer.all_special_ids)
     plain = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
     drawing = GenerationConfig(

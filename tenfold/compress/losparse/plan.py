@@ -43,7 +43,13 @@ class Curve(NamedTuple):
     order: Tensor
 
 
-def curve(matrix: Tensor, outputs: Tensor | None = None, shares: Sequence[float] = KEPT_SHARES) -> Curve:
+def curve(
+    matrix: Tensor,
+    outputs: Tensor | None = None,
+    shares: Sequence[float] = KEPT_SHARES,
+    *,
+    elastic: bool = False,
+) -> Curve:
     r"""How much of a matrix is lost, by rank and rows that are kept.
 
     The loss of a choice is exact for its rows: the sum of the squared singular values beyond the rank, of those rows
@@ -54,6 +60,7 @@ def curve(matrix: Tensor, outputs: Tensor | None = None, shares: Sequence[float]
         outputs: :math:`B`, ``[out, out]``, or its diagonal, ``[out]``: what an error of outputs costs. Default: the
             same for all.
         shares: of rows that may be kept.
+        elastic: as `tenfold.compress.losparse.factors.stored` counts.
 
     >>> found = curve(torch.eye(4, dtype=torch.float64), shares=[0, 0.5])
     >>> [(choice.rank, choice.kept, float(loss)) for choice, loss in zip(found.choices, found.loss)][-3:]
@@ -64,12 +71,55 @@ def curve(matrix: Tensor, outputs: Tensor | None = None, shares: Sequence[float]
     # So that products are neither too small nor too large for float32.
     size, price = float(matrix.norm()) or 1.0, float(outputs.max()) or 1.0
     matrix, outputs = matrix / size, outputs / price
-    order = row_order(weighed(matrix, diagonal(outputs)))
-    spectra = {}
-    for kept in dict.fromkeys(int(share * out) for share in shares):
-        own = among(outputs, order[kept:])
-        spectra[kept] = size**2 * price * spectrum(weighed(matrix[order[kept:]], own)).double()
-    return points(out, inner, spectra, order)
+    order = row_order(weighed(matrix, diagonal(outputs).sqrt()))
+    spectra = spectra_without(matrix, outputs, order, _kept(out, shares))
+    scaled = {kept: size**2 * price * values.double() for kept, values in spectra.items()}
+    return points(out, inner, scaled, order, elastic=elastic)
+
+
+def spectra_without(matrix: Tensor, outputs: Tensor, order: Tensor, kept: Sequence[int]) -> dict[int, Tensor]:
+    r"""The squared singular values of :math:`B^{1/2}M` without the rows that are kept, for several numbers of these.
+
+    The rows are taken in from the last to the first, so that each choice adds to what is there of the one before: to
+    :math:`M^\top BM`, or where the matrix is wide to :math:`F^\top M`, as the leading part of one factor
+    :math:`FF^\top=B` is that of each.
+
+    Args:
+        matrix: :math:`M`, ``[out, in]``.
+        outputs: :math:`B`, ``[out, out]``, or its diagonal, ``[out]``; positive.
+        order: ``[out]``, the rows, those that are kept first.
+        kept: how many are.
+
+    Returns:
+        By how many are kept, ``[min(out - kept, in)]``, descending.
+    """
+    out, inner = matrix.shape
+    turned = order.flip(0)
+    rows = matrix[turned]
+    price = among(outputs, turned) if outputs.ndim == 2 else None
+    if price is None:
+        rows = weighed(rows, outputs[turned].sqrt())
+    tall = out > inner
+    factor = half(price) if price is not None and not tall else None
+    made = rows.new_zeros(inner, inner) if tall else rows.new_zeros(out, inner)
+    found, done = {}, 0
+    for left in sorted(out - count for count in kept):
+        new = rows[done:left]
+        if tall:
+            costing = new if price is None else price[done:left, done:left] @ new
+            made += new.T @ costing
+            if price is not None and done:
+                across = new.T @ (price[done:left, :done] @ rows[:done])
+                made += across + across.T
+        elif factor is None:
+            made[done:left] = new
+        else:
+            made[:done] += factor[done:left, :done].T @ new
+            made[done:left] = factor[done:left, done:left].T @ new
+        products = made if tall else made[:left] @ made[:left].T
+        found[out - left] = torch.linalg.eigvalsh(products).flip(0).clamp_min(0)[: min(left, inner)]
+        done = left
+    return {count: found[count] for count in kept}
 
 
 def diagonal(outputs: Tensor) -> Tensor:
@@ -82,22 +132,31 @@ def among(outputs: Tensor, rows: Tensor) -> Tensor:
     return outputs[rows] if outputs.ndim == 1 else outputs[rows][:, rows]
 
 
-def weighed(matrix: Tensor, outputs: Tensor, *, undo: bool = False) -> Tensor:
+def half(outputs: Tensor) -> Tensor:
+    r""":math:`B^{1/2}`: the lower triangular factor of :math:`B`, ``[out, out]``, or of its diagonal the root.
+
+    Args:
+        outputs: :math:`B`, ``[out, out]``, or its diagonal, ``[out]``; positive.
+    """
+    return outputs.sqrt() if outputs.ndim == 1 else torch.linalg.cholesky(outputs.double()).to(outputs)
+
+
+def weighed(matrix: Tensor, root: Tensor, *, undo: bool = False) -> Tensor:
     r""":math:`B^{1/2}` times a matrix, such that its squared Frobenius norm is a loss.
 
     Args:
         matrix: ``[out, n]``.
-        outputs: :math:`B`, ``[out, out]``, or its diagonal, ``[out]``; positive.
+        root: as `half` makes it, of :math:`B`.
         undo: take the square root off again.
     """
-    if outputs.ndim == 1:
-        half = outputs.sqrt()[:, None]
-        return matrix / half if undo else half * matrix
-    half = torch.linalg.cholesky(outputs.double()).to(matrix)
-    return torch.linalg.solve_triangular(half.T, matrix, upper=True) if undo else half.T @ matrix
+    if root.ndim == 1:
+        return matrix / root[:, None] if undo else root[:, None] * matrix
+    return torch.linalg.solve_triangular(root.T, matrix, upper=True) if undo else root.T @ matrix
 
 
-def points(out_features: int, in_features: int, spectra: Mapping[int, Tensor], order: Tensor) -> Curve:
+def points(
+    out_features: int, in_features: int, spectra: Mapping[int, Tensor], order: Tensor, *, elastic: bool = False
+) -> Curve:
     """The curve of a matrix by the squared singular values of what is left when so many rows are kept.
 
     Args:
@@ -105,20 +164,41 @@ def points(out_features: int, in_features: int, spectra: Mapping[int, Tensor], o
         in_features: its columns.
         spectra: by the number of kept rows, the squared singular values of the others, descending, float64.
         order: as in `Curve`.
+        elastic: as `tenfold.compress.losparse.factors.stored` counts.
     """
-    choices, losses = [], []
-    for kept, values in spectra.items():
-        lost = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1))).cpu()
-        for rank in _ranks(len(values)):
-            if stored(out_features, in_features, rank, kept) < out_features * in_features:
-                choices.append(RankAndRows(rank, kept))
-                losses.append(float(lost[rank]))
-    choices.append(RankAndRows(0, out_features))
-    losses.append(0.0)
-    numbers = [stored(out_features, in_features, *choice) for choice in choices]
-    return Curve(
-        tuple(choices), torch.tensor(numbers, dtype=torch.float64), torch.tensor(losses, dtype=torch.float64), order
-    )
+    lost = {
+        kept: torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1))).tolist()
+        for kept, values in spectra.items()
+    }
+    lost[out_features] = [0.0]
+    choices = _choices(out_features, in_features, list(spectra), elastic)
+    numbers = [stored(out_features, in_features, *choice, elastic=elastic) for choice in choices]
+    losses = [lost[choice.kept][choice.rank] for choice in choices]
+    return Curve(choices, torch.tensor(numbers, dtype=torch.float64), torch.tensor(losses, dtype=torch.float64), order)
+
+
+def choices_of(out_features: int, in_features: int, *, elastic: bool = False) -> tuple[RankAndRows, ...]:
+    """What may be stored of a matrix of this shape; the last choice is the matrix as it is.
+
+    >>> choices_of(2, 3)
+    (RankAndRows(rank=0, kept=0), RankAndRows(rank=1, kept=0), RankAndRows(rank=0, kept=1), RankAndRows(rank=0, kept=2))
+    """
+    return _choices(out_features, in_features, _kept(out_features, KEPT_SHARES), elastic)
+
+
+def _choices(out: int, inner: int, kept: Sequence[int], elastic: bool) -> tuple[RankAndRows, ...]:
+    """Those that hold fewer numbers than the matrix, and the matrix."""
+    found = [
+        RankAndRows(rank, count)
+        for count in kept
+        for rank in _ranks(min(out - count, inner))
+        if stored(out, inner, rank, count, elastic=elastic) < out * inner
+    ]
+    return (*found, RankAndRows(0, out))
+
+
+def _kept(out: int, shares: Sequence[float]) -> list[int]:
+    return list(dict.fromkeys(int(share * out) for share in shares))
 
 
 def row_order(matrix: Tensor) -> Tensor:
@@ -146,11 +226,6 @@ def leading(matrix: Tensor, rank: int) -> Tensor:
     """The leading singular vectors of the shorter side of a matrix, ``[min(out, in), rank]``; the left of a square."""
     vectors = torch.linalg.eigh(_products(matrix)).eigenvectors
     return vectors[:, vectors.shape[1] - rank :].flip(1)
-
-
-def spectrum(matrix: Tensor) -> Tensor:
-    """The squared singular values of a matrix, descending."""
-    return torch.linalg.eigvalsh(_products(matrix)).flip(0).clamp_min(0)
 
 
 def _products(matrix: Tensor) -> Tensor:
@@ -196,6 +271,26 @@ def spend(
         else torch.tensor([price(name, choice) for choice in found.choices], dtype=torch.float64)
         for name, found in curves.items()
     }
+    check_buys(costs, budget)
+    curves = {
+        name: found._replace(loss=torch.where(_some_rows(found), doubt * found.loss, found.loss))
+        for name, found in curves.items()
+    }
+    places = _at_price(curves, costs, budget)
+    _fill(curves, costs, places, budget)
+    return {name: found.choices[places[name]] for name, found in curves.items()}
+
+
+def check_buys(costs: Mapping[str, Tensor], budget: float) -> None:
+    """Refuse a budget that buys nothing.
+
+    Args:
+        costs: of each matrix, ``[choices]``, the last that of the matrix as it is.
+        budget: of all together, in the same unit.
+
+    Raises:
+        ConfigError: naming the smallest budget that buys something.
+    """
     least = sum(float(cost.min()) for cost in costs.values())
     steps = [
         float(cost[cost > cost.min()].min() - cost.min()) for cost in costs.values() if bool((cost > cost.min()).any())
@@ -207,13 +302,6 @@ def spend(
             f"budget: {budget:,.0f} buys neither a rank nor a row of any matrix",
             remedy=f"give {smallest:,.0f} or more ({100 * smallest / everything:.2g}%)",
         )
-    curves = {
-        name: found._replace(loss=torch.where(_some_rows(found), doubt * found.loss, found.loss))
-        for name, found in curves.items()
-    }
-    places = _at_price(curves, costs, budget)
-    _fill(curves, costs, places, budget)
-    return {name: found.choices[places[name]] for name, found in curves.items()}
 
 
 def _some_rows(found: Curve) -> Tensor:

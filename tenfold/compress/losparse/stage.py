@@ -15,14 +15,14 @@ from tenfold.adapt.distil import by_model
 from tenfold.adapt.fitting import prepare
 from tenfold.adapt.role_map import by_role
 from tenfold.adapt.training import Trained
+from tenfold.compress.losparse.checks import check_model, low_rank_error
 from tenfold.compress.losparse.factors import stored
-from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, install
+from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, install, number_count
 from tenfold.compress.losparse.layout import settle
 from tenfold.compress.losparse.mathematics import rank_for
 from tenfold.compress.losparse.oneshot import Replaced, compress_once
 from tenfold.compress.losparse.own_text import own_text
 from tenfold.compress.losparse.training import fit_compact, fit_compressed
-from tenfold.config.budget import parse_budget
 from tenfold.config.losparse import LoSparseConfig
 from tenfold.data.encode import Encoded, RowTokens, row_tokens
 from tenfold.data.rows import Text
@@ -32,7 +32,6 @@ from tenfold.models.export import save_model
 from tenfold.models.inference import input_device, max_positions
 from tenfold.models.layer_map import Slot, layer_map
 from tenfold.models.opened import Opened
-from tenfold.models.quantised import parameter_count
 from tenfold.stage.context import RESUME, Context, StageOutput
 from tenfold.stage.record import Figure, Series, Table
 from tenfold.stage.results import Result
@@ -64,9 +63,8 @@ def run_losparse(config: LoSparseConfig, context: Context) -> StageOutput:
         notes += more
     layers, after = compressed_layers(model.to(dtype)), _size(model)
     measured = context.store.get("quality", partial(_quality, config, context, model, opened.tokenizer), list[Result])
-    if config.layout == "fast":  # after what is measured of its text, which no clock has to do with
-        context.progress.begin("timing its layers")
-        settle(model)
+    context.progress.begin("timing its layers")  # after what is measured of its text, which no clock has to do with
+    settle(model, layout=config.layout)
     context.progress.begin("writing the model")
     save_model(model, opened.tokenizer, context.folder / "model")
     return StageOutput(
@@ -91,12 +89,14 @@ def _once(
         context.progress.say("  compressed before; going on from there")
         model = dataclasses.replace(context.model, source=str(folder), adapters=(), revision=None).open().model
     else:
+        check_model(opened.model, config)  # before it writes texts
         found = compress_once(
             opened.model,
             _passages(config, context, opened, encoded),
-            budget=parse_budget(config.budget),
+            budget=config.allowed,
             targets=config.targets,
             refit=config.refit and config.pruning == "oneshot",
+            elastic=config.elastic,
             progress=context.progress,
         )
         model = install(opened.model, found.factors, elastic=config.elastic)
@@ -113,8 +113,8 @@ def _passages(config: LoSparseConfig, context: Context, opened: Opened, encoded:
     given = [torch.tensor(ids, device=input_device(opened.model)) for ids in chosen]
     if not config.own_text:
         return given
-    own = round(sum(map(len, given)) * config.own_text / (1 - config.own_text))
-    length = min(OWN_LENGTH, config.max_length)
+    own = max(1, round(sum(map(len, given)) * config.own_text / (1 - config.own_text)))
+    length = max(2, min(OWN_LENGTH, config.max_length))
     tell = partial(context.progress, "texts of its own")
     return given + own_text(opened.model, opened.tokenizer, own, length=length, seed=context.seed, tell=tell)
 
@@ -134,9 +134,13 @@ def _train(
     else:
         changed, starts = list(matrices), {}
         ranks = {row.name: rank_for(share, *row.shape) for row in changed}
-    # A kept row costs what it holds, less the combination that the row would be otherwise.
-    costs = {row.name: row.shape[1] - ranks[row.name] for row in changed}
-    rows = sum(row.numbers - stored(*row.shape, ranks[row.name], 0) for row in changed)
+    # A kept row costs what it holds, less the combination that the row would be otherwise, which elastic ones keep.
+    costs = {row.name: row.shape[1] - (0 if config.elastic else ranks[row.name]) for row in changed}
+    numbers = sum(row.numbers for row in changed)
+    low = sum(stored(*row.shape, ranks[row.name], 0) for row in changed)
+    if low > numbers and share is not None:
+        raise low_rank_error(share, low, numbers)
+    rows = numbers - low
     whole = dataclasses.replace(opened, model=context.model.open(merge=True).model)
     handle, trained, results = fit_compressed(whole, encoded, config, context, ranks, rows, starts=starts, costs=costs)
     return handle.model, trained, results, handle.report()["notes"]
@@ -180,13 +184,13 @@ def _size(model: Any) -> _Size:
             own = isinstance(module, LowRankRowsLinear)
             products += module.rows.numel() + module.mix.numel() if own else slot.in_features * slot.out_features
     held = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())}
-    return _Size(parameter_count(model), sum(held.values()), products)
+    return _Size(number_count(model), sum(held.values()), products)
 
 
 def _numbers(matrices: Sequence[Replaced], layers: Mapping[str, LowRankRowsLinear]) -> tuple[int, int]:
     """What the matrices held before, and what they hold now."""
     before = {row.name: row.shape[0] * row.shape[1] for row in matrices}
-    now = {name: layer.rows.numel() + layer.mix.numel() for name, layer in layers.items()}
+    now = {name: layer.numbers for name, layer in layers.items()}
     return sum(before.values()), sum((before | now).values())
 
 

@@ -91,7 +91,7 @@ def fit_compressed(
         if parameter.requires_grad:  # steps are smaller than what half precision tells apart
             parameter.data = parameter.data.float()
     trained, results = fit(model, opened, encoded, config, context, numbers=handle.pruner.numbers, teacher=teacher)
-    handle.compact()
+    handle.compact(elastic=config.elastic)
     return handle, trained, results
 
 

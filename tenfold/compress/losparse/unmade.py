@@ -64,5 +64,5 @@ class UnmadeWeight(Tensor):
 def _refusal() -> ModelError:
     return ModelError(
         "the weight of a compressed layer cannot be written: it is made from its parts",
-        remedy="make the model dense first (tenfold.compress.losparse.layer.to_dense, or tenfold export --form dense)",
+        remedy="make the model dense first (losparse.to_dense, or tenfold export --form dense)",
     )

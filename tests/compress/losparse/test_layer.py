@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tenfold.compress.losparse.dense import to_dense
 from tenfold.compress.losparse.factors import Factors, stored
-from tenfold.compress.losparse.layer import LowRankRowsLinear, install, to_dense
+from tenfold.compress.losparse.layer import LowRankRowsLinear, install
 from tenfold.compress.losparse.spanning import spanning_rows
 from tenfold.errors import ModelError
 from tenfold.kernels.low_rank_rows import FEW, FORMS

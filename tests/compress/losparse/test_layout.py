@@ -5,13 +5,15 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import tenfold
+from tenfold import cli, losparse
 from tenfold.compress.losparse import layout
 from tenfold.compress.losparse.layer import compressed_layers, install
 from tenfold.compress.losparse.layout import settle
 from tenfold.kernels.low_rank_rows import FORMS, MANY, seconds
-from tenfold.models.export import save_model
+from tenfold.models.export import save_adapter, save_model
 from tenfold.models.tiny import tiny_model
 
 from .test_layer import factors_of
@@ -112,3 +114,95 @@ def test_seconds_are_those_of_the_forms():
     taken = seconds((64, 48), 4, 3, 1, torch.float32, torch.device("cpu"))
     assert set(taken) == set(FORMS)
     assert all(0 < value < 1 for value in taken.values())
+
+
+def layouts(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["layouts"]
+
+
+def forms(folder):
+    model = tenfold.open_model(folder, device="cpu").model
+    return {name: (one.few, one.many) for name, one in compressed_layers(model).items()}
+
+
+@pytest.fixture
+def elastic(timed, tmp_path):
+    """The folder of an elastic model whose forms were measured."""
+    made = tiny_model("llama")
+    shapes = {f"model.layers.{at}.mlp.{role}": role for at in range(2) for role in ("gate_proj", "down_proj")}
+    factors = {}
+    for name in shapes:
+        factors[name] = factors_of(*made.model.get_submodule(name).weight.shape, 5, 4, dtype=torch.float32)
+    losparse.settle(losparse.install(made.model, factors, elastic=True))
+    return made, save_model(made.model, made.tokenizer, tmp_path / "model")
+
+
+def exported(folder, out, *more):
+    assert cli.main(["export", str(folder), "--device", "cpu", "--out", str(out), *more]) == 0
+    return out / "01-export/model"
+
+
+def test_what_changes_sizes_is_measured_anew_before_it_is_written(elastic, timed, tmp_path):
+    _, folder = elastic
+    before, asked = forms(folder), len(timed)
+    assert set(before.values()) == {("joined", "whole")}
+    smaller = exported(folder, tmp_path / "rows", "--rows", "0.5")
+    assert len(timed) == asked + 4
+    assert layouts(smaller)
+    assert forms(smaller) == before
+    asked = len(timed)
+    again = exported(smaller, tmp_path / "again")
+    assert len(timed) == asked, "of these sizes it is known"
+    assert forms(again) == before
+    halved = exported(folder, tmp_path / "half", "--save-dtype", "bfloat16")
+    assert {key.rsplit(", ", 1)[1] for key in layouts(halved)} == {"float32", "bfloat16"}
+
+
+def test_a_merged_adapter_leaves_measured_layers(elastic, timed, tmp_path):
+    made, folder = elastic
+    base = tenfold.open_model(folder, device="cpu")
+    config = LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False)
+    save_adapter(get_peft_model(base.model, config), made.tokenizer, tmp_path / "adapter")
+    asked = len(timed)
+    merged = exported(tmp_path / "adapter", tmp_path / "merged")
+    assert len(timed) > asked
+    assert set(forms(merged).values()) == {("joined", "whole")}
+    # In memory, where nobody has measured, its layers do as those that they come from.
+    within = tenfold.models.export.merge(tenfold.open_model(tmp_path / "adapter", device="cpu").model)
+    assert {(one.few, one.many) for one in compressed_layers(within).values()} == {("joined", "whole")}
+
+
+def test_small_stays_small(elastic, timed, tmp_path):
+    made, _ = elastic
+    assert set(settle(made.model, layout="small").values()) == {("stored", "stored")}
+    assert not any(layer.form_bytes() for layer in compressed_layers(made.model).values())
+    asked = len(timed)
+    save_model(made.model, made.tokenizer, tmp_path / "small")
+    folder = exported(tmp_path / "small", tmp_path / "rows", "--rows", "0.5")
+    assert (len(timed), layouts(folder)) == (asked, {})
+    assert set(forms(folder).values()) == {("stored", "stored")}
+    settle(tenfold.open_model(folder, device="cpu").model, layout="fast")
+    assert len(timed) == asked + 4
+
+
+def test_python_knows_how_to_measure(opened, timed, tmp_path):
+    """The route that the page shows: without it, what is saved would be opened as it was stored."""
+    losparse.settle(opened.model)
+    opened.model.save_pretrained(tmp_path / "model")
+    model = type(opened.model).from_pretrained(tmp_path / "model")
+    assert ("joined", "whole") in {(one.few, one.many) for one in compressed_layers(model).values()}
+
+
+def test_trained_on_it_is_written_measured(elastic, timed, tmp_path):
+    """A stage that trains all weights, of a model with an adapter that it merges first."""
+    made, folder = elastic
+    config = LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False)
+    adapted = get_peft_model(tenfold.open_model(folder, device="cpu").model, config)
+    save_adapter(adapted, made.tokenizer, tmp_path / "adapter")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"number {n} and the next " * 4}) + "\n" for n in range(12)))
+    given = ["adapt", str(tmp_path / "adapter"), "--method", "full", "--data", str(rows), "--steps", "1"]
+    assert cli.main([*given, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+    written = tmp_path / "run/01-full/model"
+    assert layouts(written)
+    assert set(forms(written).values()) == {("joined", "whole")}

@@ -6,13 +6,19 @@ import pytest
 import torch
 
 from tenfold.compress.losparse.calibration import equal_batches, moments, sensitivity, weight_of
+from tenfold.compress.losparse.checks import check_model
 from tenfold.compress.losparse.fit import Second, fit_matrix, nearest_low_rank, root
+from tenfold.compress.losparse.layer import compressed_layers, install
 from tenfold.compress.losparse.oneshot import compress_once
-from tenfold.compress.losparse.plan import RankAndRows
+from tenfold.compress.losparse.plan import RankAndRows, among, half
 from tenfold.compress.losparse.streams import Blocks
 from tenfold.config.budget import Budget
+from tenfold.config.losparse import LoSparseConfig
+from tenfold.config.shape import Shape
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.layer_map import layer_map
+from tenfold.models.meta_model import meta_model
+from tenfold.models.reference import ModelRef
 from tenfold.models.tiny import tiny_model
 
 
@@ -88,6 +94,124 @@ def test_bytes_hold_everything():
     assert stored == sum(matrix.bytes for matrix in found.matrices)
     assert 0.95 * 60_000 < stored <= 60_000
     assert all(part.dtype == torch.bfloat16 for one in found.factors.values() for part in (one.left, one.rows))
+
+
+def outstanding(kind="llama"):
+    """A model some rows of which are worth keeping."""
+    model = tiny_model(kind).model
+    with torch.no_grad():
+        for slot in layer_map(model).select(["all-linear"]):
+            weight_of(model.get_submodule(slot.name))[::9] *= 60
+    return model
+
+
+@pytest.mark.parametrize("budget", [Budget(0.6, "share"), Budget(60_000, "count"), Budget(220_000, "bytes")])
+def test_what_elastic_layers_store_beside_is_within_the_budget_and_reported(budget):
+    model = outstanding()
+    found = compress_once(model, texts(), budget=budget, refit=False, elastic=True)
+    install(model, found.factors, elastic=True)
+    layers = compressed_layers(model)
+    assert sum(layer.kept * layer.rank for layer in layers.values()) > 100
+    numbers = size = 0
+    for matrix in found.matrices:
+        held = [*model.get_submodule(matrix.name).parameters(), *model.get_submodule(matrix.name).buffers()]
+        mine = sum(tensor.numel() for tensor in held if tensor.is_floating_point())
+        assert mine == matrix.numbers
+        numbers, size = numbers + mine, size + sum(tensor.numel() * tensor.element_size() for tensor in held)
+        assert mine == (layers[matrix.name].numbers if matrix.name in layers else matrix.shape[0] * matrix.shape[1])
+    assert (numbers, size) == (found.numbers, sum(matrix.bytes for matrix in found.matrices))
+    spent = {"share": numbers / found.dense, "count": numbers, "bytes": size}[budget.unit]
+    assert 0.98 * budget.amount < spent <= budget.amount
+
+
+class Unreadable(torch.nn.Module):
+    """Stands for a model that must not be read."""
+
+    def forward(self, *args, **keys):
+        raise AssertionError("the model was read")
+
+
+def unread(kind="llama"):
+    model = tiny_model(kind).model
+    model.model.norm = Unreadable()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("budget", "why"),
+    [
+        (Budget(1, "count"), "budget: 1 buys neither .*\n.*give 64 or more"),
+        (Budget(1e-11, "share"), "buys neither"),
+        (Budget(100, "bytes"), "buys neither"),
+        (0.5, "budget: must be a share, a count or bytes, got 0.5"),
+        ("50%", "got '50%'"),
+        (Budget(0.2, "seconds"), "must be a share"),
+        (Budget(1.5, "share"), "at most 1, got 1.5"),
+    ],
+)
+def test_budgets_are_refused_before_anything_is_read(budget, why):
+    with pytest.raises(ConfigError, match=why):
+        compress_once(unread(), texts(), budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("passage", "why"),
+    [
+        (torch.zeros(0, dtype=torch.long), "passage 16: holds no token"),
+        (torch.tensor([5, 10_000]), "passage 16: token 10000 is not in the vocabulary"),
+        (torch.tensor([5, -1]), "token -1 is not"),
+        (torch.zeros(1, 7, dtype=torch.long), r"passage 16: must be .* got torch.int64 of \[1, 7\]"),
+        (torch.zeros(7), "got torch.float32"),
+        ([5, 6, 7], "got a list"),
+        ("a text", "got a str"),
+    ],
+)
+def test_passages_that_cannot_be_read_are_refused_by_their_number(passage, why):
+    with pytest.raises(DataError, match=why):
+        compress_once(unread(), [*texts(), passage], budget=HALF)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"paper": {"low_rank": 0.9}, "budget": "50%"}, "paper.low_rank: low-rank parts of 0.9 .* above the budget"),
+        ({"paper": {"low_rank": 0.5}, "budget": "100KiB"}, r"paper.low_rank: .* above the budget of 102,400"),
+        ({"targets": ["nope"]}, "'nope' matches nothing"),
+        ({"budget": "1"}, "give 64 or more"),
+    ],
+)
+def test_what_no_weight_is_needed_for_is_refused_without_one(keys, why):
+    more = {"pruning": "schedule", "steps": 9} if "paper" in keys else {}
+    config = LoSparseConfig.parse({**keys, **more}, "test")
+    assert config.needs_matrices(Shape("tiny"))
+    with pytest.raises(ConfigError, match=why):
+        check_model(meta_model(ModelRef("tiny:llama")), config)
+
+
+class OwnLinear(torch.nn.Linear):
+    """As Falcon has one: it may do more than multiply."""
+
+
+def test_layers_of_another_kind_stay_and_are_named():
+    model = tiny_model("llama").model
+    model.model.layers[0].mlp.up_proj.__class__ = OwnLinear
+    found = compress_once(model, texts(), budget=HALF)
+    assert len(found.matrices) == 13
+    assert "matrices of the kind OwnLinear stay as they are: model.layers.0.mlp.up_proj" in found.notes
+    install(model, found.factors)
+    none = unread()
+    for module in none.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = OwnLinear
+    with pytest.raises(ConfigError, match=r"nothing that can be replaced: matrices of the kind OwnLinear .* and 13 more"):
+        compress_once(none, texts(), budget=HALF)
+
+
+def test_a_compressed_model_is_refused_by_name():
+    model = tiny_model("llama").model
+    install(model, compress_once(model, texts(), budget=HALF, refit=False).factors)
+    with pytest.raises(ModelError, match=r"self_attn.q_proj: this model is compressed already"):
+        compress_once(model, texts(), budget=HALF)
 
 
 def test_a_count():
@@ -223,14 +347,17 @@ def products(channels):
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("shape", [(14, 10), (7, 10)])
-def test_fit_is_reduced_rank_regression(shape, whole):
+def test_fit_is_reduced_rank_regression(shape, whole, monkeypatch):
     """No other factors of this rank come nearer: those that descend from it by gradient do not get lower."""
     x, near = pairs()
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(3)).double()
     outputs = products(shape[0]) if whole else torch.linspace(0.2, 4, shape[0]).double()
     price = outputs if whole else torch.diag(outputs)
     seen, order = second(x, near), torch.arange(shape[0])
-    found = fit_matrix(weight, RankAndRows(3, 2), order, seen, outputs, refit=True, steadiness=1e-9)
+    costs = half(among(outputs, order[2:]))
+    with monkeypatch.context() as context:
+        context.setattr("tenfold.compress.losparse.fit.STEADINESS", 1e-9)
+        found = fit_matrix(weight, RankAndRows(3, 2), order, second(x, near), costs, refit=True)
 
     def away(left, right):
         return weight @ x.T - torch.cat((found.rows, (left @ right)[2:])) @ near.T
@@ -257,8 +384,8 @@ def test_fit_is_reduced_rank_regression(shape, whole):
 
     optimizer.step(closure)
     assert at <= loss(*parts).item() * (1 + 1e-4)
-    plain = fit_matrix(weight, RankAndRows(3, 2), order, seen, outputs, refit=False)
-    steady = fit_matrix(weight, RankAndRows(3, 2), order, seen, outputs, refit=True)
+    plain = fit_matrix(weight, RankAndRows(3, 2), order, seen, costs, refit=False)
+    steady = fit_matrix(weight, RankAndRows(3, 2), order, seen, costs, refit=True)
     assert at < loss(steady.left, steady.right).item() < loss(plain.left, plain.right).item()
 
 
@@ -269,6 +396,14 @@ def test_directions_without_inputs_are_projected_along():
     basis, right = nearest_low_rank(weight, root(gram), 2)
     assert right.isfinite().all()
     torch.testing.assert_close((basis @ right)[:, 0], weight[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_refit_gains_can_be_read():
+    """Also of a model that knows nothing, where a compressed one is 0.0001 nats away."""
+    found = compress_once(tiny_model("llama").model, texts(), budget=HALF)
+    (note,) = [note for note in found.notes if note.startswith("refit ")]
+    away = re.fullmatch(r".* tokens are (\S+) nats from .* without it (\S+)", note)
+    assert 0 < float(away[1]) != float(away[2]) > 0
 
 
 def test_the_report_names_what_was_not_tried():

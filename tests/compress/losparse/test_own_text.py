@@ -1,5 +1,6 @@
 """What a model writes for its own calibration."""
 
+import pytest
 import torch
 
 from tenfold.compress.losparse import stage
@@ -7,6 +8,7 @@ from tenfold.compress.losparse.own_text import own_text
 from tenfold.config.losparse import LoSparseConfig
 from tenfold.data.encode import encode
 from tenfold.data.rows import Text
+from tenfold.errors import ConfigError
 from tenfold.models.tiny import tiny_model
 
 
@@ -60,3 +62,12 @@ def test_shares_of_the_calibration():
         own = sum(map(len, passages)) - users
         assert abs(users - min((1 - share) * calibration, encoded.tokens)) <= 64
         assert abs(own - users * share / (1 - share)) <= 32
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"), [({"tokens": 0}, "tokens: must be 1"), ({"tokens": 9, "length": 1}, "length")]
+)
+def test_no_text_is_refused(keys, why):
+    opened = tiny_model("llama")
+    with pytest.raises(ConfigError, match=why):
+        own_text(opened.model, opened.tokenizer, **keys)

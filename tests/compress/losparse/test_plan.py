@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tenfold.compress.losparse.factors import stored
-from tenfold.compress.losparse.plan import RankAndRows, curve, nearest, points, spend, weighed
+from tenfold.compress.losparse.plan import RankAndRows, choices_of, curve, half, nearest, points, spend, weighed
 from tenfold.errors import ConfigError
 
 
@@ -29,10 +29,12 @@ def test_a_curve_is_what_is_really_lost(shape):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_curve_counts_errors_by_what_outputs_cost(whole):
-    matrix, half = random(8, 6), random(8, 8, seed=2)
-    outputs = half @ half.T if whole else torch.linspace(0.1, 5, 8).double()
-    found = curve(matrix, outputs, shares=[0, 0.25])
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (8, 8), (20, 3)])
+def test_a_curve_counts_errors_by_what_outputs_cost(shape, whole):
+    out = shape[0]
+    matrix, root = random(*shape), random(out, out, seed=2)
+    outputs = root @ root.T if whole else torch.linspace(0.1, 5, out).double()
+    found = curve(matrix, outputs, shares=[0, 0.25, 0.13, 0.8])
     for choice, loss in zip(found.choices[:-1], found.loss, strict=False):
         others = found.order[choice.kept :]
         price = (outputs if whole else torch.diag(outputs))[others][:, others]
@@ -40,7 +42,27 @@ def test_a_curve_counts_errors_by_what_outputs_cost(whole):
         root = vectors * values.sqrt() @ vectors.T
         lost = torch.linalg.svdvals(root @ matrix[others])[choice.rank :].square().sum()
         assert abs(float(lost - loss)) < 1e-9
-        torch.testing.assert_close(weighed(weighed(matrix[others], price), price, undo=True), matrix[others])
+        factor = half(price)
+        torch.testing.assert_close(weighed(weighed(matrix[others], factor), factor, undo=True), matrix[others])
+
+
+def test_choices_and_their_costs_follow_from_the_shape():
+    for elastic in (False, True):
+        found = curve(random(40, 30), elastic=elastic)
+        assert found.choices == choices_of(40, 30, elastic=elastic)
+        for (rank, kept), numbers in zip(found.choices[:-1], found.numbers, strict=False):
+            assert numbers == rank * 30 + kept * 30 + (40 - rank - kept) * rank + elastic * kept * rank < 40 * 30
+
+
+def test_one_factor_serves_all_shares(monkeypatch):
+    made = []
+    true = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: made.append(1) or true(matrix))
+    for shape, count in (((6, 40), 1), ((40, 6), 0)):
+        root = random(shape[0], shape[0])
+        curve(random(*shape), root @ root.T)
+        assert len(made) == count
+        made.clear()
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])

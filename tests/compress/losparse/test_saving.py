@@ -15,8 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import tenfold
 from tenfold import cli
+from tenfold.compress.losparse.dense import to_dense
 from tenfold.compress.losparse.factors import Factors
-from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, install, to_dense, trim
+from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, install, trim
 from tenfold.config.shape import Shape
 from tenfold.errors import ConfigError, ModelError
 from tenfold.models.export import merge, save_adapter, save_model

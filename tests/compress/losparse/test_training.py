@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from rich.console import Console
+from safetensors import safe_open
 
 from tenfold.adapt.distil import divergence
 from tenfold.adapt.fitting import prepare
@@ -156,3 +157,22 @@ def test_the_papers_share_of_low_rank_is_that_of_every_matrix_and_rows_have_the_
     assert 0.37 < output.attached["share of the replaced matrices"] <= 0.4
     with pytest.raises(ConfigError, match="low_rank"):
         LoSparseConfig.parse({"paper": {"low_rank": 0.1}}, "test")
+
+
+@pytest.mark.parametrize("keys", [{"pruning": "schedule"}, {"steps": None}])
+def test_what_an_elastic_folder_holds_is_what_was_asked_for_and_reported(keys, number_rows, tmp_path):
+    config, context, opened, _ = begun(tmp_path, number_rows, budget="45%", elastic=True, layout="small", **keys)
+    output = run_losparse(config, context)
+    matrices = [f"{name}." for name in names(opened.model)]
+    dense = sum(opened.model.get_submodule(name).weight.numel() for name in names(opened.model))
+    inside = total = 0
+    with safe_open(tmp_path / "model/model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            if not name.endswith(".place"):
+                total += file.get_tensor(name).numel()
+                inside += file.get_tensor(name).numel() * name.startswith(tuple(matrices))
+    assert 0.4 * dense < inside <= 0.45 * dense
+    assert output.attached["share of the replaced matrices"] == pytest.approx(inside / dense)
+    assert output.tables[0].rows[1][2] == pytest.approx(total / 1e6)
+    layers = [one for one in open_model(tmp_path / "model").model.modules() if isinstance(one, LowRankRowsLinear)]
+    assert all(layer.spare is not None for layer in layers)
