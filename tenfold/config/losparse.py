@@ -52,7 +52,7 @@ class LoSparseConfig(TextTrainingFields):
     )
     makes: ClassVar[Mapping[str, ArtefactKind]] = {"model": "model"}
     run = "tenfold.compress.losparse.stage:run_losparse"
-    fits = "tenfold.compress.losparse.checks:check_model"
+    fits = "tenfold.compress.losparse.checks:check_asked"
 
     budget: WeightBudget = "80%"
     """What the replaced matrices may hold when all is done: a share of their numbers (``50%``), a count (``60M``), or

@@ -26,7 +26,7 @@ PLACE_BYTES = 4
 Price = Callable[[str, RankAndRows], float]
 
 
-def check_model(model: Any, config: LoSparseConfig, task: Task = "causal") -> None:
+def check_asked(model: Any, config: LoSparseConfig, task: Task = "causal") -> None:
     """Refuse what a configuration asks of a model that its matrices, by name and size, do not have.
 
     Args:
@@ -39,9 +39,9 @@ def check_model(model: Any, config: LoSparseConfig, task: Task = "causal") -> No
         ModelError: a model that is compressed already, packed, or has adapters.
 
     >>> from tenfold.models.tiny import tiny_model
-    >>> check_model(tiny_model("llama").model, LoSparseConfig())
+    >>> check_asked(tiny_model("llama").model, LoSparseConfig())
     >>> try:
-    ...     check_model(tiny_model("llama").model, LoSparseConfig(budget="1"))
+    ...     check_asked(tiny_model("llama").model, LoSparseConfig(budget="1"))
     ... except ConfigError as error:
     ...     print(error.remedy)
     give 64 or more (0.087%)

@@ -15,7 +15,7 @@ from tenfold.adapt.distil import by_model
 from tenfold.adapt.fitting import prepare
 from tenfold.adapt.role_map import by_role
 from tenfold.adapt.training import Trained
-from tenfold.compress.losparse.checks import check_model, low_rank_error
+from tenfold.compress.losparse.checks import check_asked, low_rank_error
 from tenfold.compress.losparse.factors import stored
 from tenfold.compress.losparse.layer import LowRankRowsLinear, compressed_layers, install, number_count
 from tenfold.compress.losparse.layout import settle
@@ -89,7 +89,7 @@ def _once(
         context.progress.say("  compressed before; going on from there")
         model = dataclasses.replace(context.model, source=str(folder), adapters=(), revision=None).open().model
     else:
-        check_model(opened.model, config)  # before it writes texts
+        check_asked(opened.model, config)  # before it writes texts
         found = compress_once(
             opened.model,
             _passages(config, context, opened, encoded),

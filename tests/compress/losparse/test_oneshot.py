@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenfold.compress.losparse.calibration import equal_batches, moments, sensitivity, weight_of
-from tenfold.compress.losparse.checks import check_model
+from tenfold.compress.losparse.checks import check_asked
 from tenfold.compress.losparse.fit import Second, fit_matrix, nearest_low_rank, root
 from tenfold.compress.losparse.layer import compressed_layers, install
 from tenfold.compress.losparse.oneshot import compress_once
@@ -185,7 +185,7 @@ def test_what_no_weight_is_needed_for_is_refused_without_one(keys, why):
     config = LoSparseConfig.parse({**keys, **more}, "test")
     assert config.needs_matrices(Shape("tiny"))
     with pytest.raises(ConfigError, match=why):
-        check_model(meta_model(ModelRef("tiny:llama")), config)
+        check_asked(meta_model(ModelRef("tiny:llama")), config)
 
 
 class OwnLinear(torch.nn.Linear):
@@ -203,7 +203,9 @@ def test_layers_of_another_kind_stay_and_are_named():
     for module in none.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = OwnLinear
-    with pytest.raises(ConfigError, match=r"nothing that can be replaced: matrices of the kind OwnLinear .* and 13 more"):
+    with pytest.raises(
+        ConfigError, match=r"nothing that can be replaced: matrices of the kind OwnLinear .* and 13 more"
+    ):
         compress_once(none, texts(), budget=HALF)
 
 
