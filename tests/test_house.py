@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WAITING: set[str] = set()
-"""Public names that nothing uses yet, and who will."""
+WAITING: set[str] = {"weight_format", "refuse_infinite"}
+"""Public names that nothing uses yet, and who will: `compress.fpx`."""
 
 
 def modules(root: Path) -> dict[str, Path]:
