@@ -165,6 +165,19 @@ def test_parts_are_rounded_as_the_whole(name, monkeypatch):
     assert torch.equal(weight_format(name).weight(weight), whole)
 
 
+def test_blocks_are_those_of_torchao():
+    formats = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    nvidia = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    weight = random(128, 256) * random(128, 1, seed=1).exp()
+    modes = formats.ScaleCalculationMode
+    for name, mode in (("mxfp4", modes.FLOOR), ("mxfp4_up", modes.RCEIL)):
+        theirs = formats.MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, 32, mode).dequantize(torch.float32)
+        assert torch.equal(weight_format(name).weight(weight), theirs), name
+    scale = nvidia.per_tensor_amax_to_scale(weight.abs().max())
+    theirs = nvidia.NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=scale).dequantize(torch.float32)
+    assert torch.equal(weight_format("nvfp4").weight(weight), theirs)
+
+
 def test_rows_that_are_not_contiguous():
     weight = random(64, 48).T
     for form in FORMATS.values():

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from tenfold.errors import ConfigError
 
-KEPT = 2**14
-"""Partial choices kept at most, those with the best bounds. Where there are fewer the result is exact; else it is still
-within the budget, and no worse than the greedy one."""
+KEPT = 2**12
+"""Partial choices kept at most: of those whose costs share a bin the one with the best bound, at its own cost. Where
+there are fewer the result is exact; else it is still within the budget, and no worse than the greedy one."""
 
 _DIGITS = 2**50
 _SLACK = 2.0**24
@@ -58,10 +58,12 @@ def solve(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], b
     steps = _hulls(keys, extras)
     greedy = _greedy(keys, extras, steps, room)
     limit = sum(int(key[option]) for key, option in zip(keys, greedy, strict=True))
+    start = sum(int(key[_cheapest(key, extra)]) for key, extra in zip(keys, extras, strict=True))
     front, trail = _Front.empty(), []
     for unit, (key, extra) in enumerate(zip(keys, extras, strict=True)):
+        start -= int(key[_cheapest(key, extra)])
         front, parents, options = front.extended(key, extra, room)
-        kept = front.promising(_Bound.of(keys, extras, steps, unit + 1), room, limit)
+        kept = front.promising(_Bound.of(start, steps, unit + 1), room, limit)
         front = front.at(kept)
         trail.append((parents[kept], options[kept]))
     place, choices = len(front.keys) - 1, []  # the costliest loses least
@@ -189,9 +191,8 @@ class _Bound:
     keys: Floats
 
     @classmethod
-    def of(cls, keys: Sequence[Integers], extras: Sequence[Integers], steps: _Steps, first: int) -> _Bound:
-        """That of all units from one on."""
-        start = sum(int(key[_cheapest(key, extra)]) for key, extra in zip(keys[first:], extras[first:], strict=True))
+    def of(cls, start: int, steps: _Steps, first: int) -> _Bound:
+        """That of all units from one on, which lose ``start`` at their cheapest options."""
         later = steps.units >= first
         costs = np.concatenate(([0], steps.costs[later])).cumsum()
         saved = np.concatenate(([0], steps.saved[later])).cumsum()
@@ -239,5 +240,9 @@ class _Front:
         reached = self.keys + np.interp(room - self.costs, rest.costs, rest.keys)
         places = np.flatnonzero(reached <= limit + _SLACK)
         if len(places) > KEPT:
-            places = np.sort(places[reached[places].argsort(kind="stable")[:KEPT]])
+            low, high = self.costs[places[0]], self.costs[places[-1]]
+            bins = (self.costs[places] - low) // ((high - low) // KEPT + 1)
+            order = np.lexsort((reached[places], bins))
+            first = np.concatenate(([True], np.diff(bins[order]) > 0))
+            places = np.sort(places[order[first]])
         return places
