@@ -105,6 +105,8 @@ def test_a_sum_of_tenths_is_what_it_looks_like():
     """In binary 0.1 + 0.1 + 0.1 is above 0.3."""
     assert solve([[1, 0]] * 3, [[0.0, 0.1]] * 3, 0.3) == [1, 1, 1]
     assert solve([[1, 0]] * 3, [[0.0, 0.1]] * 3, 0.3 - 1e-9) == [1, 1, 0]
+    for units in range(2, 40):
+        assert sum(solve([[1, 0]] * 53, [[0.0, 0.1]] * 53, round(0.1 * units, 1))) == units
 
 
 def test_equal_units_change_in_module_order():
