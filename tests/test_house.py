@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WAITING: set[str] = {"OutputError", "average_bits", "best_gamma", "most_tolerant", "weight_format"}
+WAITING: set[str] = {"OutputError", "average_bits", "best_gamma", "most_tolerant", "weight_format"} | {
+    "gguf_format", "gguf_sizes", "native_mix", "write_gguf"
+}  # fmt: skip
 """Public names that nothing uses yet, and who will: `compress.fpx`."""
 
 

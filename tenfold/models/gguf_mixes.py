@@ -153,8 +153,9 @@ def native_mix(name: str, model: Any, *, weighted: bool = False) -> dict[str, st
         else:
             layer = int(one.name.split(".")[1]) if one.name.startswith("blk.") else 0
             rule = mix.rules.get(part)
-            kind = (rule and rule(_Place(layer, layers, group, weighted))) or mix.most
+            own = rule(_Place(layer, layers, group, weighted)) if rule else False
+            kind = own if isinstance(own, str) else mix.most
             if large and part == "attn_v" and kind in ("q3_k", "q4_k"):
                 kind = "q5_k"
-        found[one.module] = settled_type(str(kind), one.shape[-1])
+        found[one.module] = settled_type(kind, one.shape[-1])
     return found

@@ -74,7 +74,7 @@ def _from_source(tokenizer: Any, rows: int) -> list[Entry] | None:
     if file is None:
         return None
     found = [one for one in entries_of(file, "tokenizer.") if not one.key.startswith("tokenizer.chat_template")]
-    tokens = next((one.value for one in found if one.key == "tokenizer.ggml.tokens"), [])
+    tokens: list[str] = next((one.value for one in found if one.key == "tokenizer.ggml.tokens"), [])
     if len(tokens) != rows:
         return None
     now = tokenizer.convert_ids_to_tokens(list(range(min(rows, len(tokenizer)))))
