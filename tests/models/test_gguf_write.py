@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 
 import gguf
 import pytest
@@ -415,6 +414,7 @@ def test_native_mixes_by_their_rules():
 @pytest.mark.slow
 def test_the_embedded_model_answers_in_llama_cpp(demo, tmp_path, engine):
     from tenfold.engines.requests import Request
+    from tenfold.engines.session import Session
     from tenfold.models.embedded import demo_file
 
     path = tmp_path / "demo.gguf"
@@ -425,5 +425,17 @@ def test_the_embedded_model_answers_in_llama_cpp(demo, tmp_path, engine):
     for name, field in gguf.GGUFReader(str(demo_file())).fields.items():
         if name.startswith(("llama.", "tokenizer.", "general.name", "general.license")):
             assert fields[name].contents() == field.contents(), name
-    question = Request(messages=({"role": "user", "content": "What is the capital of France?"},), max_new_tokens=12)
-    assert "Paris" in engine(Path(path)).generate([question])[0].text
+    server, session = engine(path), Session(demo)
+    question = "What is the capital of France? Answer in one word."
+    request = Request(messages=({"role": "user", "content": question},), max_new_tokens=8)
+    assert "Paris" in server.generate([request])[0].text
+    prompts = [Request("The capital of France is"), Request("Two and two make")]
+    tails = [" Paris.", " four, as everybody knows."]
+    exact = tmp_path / "exact.gguf"
+    write_gguf(demo.model, demo.tokenizer, exact, "f32")
+    right = session.score(prompts, tails)
+    for one, nats in ((server, 0.2), (engine(exact), 0.005)):  # beside 8-bit weights, llama.cpp rounds inputs to 8 bits
+        for here, there in zip(one.score(prompts, tails), right, strict=True):
+            for tail in tails:
+                close = pytest.approx(there.log_probabilities[tail], abs=nats * len(server._tokens(tail)))
+                assert here.log_probabilities[tail] == close, tail
