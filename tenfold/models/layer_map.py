@@ -336,7 +336,7 @@ def _stacked(modules: Sequence[tuple[str, Any]]) -> dict[str, tuple[int, ...]]:
 
 def _of_text(model: Any) -> list[tuple[str, Any]]:
     """Modules by name; of a model with towers for pictures or sound, those that read text, and the head."""
-    modules = list(_modules(model))
+    modules = list(plain_modules(model))
     if model.config.get_text_config() is model.config:
         return modules
     decoder = model.get_decoder()
@@ -364,9 +364,21 @@ def _stack(config: Any, name: str, blocks: Literal["decoder", "encoder"]) -> Lit
     return "decoder" if in_decoder else "encoder"
 
 
-def _modules(model: Any) -> Iterator[tuple[str, Any]]:
-    """Modules in order under the plain model's names; what wraps a layer is looked through, not listed."""
+def plain_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """Modules in order under the plain model's names; what wraps a layer is looked through, not listed.
+
+    Each once, under its first name; what a matrix is made of is not listed.
+
+    Args:
+        model: a ``transformers`` model, also one that adapters were put into.
+
+    >>> from tenfold.models.tiny import tiny_model
+    >>> dict(plain_modules(tiny_model("llama").model))["model.layers.0.self_attn.q_proj"]
+    Linear(in_features=64, out_features=64, bias=False)
+    """
     seen: set[int] = set()
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
 
     def walk(name: str, module: Any) -> Iterator[tuple[str, Any]]:
         while (inner := _wrapped(module)) is not None:

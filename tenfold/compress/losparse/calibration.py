@@ -136,7 +136,7 @@ def sensitivity(
     try:
         with evaluating(model), frozen(model), torch.enable_grad():
             for done, ids in enumerate(batches, 1):
-                _own_loss(read(model, ids).logits, generator).backward()
+                own_loss(read(model, ids).logits, generator).backward()
                 if tell is not None:
                     tell("sensitivity", done, len(batches))
     finally:
@@ -151,7 +151,7 @@ def sensitivity(
     return sums
 
 
-def _own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+def own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     r"""A sum over tokens whose gradient has the covariance of that of the loss on labels that the model draws itself.
 
     That is :math:`\operatorname{diag}p-pp^\top` at the logits, as of :math:`s-p\sum s` with
