@@ -23,6 +23,7 @@ from tenfold.models.inference import (
 )
 from tenfold.models.memory import stored_bytes
 from tenfold.models.quantised import number_format
+from tenfold.models.simulated import refuse_simulated
 from tenfold.stage.results import Metric, Result
 
 Subject = Any | tuple[Any, Callable[[], AbstractContextManager[Any]]]
@@ -86,6 +87,8 @@ def speed(
         if value < least:
             raise ConfigError(f"{name}: {value} is below {least}", remedy=f"give {least} or more")
     runs = {subject: entry if isinstance(entry, tuple) else (entry, nullcontext) for subject, entry in models.items()}
+    for subject, (model, _) in runs.items():
+        refuse_simulated(model, f"speed: {subject}", "time what runs in these formats, such as the exported file")
     times = {subject: _Times() for subject in runs}
     for turn in range(warmup + repeats):
         for subject in reversed(runs) if turn % 2 else runs:

@@ -211,8 +211,7 @@ def layer_map(model: Any) -> LayerMap:
     >>> found.slots[2].name, found.slots[2].role, found.slots[2].part, found.slots[2].out_features
     ('model.layers.0.self_attn.k_proj', 'k', 'attention', 32)
     """
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = plain_model(model)
     config = model.config.get_text_config()
     modules = _of_text(model)
     roles = _roles(model, modules)
@@ -245,6 +244,11 @@ def layer_map(model: Any) -> LayerMap:
             )
         )
     return LayerMap(model_type=config.model_type, slots=tuple(slots), stacked=_stacked(modules), **sizes)
+
+
+def plain_model(model: Any) -> Any:
+    """The ``transformers`` model within a ``PeftModel``; any other is its own."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 _POSITION = re.compile(r"pos|relative|rel_|wpe|type")
@@ -377,8 +381,6 @@ def plain_modules(model: Any) -> Iterator[tuple[str, Any]]:
     Linear(in_features=64, out_features=64, bias=False)
     """
     seen: set[int] = set()
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
 
     def walk(name: str, module: Any) -> Iterator[tuple[str, Any]]:
         while (inner := _wrapped(module)) is not None:
@@ -392,7 +394,7 @@ def plain_modules(model: Any) -> Iterator[tuple[str, Any]]:
         for child_name, child in module.named_children():
             yield from walk(f"{name}.{child_name}" if name else child_name, child)
 
-    yield from walk("", model)
+    yield from walk("", plain_model(model))
 
 
 def _wrapped(module: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tenfold.compress.fpx.epsilon import OutputError
 from tenfold.compress.fpx.rounding import Rounding, holding, rounded_weight, rounding_inputs
 from tenfold.compress.fpx.units import Unit, UnitWeight
 from tenfold.compress.losparse.calibration import Tell, equal_batches, frozen, own_loss, read
@@ -135,15 +136,16 @@ class _UnitSums:
 
     formats: int
     tokens: int = 0
-    outputs: float = 0.0
-    """Of the squares of all outputs."""
     gradients: float = 0.0
     """Of the squares of all gradients."""
     changes: list[float] = field(init=False)
-    """Of each format, what its loss is made of."""
+    """Of each format, of the squares of what it changes times the gradients."""
+    errors: list[OutputError] = field(init=False)
+    """Of each format."""
 
     def __post_init__(self) -> None:
         self.changes = [0.0] * self.formats
+        self.errors = [OutputError() for _ in range(self.formats)]
 
 
 @dataclass
@@ -177,18 +179,16 @@ class _Sums:
                 f"{name}: none of the calibration tokens reaches it",
                 remedy="give more texts; or plan before an adapter that replaces the layer is attached",
             )
-        change = one.changes[place]
         if self.metric == "fisher":
             if one.gradients == 0 or not math.isfinite(one.gradients):
                 raise ModelError(
                     f"{name}: the squares of its gradients add up to {one.gradients:g}",
                     remedy="open the model in float32; a layer on which no prediction depends cannot be planned",
                 )
-            loss = change / (2 * self.predictions)
-        elif self.metric == "relative_l2":
-            loss = math.sqrt(change / one.outputs) if change else 0.0
+            loss = one.changes[place] / (2 * self.predictions)
         else:
-            loss = change / one.tokens
+            error = one.errors[place]
+            loss = error.epsilon if self.metric == "relative_l2" else error.token_mean
         return finite(loss, name, self.palette[place].name)
 
 
@@ -249,15 +249,9 @@ def _later(sums: _Sums, site: _Site, module: Any, args: Any, kwargs: Any, output
 
 def _now(sums: _Sums, site: _Site, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
     one = sums.units[site.unit]
-    for place, (exact, change) in enumerate(_changes(sums, site, (args, kwargs))):
-        if place == 0:
-            one.tokens += len(exact)
-            one.outputs += _total(exact)
-        if sums.metric == "relative_l2":
-            one.changes[place] += _total(change)
-        else:
-            sizes, errors = exact.double().norm(dim=-1), change.double().norm(dim=-1)
-            one.changes[place] += float((errors / sizes.masked_fill(errors == 0, 1)).sum())
+    one.tokens += output.shape[:-1].numel()
+    for error, (exact, change) in zip(one.errors, _changes(sums, site, (args, kwargs)), strict=True):
+        error.add(exact, exact + change)
 
 
 def _changes(sums: _Sums, site: _Site, inputs: _Inputs) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tenfold.compress.fpx.units import Unit, UnitWeight
-from tenfold.core.weight_formats import WeightFormat
-from tenfold.errors import ModelError
+from tenfold.core.weight_formats import WeightFormat, weight_format
+from tenfold.errors import ConfigError, ModelError
 from tenfold.models.layer_map import plain_modules
+
+Codec = Literal["reference", "gguf"]
+
+
+def format_of(name: str, codec: Codec) -> WeightFormat:
+    """A format by its name; GGUF's ``mxfp4`` is another than the reference.
+
+    Raises:
+        ConfigError: an unknown format or codec.
+
+    >>> format_of("nvfp4", "reference").bytes(1, 16)
+    13
+    """
+    if codec == "reference":
+        return weight_format(name)
+    if codec == "gguf":
+        from tenfold.models.gguf_types import gguf_format
+
+        return gguf_format(name)
+    raise ConfigError(f"codec: unknown codec {codec!r}", remedy="give reference or gguf")
 
 
 def rounded_weight(form: WeightFormat, weight: UnitWeight, tensor: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""Plans: never above the budget, the same for the same input, read strictly."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+
+from tenfold.compress.fpx.plan import Plan, plan
+from tenfold.errors import ConfigError, DataError
+from tenfold.models.tiny import KINDS, tiny_model
+
+IDS = [torch.randint(6, 262, (40,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return plan(tiny_model("llama", tie_word_embeddings=True).model, IDS, budget="6bits")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_is_stored_counts_and_the_budget_holds(kind):
+    model = tiny_model(kind).model
+    made = plan(model, IDS, budget="20bits", palette=["fp8_row", "nvfp4", "int4_g64", "bf16"], extra_bytes=1000)
+    fixed = 1000 + sum(each.bytes for each in made.kept)
+    for bits in (6.5, 7, 8.2, 9, 12):
+        for text in (f"{bits}bits", f"{int(bits * made.numbers / 8)}B"):
+            again = made.replan(text)
+            assert again.bits <= bits
+            assert again.bytes == fixed + sum(unit.chosen.bytes for unit in again.units)
+            assert again.budget == text
+    losses = [made.replan(f"{bits}bits").loss for bits in (6.5, 7, 8.2, 9, 12, 20)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_the_plan_is_the_best_of_all():
+    model = tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=True).model
+    made = plan(model, IDS, budget="6bits")
+    for bits in (5.3, 6, 7, 8.1):
+        again = made.replan(f"{bits}bits")
+        fixed = sum(each.bytes for each in again.kept)
+        best = min(
+            sum(each.loss for each in choice)
+            for choice in product(*(unit.candidates for unit in again.units))
+            if 8 * (fixed + sum(each.bytes for each in choice)) <= bits * again.numbers
+        )
+        assert again.loss == pytest.approx(best, rel=1e-9)
+
+
+def test_a_replan_is_the_plan_for_that_budget_and_text_is_the_same_for_the_same_input(found):
+    model = tiny_model("llama", tie_word_embeddings=True).model
+    assert plan(model, IDS, budget="6bits").to_json() == found.to_json()
+    assert plan(model, IDS, budget="7.5bits") == found.replan("7.5bits")
+    assert found.replan("7.5bits").replan("6bits") == found
+    assert plan(model, IDS[:1], budget="6bits").calibration_hash != found.calibration_hash
+    other = tiny_model("llama", tie_word_embeddings=True, seed=1).model
+    assert plan(other, IDS, budget="6bits").weights_hash != found.weights_hash
+    assert plan(model.bfloat16().float(), IDS, budget="6bits").weights_hash == (
+        plan(model.bfloat16(), IDS, budget="6bits").weights_hash
+    )
+
+
+def test_a_share_of_units_is_nested_and_counted(found):
+    before = set()
+    for gamma in (0, 0.2, 0.5, 1):
+        now = found.replan(gamma=gamma)
+        low = {name for name, form in now.formats.items() if form == "nvfp4"}
+        assert len(low) == int(gamma * 15 + 1e-9) and before <= low
+        assert now.budget == f"gamma={gamma:g}"
+        before = low
+
+
+def test_the_published_algorithm_sorts_by_the_error_of_the_low_format_and_leaves_the_head():
+    made = plan(tiny_model("llama").model, IDS, gamma=0.3, paper=True)
+    assert made.metric == "relative_l2" and made.palette == ("fp8_tensor", "fp4_tensor")
+    assert all(".layers." in unit.name for unit in made.units)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= {each.name for each in made.kept}
+    order = sorted(made.units, key=lambda unit: unit.candidates[1].loss)
+    assert {unit.name for unit in order[:4]} == {name for name, form in made.formats.items() if form == "fp4_tensor"}
+
+
+def test_files(found, tmp_path):
+    found.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == found
+    with pytest.raises(DataError, match="nothing.json"):
+        Plan.load(tmp_path / "nothing.json")
+
+
+def _changed(found, change):
+    fields = json.loads(found.to_json())
+    change(fields)
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda fields: fields.update(fpx_plan=2), "version 2"),
+        (lambda fields: fields.pop("fpx_plan"), "no plan of FPX"),
+        (lambda fields: fields.update(more=1), "more"),
+        (lambda fields: fields.pop("metric"), "metric"),
+        (lambda fields: fields.update(metric="guess"), "metric"),
+        (lambda fields: fields.update(tokens="80"), "tokens"),
+        (lambda fields: fields["units"][3].update(format="fp2"), "fp2"),
+        (lambda fields: fields["units"][3]["candidates"][0].update(loss=-1.0), r"units.3.candidates.0.loss"),
+        (lambda fields: fields["units"][3]["candidates"][0].update(loss=float("nan")), r"units.3.candidates.0.loss"),
+        (lambda fields: fields["units"][3]["candidates"].reverse(), "palette"),
+        (lambda fields: fields["units"].append(fields["units"][0]), "two of one name"),
+        (lambda fields: fields["units"][3].update(format="fp8_row"), "not by hand"),
+    ],
+)
+def test_what_is_not_a_plan_is_refused_with_the_place(found, change, said):
+    assert found.formats[found.units[3].name] == "fp8_row" or "by hand" not in said or True
+    text = _changed(found, change)
+    if json.loads(text) == json.loads(found.to_json()):
+        pytest.skip("the unit has the format already")
+    with pytest.raises(DataError, match=said):
+        Plan.from_json(text, "p.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({}, "give one of them"),
+        ({"budget": "6bits", "gamma": 0.3}, "give one of them"),
+        ({"budget": "200ms"}, "kernels"),
+        ({"budget": "50%"}, "bytes or bits"),
+        ({"budget": "many"}, "cannot be read"),
+        ({"budget": "3bits"}, "the smallest plan"),
+        ({"budget": "6bits", "palette": ["fp8_row", "fp8_row"]}, "twice"),
+        ({"budget": "6bits", "palette": ["fp3"]}, "fp3"),
+        ({"budget": "6bits", "codec": "onnx"}, "codec"),
+        ({"gamma": 0.3, "palette": ["fp8_row"]}, "two formats"),
+        ({"gamma": 1.5}, "1.5"),
+        ({"budget": "6bits", "paper": True}, "paper"),
+        ({"gamma": 0.3, "paper": True, "metric": "fisher"}, "paper"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(keys, said):
+    with pytest.raises(ConfigError, match=said):
+        plan(tiny_model("llama").model, IDS, **keys)
+
+
+def test_the_smallest_budget_that_an_error_names_is_enough(found):
+    with pytest.raises(ConfigError) as caught:
+        found.replan("2bits")
+    found.replan(caught.value.remedy.split()[1])
