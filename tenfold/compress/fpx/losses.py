@@ -95,7 +95,10 @@ def unit_losses(
         sums = _Sums(metric, palette, {unit.name: _UnitSums(len(palette)) for unit in units})
         with ExitStack() as hooks:
             if metric == "fisher":
-                embeddings = {model.get_input_embeddings(), *(m for m in model.modules() if isinstance(m, nn.Embedding))}
+                embeddings = {
+                    model.get_input_embeddings(),
+                    *(m for m in model.modules() if isinstance(m, nn.Embedding)),
+                }
                 for module in embeddings:  # gradients begin here, as no parameter takes any
                     hooks.callback(module.register_forward_hook(_differentiable).remove)
             for site in _sites(model, units):
@@ -171,7 +174,10 @@ class _Sums:
         return made
 
     def losses(self) -> Losses:
-        return {name: tuple(self._loss(name, one, place) for place in range(one.formats)) for name, one in self.units.items()}
+        return {
+            name: tuple(self._loss(name, one, place) for place in range(one.formats))
+            for name, one in self.units.items()
+        }
 
     def _loss(self, name: str, one: _UnitSums, place: int) -> float:
         if not one.tokens:
@@ -234,7 +240,9 @@ def _later(sums: _Sums, site: _Site, module: Any, args: Any, kwargs: Any, output
 
     def on_gradient(gradient: Tensor) -> None:
         if [tensor._version for tensor in _tensors(inputs)] != versions:
-            raise ModelError(f"{site.unit}: the model overwrites what the layer read", remedy="take metric='token_mean'")
+            raise ModelError(
+                f"{site.unit}: the model overwrites what the layer read", remedy="take metric='token_mean'"
+            )
         with torch.no_grad():
             rows = gradient.reshape(-1, gradient.shape[-1])
             rows = rows.to(_wide(rows.dtype))
@@ -258,8 +266,9 @@ def _changes(sums: _Sums, site: _Site, inputs: _Inputs) -> Iterator[tuple[Tensor
     """What a layer gives, ``[tokens, out]`` in float32, and what each format changes about it."""
     # A stack of experts runs by kernels that may know no float32.
     own = {
-        name: value if value is None or site.stacked else value.detach().to(_wide(value.dtype))
+        name: value.detach() if site.stacked else value.detach().to(_wide(value.dtype))
         for name, value in site.module._parameters.items()
+        if value is not None
     }
     exact = _run(site, own, inputs)
     for form in sums.palette:
@@ -273,7 +282,7 @@ def _run(site: _Site, parameters: Mapping[str, Any], inputs: _Inputs) -> Tensor:
     args, kwargs = _widened(site, inputs)
     with holding(site.module, parameters):
         output = site.module.forward(*args, **kwargs)  # not called: hooks are not for this
-    return output.reshape(-1, output.shape[-1]).to(_wide(output.dtype))  # type: ignore[no-any-return]
+    return output.reshape(-1, output.shape[-1]).to(_wide(output.dtype))
 
 
 def _widened(site: _Site, inputs: _Inputs) -> _Inputs:
@@ -333,7 +342,9 @@ def _divergences(
 
 
 def divergence(exact: Tensor, changed: Tensor) -> float:
-    r""":math:`KL(p\Vert q)` of predictions, summed over all of them, nats; a single score is the mean of a variance of 1.
+    r""":math:`KL(p\Vert q)` of predictions, summed over all of them, in nats.
+
+    A single score is the mean of a variance of 1.
 
     Args:
         exact: logits of p, ``[..., choices]``.

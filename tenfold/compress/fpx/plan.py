@@ -1,4 +1,4 @@
-"""Plans: which format each unit of a model gets within a budget, with all scores, so that another budget is a lookup."""
+"""Plans: the format of each unit of a model within a budget, and all scores, so that another budget is a lookup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
@@ -154,9 +154,7 @@ class Plan:
             ConfigError: as `plan`.
         """
         places = _choices(self, budget, gamma)
-        units = (
-            replace(unit, format=self.palette[place]) for unit, place in zip(self.units, places, strict=True)
-        )
+        units = (replace(unit, format=self.palette[place]) for unit, place in zip(self.units, places, strict=True))
         said = f"gamma={gamma:g}" if budget is None else budget
         return replace(self, budget=said, units=tuple(units))
 
@@ -323,8 +321,9 @@ def _choices(plan: Plan, budget: str | None, gamma: float | None) -> list[int]:
     least = sum(map(min, costs)) + _fixed_bytes(plan)
     if allowed < least:
         smallest = math.ceil(800 * least / plan.numbers) / 100
+        formats = ", ".join(plan.palette)
         raise ConfigError(
-            f"budget: {budget} is {allowed:,} bytes, and the smallest plan of {', '.join(plan.palette)} takes {least:,}",
+            f"budget: {budget} is {allowed:,} bytes, and the smallest plan of {formats} takes {least:,}",
             remedy=f"give {smallest:g}bits or more, or a palette with a smaller format",
         )
     return solve(losses, costs, allowed - _fixed_bytes(plan))

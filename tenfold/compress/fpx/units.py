@@ -192,20 +192,21 @@ def _matrices(found: LayerMap, modules: dict[str, Any]) -> Iterator[tuple[UnitWe
 
 def _unseen(slot: Slot, modules: dict[str, Any]) -> bool:
     parent, _, child = slot.name.rpartition(".")
-    return slot.layer is not None and reads_weight(type(modules[parent]), child)
+    kind: type = type(modules[parent])
+    return slot.layer is not None and reads_weight(kind, child)
 
 
 def _stacks(found: LayerMap, modules: dict[str, Any]) -> Iterator[UnitWeight]:
     """Experts that are slices of a parameter."""
     for name, shape in found.stacked.items():
-        holder, _, own = name.rpartition(".")
+        holder = name.rpartition(".")[0]
         transposed = getattr(modules[holder], "is_transposed", None)
         if transposed is None:
             if "expert" in name.lower():
                 raise ModelError(
                     f"{name}: a stack of experts of shape {shape}, and {type(modules[holder]).__name__} does not say "
                     "which dimension is that of the inputs",
-                    remedy="take a model whose experts transformers runs by its common interface, or untied linear ones",
+                    remedy="take a model whose experts transformers runs by its common interface",
                 )
             continue  # gates of recurrent layers and the like
         out, inner = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])

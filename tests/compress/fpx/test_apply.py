@@ -48,9 +48,11 @@ def test_weights_are_rounded_along_their_inputs_and_come_back(kind, tied):
     assert not torch.equal(before, logits(model))
     assert "nvfp4" in simulated(model)
     remove(model)
-    assert torch.equal(before, logits(model)) and simulated(model) is None
+    assert torch.equal(before, logits(model))
+    assert simulated(model) is None
     for name, parameter in model.named_parameters():
-        assert parameter is stored[name][0] and parameter.data_ptr() == stored[name][1]
+        assert parameter is stored[name][0]
+        assert parameter.data_ptr() == stored[name][1]
     remove(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -66,7 +68,8 @@ def test_inputs_are_rounded_where_the_format_does_so():
     for made, rounds in ((found, True), (weights_alone, False)):
         apply(model, made)
         logits(model)
-        assert all(torch.equal(x, form.inputs(x)) == rounds for x in seen.values()) and len(seen) == 14
+        assert all(torch.equal(x, form.inputs(x)) == rounds for x in seen.values())
+        assert len(seen) == 14
 
 
 def test_a_tied_embedding_is_rounded_and_its_ids_are_not():
@@ -155,9 +158,11 @@ def test_a_copy_is_marked_too_and_both_come_back():
     apply(model, all_in(model, "nvfp4"))
     rounded, other = logits(model), copy.deepcopy(model)
     remove(model)
-    assert simulated(other) and torch.equal(rounded, logits(other))
+    assert simulated(other)
+    assert torch.equal(rounded, logits(other))
     remove(other)
-    assert torch.equal(before, logits(other)) and torch.equal(before, logits(model))
+    assert torch.equal(before, logits(other))
+    assert torch.equal(before, logits(model))
 
 
 def test_the_wrong_model_and_numbers_that_are_not_finite_change_nothing():
@@ -170,7 +175,8 @@ def test_the_wrong_model_and_numbers_that_are_not_finite_change_nothing():
         model.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-6
     with pytest.raises(ModelError, match="other weights"):
         apply(model, found)
-    assert simulated(model) is None and not any(module._forward_pre_hooks for module in model.modules())
+    assert simulated(model) is None
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_nobody_times_it():

@@ -23,14 +23,17 @@ def test_all_that_is_stored_counts_and_the_budget_holds(kind):
     model = tiny_model(kind).model
     made = plan(model, IDS, budget="20bits", palette=["fp8_row", "nvfp4", "int4_g64", "bf16"], extra_bytes=1000)
     fixed = 1000 + sum(each.bytes for each in made.kept)
-    for bits in (6.5, 7, 8.2, 9, 12):
+    least = 8 * (fixed + sum(min(each.bytes for each in unit.candidates) for unit in made.units)) / made.numbers
+    losses = []
+    for bits in (least + more for more in (0.01, 0.3, 1, 2, 3, 5, 12)):
         for text in (f"{bits}bits", f"{int(bits * made.numbers / 8)}B"):
             again = made.replan(text)
             assert again.bits <= bits
             assert again.bytes == fixed + sum(unit.chosen.bytes for unit in again.units)
             assert again.budget == text
-    losses = [made.replan(f"{bits}bits").loss for bits in (6.5, 7, 8.2, 9, 12, 20)]
+        losses.append(again.loss)
     assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[-1]
 
 
 def test_the_plan_is_the_best_of_all():
@@ -65,14 +68,16 @@ def test_a_share_of_units_is_nested_and_counted(found):
     for gamma in (0, 0.2, 0.5, 1):
         now = found.replan(gamma=gamma)
         low = {name for name, form in now.formats.items() if form == "nvfp4"}
-        assert len(low) == int(gamma * 15 + 1e-9) and before <= low
+        assert len(low) == int(gamma * 15 + 1e-9)
+        assert before <= low
         assert now.budget == f"gamma={gamma:g}"
         before = low
 
 
 def test_the_published_algorithm_sorts_by_the_error_of_the_low_format_and_leaves_the_head():
     made = plan(tiny_model("llama").model, IDS, gamma=0.3, paper=True)
-    assert made.metric == "relative_l2" and made.palette == ("fp8_tensor", "fp4_tensor")
+    assert made.metric == "relative_l2"
+    assert made.palette == ("fp8_tensor", "fp4_tensor")
     assert all(".layers." in unit.name for unit in made.units)
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= {each.name for each in made.kept}
     order = sorted(made.units, key=lambda unit: unit.candidates[1].loss)
@@ -82,14 +87,8 @@ def test_the_published_algorithm_sorts_by_the_error_of_the_low_format_and_leaves
 def test_files(found, tmp_path):
     found.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == found
-    with pytest.raises(DataError, match="nothing.json"):
+    with pytest.raises(DataError, match=r"nothing\.json"):
         Plan.load(tmp_path / "nothing.json")
-
-
-def _changed(found, change):
-    fields = json.loads(found.to_json())
-    change(fields)
-    return json.dumps(fields)
 
 
 @pytest.mark.parametrize(
@@ -106,16 +105,14 @@ def _changed(found, change):
         (lambda fields: fields["units"][3]["candidates"][0].update(loss=float("nan")), r"units.3.candidates.0.loss"),
         (lambda fields: fields["units"][3]["candidates"].reverse(), "palette"),
         (lambda fields: fields["units"].append(fields["units"][0]), "two of one name"),
-        (lambda fields: fields["units"][3].update(format="fp8_row"), "not by hand"),
+        (lambda fields: [unit.update(format="nvfp4") for unit in fields["units"]], "not by hand"),
     ],
 )
 def test_what_is_not_a_plan_is_refused_with_the_place(found, change, said):
-    assert found.formats[found.units[3].name] == "fp8_row" or "by hand" not in said or True
-    text = _changed(found, change)
-    if json.loads(text) == json.loads(found.to_json()):
-        pytest.skip("the unit has the format already")
+    fields = json.loads(found.to_json())
+    change(fields)
     with pytest.raises(DataError, match=said):
-        Plan.from_json(text, "p.json")
+        Plan.from_json(json.dumps(fields), "p.json")
 
 
 @pytest.mark.parametrize(

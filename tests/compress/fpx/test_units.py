@@ -35,7 +35,8 @@ def test_every_number_is_planned_or_kept_and_none_twice(kind, tied):
         assert total == parameter_count(model) + buffers
         assert sum(each.bytes for each in kept) == 4 * sum(each.numbers for each in kept)
         names = [weight.name for unit in units for weight in unit.weights]
-        assert len(set(names)) == len(names) and not {*names} & {each.name for each in kept}
+        assert len(set(names)) == len(names)
+        assert not {*names} & {each.name for each in kept}
         if "blocks_only" not in keys:  # a matrix of a block has 2048 numbers or more
             big = {each.name.split(".")[-2] for each in kept if each.numbers >= 2048}
             assert big <= {"wpe", "rel_embeddings"}
@@ -73,7 +74,8 @@ def test_fused_units_are_those_that_engines_multiply_at_once():
     assert len(units) == 2 + 2 * 4
     # T5's attention to the encoder reads its queries elsewhere, and GPT-2's matrix is one already.
     cross = [unit.name for unit in units_of(tiny_model("t5").model, fused=True) if "EncDecAttention" in unit.name]
-    assert not any("+" in name for name in cross) and len(cross) == 8
+    assert not any("+" in name for name in cross)
+    assert len(cross) == 8
     assert len(units_of(tiny_model("gpt2").model, fused=True)) == len(units_of(tiny_model("gpt2").model))
 
 
@@ -85,7 +87,8 @@ def test_stacked_experts_are_one_unit_of_their_block(name):
     assert [unit.name.split(".")[2] for unit in stacks] == ["0", "1"]
     for unit in stacks:
         inputs = {weight.name.rpartition(".")[2]: weight.inner for weight in unit.weights}
-        assert inputs == {"gate_up_proj": 32, "down_proj": 48} and {weight.count for weight in unit.weights} == {4}
+        assert inputs == {"gate_up_proj": 32, "down_proj": 48}
+        assert {weight.count for weight in unit.weights} == {4}
     assert any("router" in each.name or "gate.weight" in each.name for each in kept_by(model, units))
 
 
