@@ -329,7 +329,7 @@ def _divergences(
             for place, form in enumerate(palette):
                 rounding = Rounding(model, [(unit, form)])
                 try:
-                    sums[unit.name][place] += divergence(exact, read(model, ids).logits)
+                    sums[unit.name][place] += summed_divergence(exact, read(model, ids).logits)
                 finally:
                     rounding.undo()
             done += 1
@@ -341,7 +341,7 @@ def _divergences(
     }
 
 
-def divergence(exact: Tensor, changed: Tensor) -> float:
+def summed_divergence(exact: Tensor, changed: Tensor) -> float:
     r""":math:`KL(p\Vert q)` of predictions, summed over all of them, in nats.
 
     A single score is the mean of a variance of 1.
@@ -350,7 +350,7 @@ def divergence(exact: Tensor, changed: Tensor) -> float:
         exact: logits of p, ``[..., choices]``.
         changed: of q.
 
-    >>> round(divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])), 6)
+    >>> round(summed_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]])), 6)
     0.143841
     """
     pairs = zip(exact.flatten(0, -2).split(KL_ROWS), changed.flatten(0, -2).split(KL_ROWS), strict=True)

@@ -169,6 +169,18 @@ def test_errors_name_the_layer():
         unit_losses(model, [torch.tensor([], dtype=torch.long)], units, PALETTE)
 
 
+def test_inputs_that_the_model_overwrites_are_seen():
+    model = tiny_model("llama").model
+    layer = model.model.layers[1].self_attn.k_proj
+
+    def overwrite(module, args, output):
+        args[0].mul_(1.5)
+
+    layer.register_forward_hook(overwrite)
+    with pytest.raises(ModelError, match=r"layers.1.self_attn.[qkv]_proj: the model overwrites"):
+        unit_losses(model, PASSAGES, units_of(model), PALETTE)
+
+
 def test_half_precision_gives_the_losses_of_single():
     model = tiny_model("llama").model.bfloat16().float()  # numbers that both hold
     for metric in ("fisher", "relative_l2"):

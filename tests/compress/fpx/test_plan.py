@@ -6,6 +6,8 @@ from itertools import product
 import pytest
 import torch
 
+from tenfold.compress import fpx
+from tenfold.compress.fpx.apply import apply
 from tenfold.compress.fpx.plan import Plan, plan
 from tenfold.errors import ConfigError, DataError
 from tenfold.models.tiny import KINDS, tiny_model
@@ -82,6 +84,10 @@ def test_the_published_algorithm_sorts_by_the_error_of_the_low_format_and_leaves
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= {each.name for each in made.kept}
     order = sorted(made.units, key=lambda unit: unit.candidates[1].loss)
     assert {unit.name for unit in order[:4]} == {name for name, form in made.formats.items() if form == "fp4_tensor"}
+
+
+def test_the_package_offers_the_functions_and_not_the_files():
+    assert (fpx.plan, fpx.apply, fpx.Plan) == (plan, apply, Plan)
 
 
 def test_files(found, tmp_path):
