@@ -18,6 +18,7 @@ BUILT_IN: Mapping[str, str] = {
     "lora": "tenfold.config.lora:LoraConfig",
     "full": "tenfold.config.full:FullConfig",
     "losparse": "tenfold.config.losparse:LoSparseConfig",
+    "fpx": "tenfold.config.fpx:FpxConfig",
     "masformer": "tenfold.config.masformer:MasformerConfig",
     "r3m": "tenfold.config.r3m:R3MConfig",
     "audit": "tenfold.config.r3m:AuditConfig",
