@@ -49,7 +49,8 @@ def locate(source: str) -> Located:
     Args:
         source: ``demo``, ``tiny:<kind>``, a folder, a ``.gguf`` file or a hub id.
 
-    A folder of an adapter that also holds the configuration of its base, as some trainers write it, is an adapter.
+    A folder of an adapter that also holds the configuration of its base, as some trainers write it, is an adapter. A
+    folder with a GGUF file and no configuration is that file.
 
     Raises:
         ModelError: a path that does not exist, a name that nothing has (with the nearest that something has), or a
@@ -88,9 +89,14 @@ def _locate_folder(path: Path) -> Located:
         return Located("adapter", str(path))
     if model:
         return Located("folder", str(path))
+    if files := sorted(path.glob("*.gguf")):
+        if len(files) == 1:
+            return locate(str(files[0]))
+        names = ", ".join(file.name for file in files[:5])
+        raise ModelError(f"{path}: holds {len(files)} GGUF files", remedy=f"give one of them: {names}")
     within = sorted(entry.name for entry in path.iterdir() if (entry / "adapter_config.json").is_file())
     raise ModelError(
-        f"{path}: no config.json or adapter_config.json in this folder",
+        f"{path}: no config.json, adapter_config.json or .gguf file in this folder",
         remedy=f"give one of the folders in it: {', '.join(within[:5])}"
         if within
         else "give the folder that save_pretrained wrote",

@@ -62,6 +62,7 @@ def write_card(
         task=task,
         auto=auto,
         name=folder.name,
+        gguf=next((file.name for file in folder.glob("*.gguf")), None),
         alone=not is_marked(folder),
         compressed=is_compressed(folder),
     )
@@ -80,8 +81,11 @@ def card(
     auto: str | None = None,
     alone: bool = True,
     compressed: bool = False,
+    gguf: str | None = None,
 ) -> str:
     """The text of the card; arguments as in `write_card`, ``name`` is the folder's name in the code.
+
+    ``gguf`` is the name of the file where the model is one.
 
     ``alone`` is False for what has local spans, and computes something else or does not open without tenfold;
     ``compressed`` is True for what has compressed layers, and does not open.
@@ -92,10 +96,12 @@ def card(
     """
     base = _base(base_model)
     parts = [
-        _header(summary, base, kind, alone and not compressed),
+        _header(summary, base, kind, alone and not compressed, gguf),
         f"# {_inline(base)} after `{summary.stage}`",
         _what(summary, base, kind),
-        _loading(name, base, kind, task, auto or AUTO_CLASSES[task], alone, compressed),
+        _loading(name, base, kind, task, auto or AUTO_CLASSES[task], alone, compressed)
+        if gguf is None
+        else _loading_gguf(name, gguf),
         _data(summary),
         _results(summary),
         "## Recipe\n\n" + _fence(recipe_text, "yaml"),
@@ -110,10 +116,11 @@ def _base(base_model: str) -> str:
     return PurePosixPath(base_model.replace("\\", "/")).name or base_model
 
 
-def _header(summary: StageSummary, base: str, kind: CardKind, alone: bool) -> str:
+def _header(summary: StageSummary, base: str, kind: CardKind, alone: bool, gguf: str | None) -> str:
     values: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) else {}
     # The hub shows how to load a folder with the library of this name.
-    values["library_name"] = "tenfold" if not alone else "peft" if kind == "adapter" else "transformers"
+    plain = "peft" if kind == "adapter" else "transformers" if gguf is None else "gguf"
+    values["library_name"] = plain if alone else "tenfold"
     values["tags"] = ["tenfold", summary.stage]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
@@ -156,6 +163,21 @@ def _loading(name: str, base: str, kind: CardKind, task: Task, auto: str, alone:
             "plain model."
         )
     return f"## Load it\n\n{text}\n\n" + _fence("\n".join(lines), "python")
+
+
+def _loading_gguf(name: str, file: str) -> str:
+    llama = f"llama-cli -m {name}/{file}"
+    code = "\n".join([
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({name!r}, gguf_file={file!r})  # this folder",
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r}, gguf_file={file!r})",
+        *_writing("causal"),
+    ])  # fmt: skip
+    return (
+        f"## Load it\n\nNo tenfold needed. llama.cpp runs the file as it is:\n\n{_fence(llama, 'sh')}\n\n"
+        f"transformers opens it with whole weights, which compute the same:\n\n{_fence(code, 'python')}"
+    )
 
 
 def _code(name: str, base: str, kind: CardKind, auto: str) -> str:

@@ -33,6 +33,7 @@ from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.record import Figure, Series, Table
 from tenfold.stage.results import Result
 
+FOLDER = "model"
 FILE = "model.gguf"
 PLAN = "plan.json"
 PALETTE = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "q3_k", "q2_k")
@@ -53,7 +54,14 @@ def run_fpx(config: FpxConfig, context: Context) -> StageOutput:
     found.save(context.folder / PLAN)
     context.progress.begin("writing the file")
     weights = _importance(opened.model, passages) if _palette() == PALETTE else None
-    write_gguf(opened.model, opened.tokenizer, context.folder / FILE, _types(found), importance=weights, overwrite=True)
+    write_gguf(
+        opened.model,
+        opened.tokenizer,
+        context.folder / FOLDER / FILE,
+        _types(found),
+        importance=weights,
+        overwrite=True,
+    )
     measured = context.store.get("quality", partial(_quality, config, context, opened), list[Result])
     return StageOutput(
         results=measured,
@@ -67,7 +75,7 @@ def run_fpx(config: FpxConfig, context: Context) -> StageOutput:
             "budget": config.budget,
         },
         notes=[*opened.notes, *encoded.notes, *_said(found, sizes)],
-        artefact=FILE,
+        artefact=FOLDER,
         artefacts={"plan": PLAN},
         continues_with="model",
         left_out=encoded.refused,
@@ -158,7 +166,9 @@ def _quality(config: FpxConfig, context: Context, opened: Opened) -> list[Result
     held = [row for row, tokens in zip(found, before, strict=False) if tokens < config.calibration]
     texts = [row.text if isinstance(row, Text) else row for row in held]
     # As it is read back, whatever was meant to be written.
-    written = open_model(context.folder / FILE, device=input_device(opened.model), dtype=opened.model.dtype).model
+    written = open_model(
+        context.folder / FOLDER / FILE, device=input_device(opened.model), dtype=opened.model.dtype
+    ).model
     near = agreement(
         opened.model,
         written,
