@@ -16,6 +16,11 @@ from tenfold.config.stage import ArtefactKind, RowsRead, Takes, check_kind
 from tenfold.errors import ConfigError
 
 Metric = Literal["fisher", "kl", "relative_l2", "token_mean"]
+GgufType = Literal[
+    "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k",
+    "q2_k",
+]  # fmt: skip
+"""Those that can be written without knowing which inputs are large."""
 
 
 class FpxConfig(DataFields):
@@ -40,7 +45,7 @@ class FpxConfig(DataFields):
     """What the file may hold: bytes (``80MB``, ``76MiB``) or bits for each weight (``5bits``). Every byte counts:
     scales, norms, the embedding, once where the head shares it. Never exceeded. Lower it for a smaller and faster file,
     raise it where the perplexity suffers; llama.cpp's Q4_K_M has about 5 bits."""
-    palette: tuple[str, ...] = ()
+    palette: tuple[GgufType, ...] = ()
     """GGUF types to choose from, such as ``q4_k q6_k q8_0``. Default: those that llama.cpp has fast code for, with 2 to
     8 bits; rows that do not divide by a type's block get the nearest type that fits, and the report counts them. Name
     fewer where your device is slow with some."""

@@ -50,15 +50,15 @@ def run_fpx(config: FpxConfig, context: Context) -> StageOutput:
     encoded = encode(train, opened.tokenizer, max_length=config.max_length, packing=True, on_bad_row=config.on_bad_row)
     passages = _evenly([torch.tensor(one["input_ids"]) for one in encoded.examples], config.calibration)
     scores = Plan.from_json(context.store.get("scores", partial(_scores, config, context, opened, passages), str))
-    found, sizes = _fitting(scores, config.budget, opened)
+    found, sizes = plan_for_file(scores, config.budget, opened)
     found.save(context.folder / PLAN)
     context.progress.begin("writing the file")
-    weights = _importance(opened.model, passages) if _palette() == PALETTE else None
+    weights = input_squares(opened.model, passages) if _palette() == PALETTE else None
     write_gguf(
         opened.model,
         opened.tokenizer,
         context.folder / FOLDER / FILE,
-        _types(found),
+        types_of(found),
         importance=weights,
         overwrite=True,
     )
@@ -107,27 +107,27 @@ def _palette() -> tuple[str, ...]:
     return PALETTE
 
 
-def _fitting(scores: Plan, budget: str, opened: Opened) -> tuple[Plan, GgufSizes]:
+def plan_for_file(scores: Plan, budget: str, opened: Opened) -> tuple[Plan, GgufSizes]:
     """The plan with which the file as a whole keeps to the budget.
 
     What a file holds beside its matrices hangs a little on their types, as each begins at a round address.
     """
-    found, sizes = scores, gguf_sizes(opened.model, _types(scores), opened.tokenizer)
+    found, sizes = scores, gguf_sizes(opened.model, types_of(scores), opened.tokenizer)
     for _ in range(8):
         beside = sizes.total - (found.bytes - found.extra_bytes)
         if found.budget == budget and beside <= found.extra_bytes:
             return found, sizes
         found = replace(found, extra_bytes=beside).replan(budget)
-        sizes = gguf_sizes(opened.model, _types(found), opened.tokenizer)
+        sizes = gguf_sizes(opened.model, types_of(found), opened.tokenizer)
     raise AssertionError("gaps between tensors take less than a unit")
 
 
-def _types(found: Plan) -> dict[str, str]:
+def types_of(found: Plan) -> dict[str, str]:
     """Module -> type."""
     return {module: unit.format for unit in found.units for module in unit.unit.modules}
 
 
-def _importance(model: Any, passages: Sequence[Tensor]) -> dict[str, Tensor]:
+def input_squares(model: Any, passages: Sequence[Tensor]) -> dict[str, Tensor]:
     """The mean square of each input of each layer, by which roundings are weighed."""
     sums: dict[str, Tensor] = {}
     names = [slot.name for slot in layer_map(model).slots if slot.layout in ("linear", "conv1d")]
