@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from tenfold.adapt import adalora, full, lora
 from tenfold.attend import masformer, pasta
 from tenfold.cache import gear
-from tenfold.compress import losparse
+from tenfold.compress import fpx, losparse
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.config.full import FullConfig
 from tenfold.config.lora import LoraConfig
@@ -431,6 +431,34 @@ LOSPARSE_TRAINED = Row(
     page="losparse",
 )
 
+FPX_READ = {"data": "numbers.jsonl", "holdout": 0.3, "max_length": 48}
+
+
+@contextmanager
+def _fpx(opened: Opened, keys: Keys) -> Iterator[Attached]:
+    found = fpx.plan(opened.model, [torch.arange(6, 70)], **{"gamma": 0.5, **keys})
+    fpx.apply(opened.model, found)
+    try:
+        yield Attached(lambda: reading(opened), lambda: {"units": len(found.units), "bits": found.bits})
+    finally:
+        fpx.remove(opened.model)
+
+
+FPX = Row(
+    "fpx",
+    {**FPX_READ, "budget": "6bits", "calibration": 256},
+    ({"budget": "50%"}, {"budget": "0bits"}, {"calibration": 1}, {"metric": "size"}, {"palette": ("q9_k",)}),
+    lambda found: found["units"] == 16 and 5 < found["bits of a weight"] <= 6,
+    subjects=COMPARED,
+    after=(PERPLEXITY,),
+    attachment=Attachment(
+        _fpx,
+        ADAPTED,
+        lambda report: report["units"] > 0 and report["bits"] < 32,
+        (({"gamma": 2}, "gamma"), ({"palette": ("nonsense", "fp8_row")}, "nonsense")),
+    ),
+)
+
 # ---- games ----------------------------------------------------------------------------------------------------------
 
 NOBODY = ({"agents": ("scripted:lots", "random")}, {"latency": "soon"}, {"latencies": (-1.0,)}, {"workers": 0})
@@ -530,6 +558,7 @@ ROWS = (
     MASFORMER,
     LOSPARSE,
     LOSPARSE_TRAINED,
+    FPX,
     REWARD,
     DPO,
     AUDIT,

@@ -9,6 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tenfold.attend.pasta.profiles import load_profile
+from tenfold.compress.fpx.plan import Plan
+from tenfold.compress.fpx.units import units_of
 from tenfold.data.read import read_rows
 from tenfold.models.layer_map import layer_map
 from tenfold.models.open import open_model
@@ -47,8 +49,16 @@ def is_model(row, folder):
     if "It needs tenfold" in card:
         assert "No tenfold needed" not in card
     else:
-        by_peer = AutoModelForCausalLM.from_pretrained(folder)
+        file = {"gguf_file": found.name for found in folder.glob("*.gguf")}
+        by_peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
         torch.testing.assert_close(logits(by_peer), logits(made), atol=1e-6, rtol=0)
+
+
+def is_plan(row, path):
+    """Of the model that the row begins with, within its budget."""
+    plan = Plan.load(path)
+    assert plan.replan("99bits").loss < plan.loss
+    assert set(plan.formats) == {unit.name for unit in units_of(open_model(row.start).model)}
 
 
 def is_profile(row, path):
@@ -83,6 +93,7 @@ def is_traces(row, path):
 IS = {
     "adapter": is_adapter,
     "model": is_model,
+    "plan": is_plan,
     "profile": is_profile,
     "rows": is_rows,
     "table": is_table,
