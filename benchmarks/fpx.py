@@ -30,7 +30,7 @@ from benchmarks import done_in, keep_in, rows_in, section
 from tenfold.compat import quiet_upstream
 from tenfold.compress.fpx.apply import apply, remove
 from tenfold.compress.fpx.plan import Plan, plan
-from tenfold.compress.fpx.stage import input_squares, PALETTE, plan_for_file, types_of
+from tenfold.compress.fpx.stage import PALETTE, input_squares, plan_for_file, types_of
 from tenfold.core.statistics import t_quantile
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
@@ -200,7 +200,9 @@ def _files(found: Sequence[dict[str, Any]]) -> None:
     print("| model | mix | chosen by | MB | divergence, nats a token | same likeliest token | of llama.cpp's |")
     print("|---|---|---|---|---|---|---|")
     for row in found:
-        other = [one for one in found if one["of"] == row["of"] and one["model"] == row["model"] and one["way"] != row["way"]]
+        other = [
+            one for one in found if one["of"] == row["of"] and one["model"] == row["model"] and one["way"] != row["way"]
+        ]
         gain = f"{sum(row['kl']) / sum(other[0]['kl']):.2f}" if other and row["way"] == "plan" else ""
         cells = f"{row['bytes'] / 1e6:.1f} | {_divergence(row)} | {row['same']:.3f} | {gain}"
         print(f"| {row['model']} | {row['of']} | {row['way']} | {cells} |")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import TypeVar
 
 from tenfold.models.layer_map import Slot
 
 
-def by_role(slots: Mapping[str, Slot], values: Mapping[str, int]) -> dict[str, list[int | None]]:
+Number = TypeVar("Number", int, float)
+
+
+def by_role(slots: Mapping[str, Slot], values: Mapping[str, Number]) -> dict[str, list[Number | None]]:
     """Role -> the value in each layer, None where the role has none there.
 
     Roles of an encoder beside a decoder are ``encoder.q``; names within the block stand for roles that a block has
@@ -26,7 +30,7 @@ def by_role(slots: Mapping[str, Slot], values: Mapping[str, int]) -> dict[str, l
     rows = {name: f"{slot.stack}.{slot.role}" if both else slot.role for name, slot in slots.items()}
     places = Counter((row, slots[name].layer) for name, row in rows.items())
     several = {row for (row, _), count in places.items() if count > 1}  # experts, or two MLPs in a block
-    found: dict[str, dict[int, int]] = {}
+    found: dict[str, dict[int, Number]] = {}
     for name, row in rows.items():
         layer = slots[name].layer or 0
         row = name.partition(f".{layer}.")[2] or name if row in several else row

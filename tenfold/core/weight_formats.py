@@ -55,6 +55,9 @@ class WeightFormat(Protocol):
             x: ``[..., in]``, floating. NaN and infinite values make NaN of all that shares their scale.
         """
 
+    def name_for(self, inner: int) -> str:
+        """What rows of this length are stored as: another format's name where one stands in for this one."""
+
     def bytes(self, out: int, inner: int) -> int:
         """Of a matrix with all of its scales; a last block that the inputs do not fill is stored whole."""
 
@@ -103,6 +106,9 @@ class _Format:
         for part, into in zip(torch.split(rows, at_once), torch.split(result, at_once), strict=True):
             into.copy_(self.rounded(part.to(torch.float32), peak))
         return result.view(x.shape)
+
+    def name_for(self, inner: int) -> str:
+        return self.name
 
     def bytes(self, out: int, inner: int) -> int:
         blocks = -(-inner // self.block) if self.block else 1

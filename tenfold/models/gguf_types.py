@@ -113,6 +113,10 @@ class GgufFormat:
         """The inputs, unchanged."""
         return x
 
+    def name_for(self, inner: int) -> str:
+        """What rows of this length are written as: the type or its substitute."""
+        return settled_type(self.name, inner)
+
     def bytes(self, out: int, inner: int) -> int:
         """Of the matrix in a file, scales included; of the substitute where rows do not divide."""
         return type_bytes(settled_type(self.name, inner), out, inner)

@@ -49,8 +49,8 @@ def is_model(row, folder):
     if "It needs tenfold" in card:
         assert "No tenfold needed" not in card
     else:
-        file = {"gguf_file": found.name for found in folder.glob("*.gguf")}
-        by_peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+        file = next((found.name for found in folder.glob("*.gguf")), None)
+        by_peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, gguf_file=file)
         torch.testing.assert_close(logits(by_peer), logits(made), atol=1e-6, rtol=0)
 
 

@@ -24,5 +24,6 @@ def test_it_is_the_divergence_of_the_definition():
     assert found.same == float(torch.cat(same).double().mean()) < 1
     assert torch.allclose(found.kl_of_texts, torch.stack([one.sum() for one in divergences]))
     kl, alike = found.result.metrics
-    assert kl.stderr > 0 and (kl.better, alike.better) == ("lower", "higher")
+    assert kl.stderr > 0
+    assert (kl.better, alike.better) == ("lower", "higher")
     assert found.result.settings == {"texts": 3, "tokens": 76}

@@ -163,7 +163,7 @@ class _Sums:
     rounded: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def round(self, form: WeightFormat, weight: UnitWeight, tensor: Tensor) -> Tensor:
-        key = (form.name, weight.name)
+        key = (form.name_for(weight.inner), weight.name)
         if key in self.rounded:
             return self.rounded[key]
         made = rounded_weight(form, weight, tensor)
@@ -250,7 +250,7 @@ def _later(sums: _Sums, site: _Site, module: Any, args: Any, kwargs: Any, output
             one.tokens += len(rows)
             one.gradients += _total(rows)
             for place, (_, change) in enumerate(_changes(sums, site, inputs)):
-                one.changes[place] += _total(change.mul_(rows))
+                one.changes[place] += _total(change * rows)
 
     output.register_hook(on_gradient)
 
@@ -271,11 +271,16 @@ def _changes(sums: _Sums, site: _Site, inputs: _Inputs) -> Iterator[tuple[Tensor
         if value is not None
     }
     exact = _run(site, own, inputs)
+    made: dict[tuple[str, ...], Tensor] = {}
     for form in sums.palette:
-        changed = {name: sums.round(form, weight, own[name]) for name, weight in site.weights.items()}
-        looked_up = isinstance(site.module, nn.Embedding)
-        read_by_it = inputs if looked_up else rounding_inputs(form)(site.module, *_widened(site, inputs))
-        yield exact, _run(site, {**own, **changed}, read_by_it).sub_(exact)
+        # Types that rows do not divide into become another one, which often is in the palette as well.
+        names = tuple(form.name_for(weight.inner) for weight in site.weights.values())
+        if names not in made:
+            changed = {name: sums.round(form, weight, own[name]) for name, weight in site.weights.items()}
+            looked_up = isinstance(site.module, nn.Embedding)
+            read_by_it = inputs if looked_up else rounding_inputs(form)(site.module, *_widened(site, inputs))
+            made[names] = _run(site, {**own, **changed}, read_by_it).sub_(exact)
+        yield exact, made[names]
 
 
 def _run(site: _Site, parameters: Mapping[str, Any], inputs: _Inputs) -> Tensor:

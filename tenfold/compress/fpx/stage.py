@@ -193,7 +193,9 @@ def _formats(sizes: GgufSizes) -> Table:
         kind = one.type if one.module else "norms and biases, f32"
         counts[kind] += 1
         taken[kind] += one.bytes
-    lines = [(kind, counts[kind], size / 1e6, 100 * size / sizes.total) for kind, size in taken.most_common()]
+    lines: list[tuple[Any, ...]] = [
+        (kind, counts[kind], size / 1e6, 100 * size / sizes.total) for kind, size in taken.most_common()
+    ]
     beside = sizes.total - sum(taken.values())
     lines.append(("tokenizer and other metadata", "", beside / 1e6, 100 * beside / sizes.total))
     return Table(title="What the file holds", columns=("type", "tensors", "MB", "%"), rows=tuple(lines))

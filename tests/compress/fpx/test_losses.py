@@ -188,3 +188,21 @@ def test_half_precision_gives_the_losses_of_single():
         half = unit_losses(model.bfloat16(), PASSAGES, units_of(model), PALETTE, metric)
         for name, losses in single.items():
             assert half[name] == pytest.approx(losses, rel=0.15)
+
+
+def test_a_type_and_its_substitute_are_one_piece_of_work():
+    gguf_format = pytest.importorskip("tenfold.models.gguf_types").gguf_format
+    pytest.importorskip("gguf")
+    model = tiny_model("llama").model  # rows of 64: q4_k becomes q5_0
+    units = [unit for unit in units_of(model) if unit.name == "model.layers.0.self_attn.q_proj"]
+    rounded = []
+
+    class Counted(type(gguf_format("q5_0"))):
+        def weight(self, weight, importance=None):
+            rounded.append(self.name)
+            return super().weight(weight, importance)
+
+    ids = [torch.arange(6, 70)]
+    (found,) = unit_losses(model, ids, units, [Counted("q5_0"), Counted("q4_0"), Counted("q4_k")]).values()
+    assert rounded == ["q5_0", "q4_0"]
+    assert found[2] == found[0] < found[1]
