@@ -157,7 +157,7 @@ def decode(model: str = "demo", mixes: Sequence[str] = MIXES, tokens: int = 64, 
                 paths[f"{way} {name}"] = Path(folder) / f"{way} {name}.gguf"
                 write_gguf(found.model, found.tokenizer, paths[f"{way} {name}"], types)
         engines = {name: LlamaCpp(path) for name, path in paths.items()}
-        request = Request("The quick brown fox", max_new_tokens=tokens, min_new_tokens=tokens)
+        request = Request("The quick brown fox", max_new_tokens=tokens)
         rates: dict[str, list[float]] = {name: [] for name in engines}
         for _, (name, engine) in itertools.product(range(rounds), engines.items()):
             (reply,) = engine.generate([request])
