@@ -20,6 +20,7 @@ _EXPORTS = {
     "pasta": "tenfold.attend.pasta",
     "autopasta": "tenfold.attend.autopasta",
     "gear": "tenfold.cache.gear",
+    "fpx": "tenfold.compress.fpx",
     "losparse": "tenfold.compress.losparse",
     "masformer": "tenfold.attend.masformer",
     "r3m": "tenfold.align.r3m",
