@@ -20,8 +20,10 @@ from tenfold.compress.fpx.rounding import Codec, format_of, stored_size
 from tenfold.compress.fpx.units import READ_FROM_FILES, Kept, Unit, UnitWeight, kept_by, units_of
 from tenfold.compress.losparse.calibration import Tell
 from tenfold.config.budget import Budget, parse_budget
+from tenfold.core.weight_formats import WeightFormat
 from tenfold.errors import ConfigError, DataError
 from tenfold.files import write_text
+from tenfold.models.gguf_write import ALIGNMENT, gguf_sizes
 from tenfold.models.simulated import refuse_simulated
 
 VERSION = 1
@@ -89,7 +91,7 @@ class Plan:
         palette: names of the formats, the base first.
         budget: as it was asked for: ``6bits``, ``95MB`` or ``gamma=0.3``.
         paper: whether the published algorithm chose.
-        extra_bytes: of a file beside the weights, which count.
+        extra_bytes: of a GGUF file beside its matrices, over what ``kept`` takes; 0 of the references.
         units: in model order.
         kept: what else is stored, as it is.
     """
@@ -103,7 +105,7 @@ class Plan:
     palette: tuple[str, ...]
     budget: str
     paper: bool
-    extra_bytes: NonNegativeInt
+    extra_bytes: int
     units: tuple[PlannedUnit, ...]
     kept: tuple[Kept, ...]
     __pydantic_config__: ClassVar[ConfigDict] = READ_FROM_FILES
@@ -122,6 +124,11 @@ class Plan:
     def formats(self) -> dict[str, str]:
         """By unit."""
         return {unit.name: unit.format for unit in self.units}
+
+    @property
+    def by_module(self) -> dict[str, str]:
+        """By module, each of those that share a weight: what `tenfold.models.gguf_write.write_gguf` takes."""
+        return {module: unit.format for unit in self.units for module in unit.unit.modules}
 
     @property
     def numbers(self) -> int:
@@ -228,7 +235,7 @@ def plan(
     codec: Codec = "reference",
     fused: bool = False,
     paper: bool = False,
-    extra_bytes: int = 0,
+    tokenizer: Any = None,
     seed: int = 0,
     tell: Tell | None = None,
 ) -> Plan:
@@ -239,16 +246,17 @@ def plan(
     Args:
         model: a ``transformers`` model, also with adapters, which stay as they are beside the planned base.
         passages: token ids, ``[tokens]`` each, of texts like those that the model will see: some hundred tokens.
-        budget: ``95MB``, of all that is stored; or ``6bits``, all stored bits (scales, norms, biases and
-            ``extra_bytes`` included) divided by all numbers of the model, a tied weight once. Never exceeded.
+        budget: ``95MB``, of all that is stored; or ``6bits``, all stored bits (scales, norms and biases included)
+            divided by all numbers of the model, a tied weight once. Never exceeded.
         gamma: instead of a budget, the share of units, by number, that get the second format of the palette.
         palette: names of the formats; with ``gamma`` two, the base first. Default: ``fp8_row``, ``nvfp4``.
         metric: of `tenfold.compress.fpx.losses`. Default: ``fisher``.
-        codec: whose formats these are: the references, or those of GGUF files.
+        codec: whose formats these are: the references, or those of GGUF files, whose bytes are then counted: norms in
+            float32, and the gaps between tensors.
         fused: plan queries, keys and values together, and gate and up, as vLLM needs it.
         paper: the published algorithm: FP8 and FP4 with a scale for each tensor, linear layers of the blocks alone,
             ``relative_l2``, and ``gamma``.
-        extra_bytes: of a file beside its weights, such as the tokenizer in GGUF.
+        tokenizer: that goes into the GGUF file; with it the file's metadata counts, too.
         seed: of the labels for ``fisher``.
         tell: hears of the batches.
 
@@ -278,13 +286,15 @@ def plan(
     units = units_of(model, fused=fused, blocks_only=paper)
     how: MetricName = metric or ("relative_l2" if paper else "fisher")
     losses = unit_losses(model, passages, units, forms, how, seed=seed, tell=tell)
+    kept = kept_by(model, units)
+    extra, align = _of_file(model, units, forms[0], kept, tokenizer) if codec == "gguf" else (0, 1)
     planned = (
         PlannedUnit(
             unit.name,
             names[0],
             unit.weights,
             tuple(
-                FormatScore(form.name, loss, stored_size(form, unit))
+                FormatScore(form.name, loss, stored_size(form, unit, align))
                 for form, loss in zip(forms, losses[unit.name], strict=True)
             ),
         )
@@ -300,10 +310,20 @@ def plan(
         palette=names,
         budget="",
         paper=paper,
-        extra_bytes=extra_bytes,
+        extra_bytes=extra,
         units=tuple(planned),
-        kept=kept_by(model, units),
+        kept=kept,
     ).replan(budget, gamma=gamma)
+
+
+def _of_file(
+    model: Any, units: Sequence[Unit], form: WeightFormat, kept: Sequence[Kept], tokenizer: Any
+) -> tuple[int, int]:
+    """What a GGUF file takes beside its matrices and what is kept as the model has it; and the grid of its tensors."""
+    sizes = gguf_sizes(model, form.name, tokenizer)
+    whole = sizes.tensor_bytes if tokenizer is None else sizes.total
+    matrices = sum(stored_size(form, unit, ALIGNMENT) for unit in units)
+    return whole - matrices - sum(each.bytes for each in kept), ALIGNMENT
 
 
 def _choices(plan: Plan, budget: str | None, gamma: float | None) -> list[int]:

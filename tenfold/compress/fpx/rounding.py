@@ -56,9 +56,16 @@ def rounded_weight(form: WeightFormat, weight: UnitWeight, tensor: Tensor) -> Te
     return (rounded.transpose(-2, -1) if weight.transposed else rounded).contiguous()
 
 
-def stored_size(form: WeightFormat, unit: Unit) -> int:
-    """Bytes of a unit's weights in a format, scales included."""
-    return sum(weight.count * form.bytes(weight.out, weight.inner) for weight in unit.weights)
+def stored_size(form: WeightFormat, unit: Unit, align: int = 1) -> int:
+    """Bytes of a unit's weights in a format, scales included.
+
+    Args:
+        form: the format.
+        unit: the unit.
+        align: each weight begins at a multiple of so many bytes.
+    """
+    sizes = (weight.count * form.bytes(weight.out, weight.inner) for weight in unit.weights)
+    return sum(-(-size // align) * align for size in sizes)
 
 
 def rounding_inputs(form: WeightFormat) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """Plans: never above the budget, the same for the same input, read strictly."""
 
+import copy
 import json
 from itertools import product
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from tenfold.compress import fpx
-from tenfold.compress.fpx.apply import apply
+from tenfold.compress.fpx.apply import apply, remove
 from tenfold.compress.fpx.plan import Plan, plan
 from tenfold.errors import ConfigError, DataError
+from tenfold.models.gguf_types import gguf_format
+from tenfold.models.gguf_write import write_gguf
 from tenfold.models.tiny import KINDS, tiny_model
 
 IDS = [torch.randint(6, 262, (40,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
@@ -23,8 +26,8 @@ def found():
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_that_is_stored_counts_and_the_budget_holds(kind):
     model = tiny_model(kind).model
-    made = plan(model, IDS, budget="20bits", palette=["fp8_row", "nvfp4", "int4_g64", "bf16"], extra_bytes=1000)
-    fixed = 1000 + sum(each.bytes for each in made.kept)
+    made = plan(model, IDS, budget="20bits", palette=["fp8_row", "nvfp4", "int4_g64", "bf16"])
+    fixed = sum(each.bytes for each in made.kept)
     least = 8 * (fixed + sum(min(each.bytes for each in unit.candidates) for unit in made.units)) / made.numbers
     losses = []
     for bits in (least + more for more in (0.01, 0.3, 1, 2, 3, 5, 12)):
@@ -119,6 +122,26 @@ def test_what_is_not_a_plan_is_refused_with_the_place(found, change, said):
     change(fields)
     with pytest.raises(DataError, match=said):
         Plan.from_json(json.dumps(fields), "p.json")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_bytes_of_a_gguf_plan_are_those_of_the_file(tied, tmp_path):
+    opened = tiny_model("llama", tie_word_embeddings=tied, hidden_size=96)
+    model = opened.model.bfloat16()  # norms are float32 in the file
+    made = plan(
+        model, IDS, budget="60bits", palette=["q8_0", "q4_0", "mxfp4"], codec="gguf", tokenizer=opened.tokenizer
+    )
+    for number, size in enumerate((made.bytes, made.bytes - 10_000, made.bytes - 20_000)):
+        again = made.replan(f"{size}B")
+        written = write_gguf(model, opened.tokenizer, tmp_path / f"{number}.gguf", again.by_module)
+        assert (tmp_path / f"{number}.gguf").stat().st_size == written.total == again.bytes <= size
+        apply(model, again)
+        plain = copy.deepcopy(model)
+        remove(plain)
+        for unit in again.units:
+            own = plain.get_parameter(unit.weights[0].name)
+            assert torch.equal(model.get_parameter(unit.weights[0].name), gguf_format(unit.format).weight(own))
+        remove(model)
 
 
 @pytest.mark.parametrize(
