@@ -30,7 +30,7 @@ from benchmarks import done_in, keep_in, rows_in, section
 from tenfold.compat import quiet_upstream
 from tenfold.compress.fpx.apply import apply, remove
 from tenfold.compress.fpx.plan import Plan, plan
-from tenfold.compress.fpx.stage import PALETTE, input_squares, plan_for_file, types_of
+from tenfold.compress.fpx.stage import PALETTE, input_squares
 from tenfold.core.statistics import t_quantile
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
@@ -123,9 +123,13 @@ def files(model: str = "demo", mixes: Sequence[str] = MIXES) -> None:
             _write(keys | {"way": "llama.cpp", "of": name}, found, types, squares, tested)
         if not done(**keys, way="plan", of=name):
             if scores is None:
-                scores = plan(found.model, seen, budget="99bits", palette=PALETTE, codec="gguf")
-            chosen, _ = plan_for_file(scores, f"{sizes.total}B", found)
-            _write(keys | {"way": "plan", "of": name}, found, types_of(chosen), squares, tested)
+                scores = _scores(found, seen)
+            types = scores.replan(f"{sizes.total}B").by_module
+            _write(keys | {"way": "plan", "of": name}, found, types, squares, tested)
+
+
+def _scores(found: Opened, seen: Sequence[Tensor]) -> Plan:
+    return plan(found.model, seen, budget="99bits", palette=PALETTE, codec="gguf", tokenizer=found.tokenizer)
 
 
 def _write(
@@ -147,13 +151,13 @@ def decode(model: str = "demo", mixes: Sequence[str] = MIXES, tokens: int = 64, 
     keys = {"part": "decode", "model": Path(model).stem}
     if done(**keys):
         return
-    scores = plan(found.model, seen, budget="99bits", palette=PALETTE, codec="gguf")
+    scores = _scores(found, seen)
     with tempfile.TemporaryDirectory() as folder:
         paths: dict[str, Path] = {}
         for name in mixes:
             mix = native_mix(name, found.model)
-            chosen, _ = plan_for_file(scores, f"{gguf_sizes(found.model, mix, found.tokenizer).total}B", found)
-            for way, types in (("llama.cpp", mix), ("plan", types_of(chosen))):
+            size = gguf_sizes(found.model, mix, found.tokenizer).total
+            for way, types in (("llama.cpp", mix), ("plan", scores.replan(f"{size}B").by_module)):
                 paths[f"{way} {name}"] = Path(folder) / f"{way} {name}.gguf"
                 write_gguf(found.model, found.tokenizer, paths[f"{way} {name}"], types)
         engines = {name: LlamaCpp(path) for name, path in paths.items()}

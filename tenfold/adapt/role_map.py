@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from tenfold.models.layer_map import Slot
 
-
 Number = TypeVar("Number", int, float)
 
 

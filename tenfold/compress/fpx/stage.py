@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -50,7 +49,8 @@ def run_fpx(config: FpxConfig, context: Context) -> StageOutput:
     encoded = encode(train, opened.tokenizer, max_length=config.max_length, packing=True, on_bad_row=config.on_bad_row)
     passages = _evenly([torch.tensor(one["input_ids"]) for one in encoded.examples], config.calibration)
     scores = Plan.from_json(context.store.get("scores", partial(_scores, config, context, opened, passages), str))
-    found, sizes = plan_for_file(scores, config.budget, opened)
+    found = scores.replan(config.budget)
+    sizes = gguf_sizes(opened.model, found.by_module, opened.tokenizer)
     found.save(context.folder / PLAN)
     context.progress.begin("writing the file")
     weights = input_squares(opened.model, passages) if _palette() == PALETTE else None
@@ -58,7 +58,7 @@ def run_fpx(config: FpxConfig, context: Context) -> StageOutput:
         opened.model,
         opened.tokenizer,
         context.folder / FOLDER / FILE,
-        types_of(found),
+        found.by_module,
         importance=weights,
         overwrite=True,
     )
@@ -94,7 +94,7 @@ def _scores(config: FpxConfig, context: Context, opened: Opened, passages: Seque
         return known.to_json()
     return plan(
         opened.model, passages, budget=WHOLE, palette=config.palette or _palette(), metric=config.metric, codec="gguf",
-        seed=context.seed, tell=context.progress,
+        tokenizer=opened.tokenizer, seed=context.seed, tell=context.progress,
     ).to_json()  # fmt: skip
 
 
@@ -105,26 +105,6 @@ def _palette() -> tuple[str, ...]:
     except MissingDependencyError:
         return BLOCK_TYPES
     return PALETTE
-
-
-def plan_for_file(scores: Plan, budget: str, opened: Opened) -> tuple[Plan, GgufSizes]:
-    """The plan with which the file as a whole keeps to the budget.
-
-    What a file holds beside its matrices hangs a little on their types, as each begins at a round address.
-    """
-    found, sizes = scores, gguf_sizes(opened.model, types_of(scores), opened.tokenizer)
-    for _ in range(8):
-        beside = sizes.total - (found.bytes - found.extra_bytes)
-        if found.budget == budget and beside <= found.extra_bytes:
-            return found, sizes
-        found = replace(found, extra_bytes=beside).replan(budget)
-        sizes = gguf_sizes(opened.model, types_of(found), opened.tokenizer)
-    raise AssertionError("gaps between tensors take less than a unit")
-
-
-def types_of(found: Plan) -> dict[str, str]:
-    """Module -> type."""
-    return {module: unit.format for unit in found.units for module in unit.unit.modules}
 
 
 def input_squares(model: Any, passages: Sequence[Tensor]) -> dict[str, Tensor]:
