@@ -159,3 +159,6 @@ CacheBudget = Annotated[str, BeforeValidator(partial(_check, units=("bits", "byt
 """The same of a cache: bits of an element, or bytes of a token."""
 ShareBudget = Annotated[str, BeforeValidator(partial(_check, units=("share",)))]
 """The same of a share alone."""
+
+FileBudget = Annotated[str, BeforeValidator(partial(_check, units=("bytes", "bits")))]
+"""Of a file: bytes, or bits for each of its numbers."""

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tenfold.config.budget import BudgetText, parse_budget
+from tenfold.config.budget import FileBudget, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind, RowsRead, Takes, check_kind
@@ -41,7 +41,7 @@ class FpxConfig(DataFields):
     makes: ClassVar[Mapping[str, ArtefactKind]] = {"model": "model", "plan": "plan"}
     run = "tenfold.compress.fpx.stage:run_fpx"
 
-    budget: BudgetText = "5bits"
+    budget: FileBudget = "5bits"
     """What the file may hold: bytes (``80MB``, ``76MiB``) or bits for each weight (``5bits``). Every byte counts:
     scales, norms, the embedding, once where the head shares it. Never exceeded. Lower it for a smaller and faster file,
     raise it where the perplexity suffers; llama.cpp's Q4_K_M has about 5 bits."""
@@ -91,11 +91,6 @@ class FpxConfig(DataFields):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        budget = parse_budget(self.budget)
-        if budget.unit not in ("bytes", "bits"):
-            raise ValueError(
-                f"budget: a file has bytes, or bits for each weight, got {self.budget}: write 80MB or 5bits"
-            )
-        if budget.amount <= 0:
+        if parse_budget(self.budget).amount <= 0:
             raise ValueError(f"budget: {self.budget} holds nothing: write 80MB or 5bits")
         return self
