@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -55,7 +56,8 @@ def without_machine(play: Callable[[], object]) -> str | None:
             touched.append(f"{name} at {frame.f_code.co_filename}:{frame.f_lineno}")
             raise _Touched
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # libraries time collections by callbacks, which would be called from within the game
     sys.setprofile(watch)
     try:
         play()
@@ -63,6 +65,8 @@ def without_machine(play: Callable[[], object]) -> str | None:
         pass
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     return touched[0] if touched else None
 
 

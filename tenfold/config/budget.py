@@ -39,6 +39,14 @@ _FORMS: dict[Unit, str] = {
     "bits": "4.5bits",
     "bytes/token": "9KiB/token",
 }
+_WORDS: dict[Unit, str] = {
+    "share": "a share",
+    "count": "a count",
+    "bytes": "a number of bytes",
+    "seconds": "a time",
+    "bits": "bits for each number",
+    "bytes/token": "bytes for each token",
+}
 SIZES: tuple[Unit, ...] = ("share", "count", "bytes")
 """Of what is made of numbers."""
 
@@ -70,7 +78,7 @@ def parse_budget(text: str, units: Sequence[Unit] = get_args(Unit)) -> Budget:
     """
     budget = _read(text, units)
     if budget.unit not in units:
-        raise ValueError(f"{text!r} is in {budget.unit}, which cannot be meant here: write {_forms(units)}")
+        raise ValueError(f"{text!r} is {_WORDS[budget.unit]}, which cannot be meant here: write {_forms(units)}")
     return budget
 
 

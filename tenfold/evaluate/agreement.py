@@ -55,7 +55,7 @@ def agreement(
     >>> model = tiny_model("llama").model
     >>> found = agreement(model, model, [torch.arange(5, 25), torch.arange(9, 40)])
     >>> found.kl, found.same, found.tokens.tolist()
-    (0.0, 1.0, [20, 31])
+    (0.0, 1.0, [20.0, 31.0])
     """
     kl, same, owner = [], [], []
     with evaluating(first), evaluating(second):

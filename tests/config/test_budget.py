@@ -48,9 +48,9 @@ def test_a_plain_count_is_exact(count):
     [
         (LoSparseConfig, "budget", "150%", "write 50% .at most 100%., 300k or 64MiB", "200ms"),
         (LoSparseConfig, "budget", "250KB", r"write 250KiB .1 KiB is 1,024 bytes. or 250kB", "300k"),
-        (LoSparseConfig, "budget", "200ms", "'200ms' is in seconds", "4.5bits"),
-        (LoraConfig, "budget", "9KiB/token", "is in bytes/token", "4.5bits"),
-        (MasformerConfig, "budget", "64MiB", "is in bytes, .* write 50% .at most 100%. or 300k", "9KiB/token"),
+        (LoSparseConfig, "budget", "200ms", "'200ms' is a time", "4.5bits"),
+        (LoraConfig, "budget", "9KiB/token", "is bytes for each token", "4.5bits"),
+        (MasformerConfig, "budget", "64MiB", "is a number of bytes, .* write 50% .at most 100%. or 300k", "9KiB/token"),
         (CacheConfig, "budget", "50%", "write 4.5bits or 9KiB/token", "300k"),
         (R3MConfig, "budget", "5", "write 50%", "300k"),
     ],
