@@ -1,8 +1,8 @@
 """Agents for the arena: the embedded model, taught the market's rule or a scripted fighter's moves with AdaLoRA.
 
-    python -m benchmarks.arena_agents train --arena trading --out /tmp/agents   # an adapter, and a row of what it knows
+    python -m benchmarks.arena_agents train --arena trading --out runs/agents   # an adapter, and a row of what it knows
     python -m benchmarks.arena_agents score --arena trading                     # the model as it is, and chance
-    python -m benchmarks.arena_agents score --adapter /tmp/agents/trading       # a saved adapter
+    python -m benchmarks.arena_agents score --adapter runs/agents/trading       # a saved adapter
 
 Questions are those that `EnginePlayer` sends, of seeds that are apart for training, validation and test; no state of a
 test is trained on. The decision quality is the share of held-out questions that are answered well: where several moves
@@ -413,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     both.add_argument("--keep", choices=("first", "ends", "even"), default="first", help="which layers stay")
     both.add_argument("--device", default=None)
     both.add_argument("--questions", type=int, default=500, help="held-out ones")
-    both.add_argument("--out", type=Path, default=Path("/tmp/arena-agents"))
+    both.add_argument("--out", type=Path, default=Path("runs/agents"))
     training = parts.add_parser("train", parents=[both])
     training.add_argument("--name", default="")
     training.add_argument("--examples", type=int, default=20_000)

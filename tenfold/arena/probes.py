@@ -121,7 +121,7 @@ def _check_turn(turn: Turn, where: str) -> None:
     if not isinstance(turn.seed, int) or turn.seed < 0:
         raise ConformanceError("turns", f"{where}: seed is {turn.seed!r}", "give a whole number, 0 or more")
     if not 0 <= turn.time < inf:
-        raise ConformanceError("turns", f"{where}: that is no time", "give seconds on the game's clock, from 0")
+        raise ConformanceError("turns", f"{where}: that cannot be a time", "give seconds on the game's clock, from 0")
     wrong = _wrong_answers(turn.answers)
     if wrong is not None:
         raise ConformanceError("answers", f"{where}: {wrong[0]}", wrong[1])

@@ -247,7 +247,7 @@ class Ratings:
                 word = "lost" if wins[index].sum() == 0 else "won"
                 found.append(
                     f"{name} {word} every game, so that games cannot say how far it is from the others: its strength "
-                    "and interval are no more than a cautious guess"
+                    "and interval are only a cautious guess"
                 )
         return tuple(found)
 

@@ -1,5 +1,6 @@
 """A conforming game passes every check, and each way to break one is found by the check of its name."""
 
+import gc
 import logging
 import random
 import sys
@@ -108,7 +109,7 @@ def test_a_game_that_conforms():
         ("game", "turns", "question 1 at 2 s: other game than before"),
         ("no rules", "turns", "question 0 at 0 s: rules or state are empty"),
         ("back", "turns", "that is before the last one"),
-        ("before", "turns", "at -1 s: that is no time"),
+        ("before", "turns", "at -1 s: that cannot be a time"),
         ("half a seed", "turns", "seed is 0.5"),
         ("twice", "answers", "seed 0, player 0, question 0 at 0 s: offered"),
         ("none", "answers", r"offered \(\)"),
@@ -260,3 +261,18 @@ def test_plain_values_know_types_and_arrays():
     fight.step(1, 0)
     assert plain(fight) != before == plain(Fight())
     assert plain(float("nan")) == plain(float("nan"))
+
+
+def test_a_collection_of_garbage_that_a_library_times_is_not_the_game():
+    def timed(phase, info):
+        time.perf_counter()
+
+    before = gc.get_threshold()
+    gc.callbacks.append(timed)
+    gc.set_threshold(1)
+    try:
+        assert without_machine(lambda: [[] for _ in range(1000)]) is None
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(timed)
+    assert gc.isenabled()

@@ -48,7 +48,9 @@ def own_text(
     if tokens < 1:
         raise ConfigError(f"tokens: must be 1 or more, got {tokens}", remedy="leave own texts out, or ask for some")
     if length < 2:
-        raise ConfigError(f"length: must be 2 or more, got {length}: the first token is no text of the model's", "256")
+        raise ConfigError(
+            f"length: must be 2 or more, got {length}: the first token is drawn, not written by the model", "256"
+        )
     device, special = input_device(model), set(tokenizer.all_special_ids)
     plain = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
     drawing = GenerationConfig(
