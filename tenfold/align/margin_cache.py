@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tenfold.data.rows import Preference, content
+from tenfold.models.layer_map import plain_model
+from tenfold.models.simulated import MARK
 
 
 def row_key(settings: Sequence[Any], row: Preference) -> str:
@@ -33,6 +35,8 @@ def fingerprint(model: Any) -> str:
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NO_SCORE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    if (planned := getattr(plain_model(model), MARK, None)) is not None:  # that inputs are rounded is in no weight
+        digest.update(repr(planned).encode())
     # The same weights score otherwise when another adapter is switched on, or the same one with another scale, or none.
     if hasattr(model, "disable_adapter"):
         digest.update(repr(list(model.active_adapters)).encode())

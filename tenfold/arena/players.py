@@ -24,6 +24,7 @@ from tenfold.arena.agents import Action, Agent, Turn
 from tenfold.arena.latency import Latency
 from tenfold.engines.requests import Engine, Request
 from tenfold.errors import ConfigError, RunError
+from tenfold.models.simulated import refuse_simulated
 from tenfold.stage.store import Store
 
 MOST_TOKENS = 12
@@ -150,8 +151,15 @@ class Timed:
         self.agent, self.latency, self.name = agent, latency, agent.name
 
     def answer(self, questions: Sequence[Turn]) -> list[Action]:
-        """The agent's answers, with the latency's seconds."""
+        """The agent's answers, with the latency's seconds.
+
+        Raises:
+            ConfigError: seconds are measured of a model that simulates its number formats.
+        """
         if self.latency.measures:
+            if (model := getattr(getattr(self.agent, "engine", None), "model", None)) is not None:
+                remedy = "charge tokens, or play what runs in these formats, such as the exported file (llama.cpp:FILE)"
+                refuse_simulated(model, f"latency: measured: {self.name}", remedy)
             answers = [self.agent.answer([question])[0] for question in questions]
         else:
             answers = self.agent.answer(questions)

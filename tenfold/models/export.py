@@ -13,6 +13,7 @@ from tenfold.models.changes import absorb_adapters, mark
 from tenfold.models.folders import write_folder
 from tenfold.models.gguf import source_of
 from tenfold.models.quantised import refuse_quantised
+from tenfold.models.simulated import refuse_simulated
 from tenfold.models.source import REFERENCE
 from tenfold.models.tied import untie
 
@@ -21,6 +22,8 @@ _EXPECTED = (
     "Input and output embeddings are no longer tied",
     "All adapters are already merged",  # in compressed layers
 )
+
+_TAKE_BACK = "take the plan back first (fpx.remove)"
 
 
 def merge(model: Any, *, in_place: bool = False) -> Any:
@@ -37,6 +40,7 @@ def merge(model: Any, *, in_place: bool = False) -> Any:
     Raises:
         ModelError: an adapter holds NaN or infinite values, or is of a kind that cannot be merged; quantised weights,
             which would be rounded again.
+        ConfigError: the weights are those of a plan (`tenfold.compress.fpx.apply`), as is `save_model`'s.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> from tenfold.models.tiny import tiny_model
@@ -47,6 +51,7 @@ def merge(model: Any, *, in_place: bool = False) -> Any:
     if not hasattr(model, "peft_config"):
         return model
     refuse_quantised(model, "the adapter cannot be merged", "open the base without load, with the adapter on it")
+    refuse_simulated(model, "the adapter cannot be merged into rounded weights", _TAKE_BACK)
     if not hasattr(model, "merge_and_unload"):
         kinds = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
         raise ModelError(f"{'/'.join(kinds)} adapters cannot be merged", remedy="save the adapter instead")
@@ -101,6 +106,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: boo
     if hasattr(model, "peft_config"):
         raise ModelError("adapters are attached to this model", remedy="save merge(model), or use save_adapter")
     refuse_quantised(model, "the model cannot be saved", "open it without load, and save that")
+    refuse_simulated(model, "the model cannot be saved in number formats that it does not store", _TAKE_BACK)
     with write_folder(folder, "model", overwrite=overwrite) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

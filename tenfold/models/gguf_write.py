@@ -21,6 +21,7 @@ from tenfold.models.gguf_architectures import FileTensor, architecture_keys, fam
 from tenfold.models.gguf_entries import entries, writer_of
 from tenfold.models.gguf_types import encode, settled_type, type_bytes
 from tenfold.models.gguf_vocabulary import general_entries, vocabulary_entries
+from tenfold.models.simulated import refuse_simulated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +151,8 @@ def write_gguf(
         What was written, with the tensors that fell back to another type.
 
     Raises:
-        ConfigError: an unknown type; a module without a type, or none of this name; an importance of another length.
+        ConfigError: an unknown type; a module without a type, or none of this name; an importance of another length;
+            a model that simulates a plan.
         ModelError: what llama.cpp does not compute or has no place for, by name; NaN or infinite weights.
         MissingDependencyError: a package that a type needs is absent.
         RunError: the file is taken, or cannot be written.
@@ -163,6 +165,7 @@ def write_gguf(
     True
     """
     path = Path(path)
+    refuse_simulated(model, "its weights are rounded already", "take the plan back first (fpx.remove)")
     planned = _planned(model, types)
     weights = _by_module(importance or {}, [one for one, _ in planned if one.module], model, "importance")
     if path.exists() and not overwrite and not _is_ours(path):

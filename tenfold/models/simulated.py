@@ -8,7 +8,7 @@ from tenfold.errors import ConfigError
 from tenfold.models.layer_map import plain_model
 
 MARK = "_tenfold_simulated"
-"""The attribute of a model that holds what is simulated; its text says it."""
+"""The attribute of a model that holds what is simulated: its text says it in few words, its ``repr`` exactly."""
 
 
 def simulated(model: Any) -> str | None:
@@ -17,7 +17,7 @@ def simulated(model: Any) -> str | None:
     >>> from tenfold.models.tiny import tiny_model
     >>> simulated(tiny_model("llama").model)
     """
-    there = plain_model(model).__dict__.get(MARK)
+    there = getattr(plain_model(model), MARK, None)
     return None if there is None else str(there)
 
 

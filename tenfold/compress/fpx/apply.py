@@ -46,9 +46,7 @@ def apply(model: Any, plan: Plan) -> None:
     if there is not None and there.plan == plan:
         return
     remove(model)
-    merged = next((name for name, module in base.named_modules() if getattr(module, "merged", False)), None)
-    if merged:
-        raise ModelError(f"{merged}: its adapter is merged into the weight", remedy="call unmerge_adapter first")
+    _refuse_merged(base)
     if weights_digest(model) != plan.weights_hash:
         raise ModelError(
             f"the plan was made for other weights ({plan.model}, {plan.weights_hash[:12]}) than these of this "
@@ -63,10 +61,21 @@ def remove(model: Any) -> None:
 
     Args:
         model: that `apply` was called on, also with adapters that came or went since.
+
+    Raises:
+        ModelError: an adapter was merged into the rounded weights, which would be lost.
     """
-    there: _Applied | None = plain_model(model).__dict__.pop(MARK, None)
-    if there is not None:
+    base = plain_model(model)
+    if (there := base.__dict__.get(MARK)) is not None:
+        _refuse_merged(base)
+        del base.__dict__[MARK]
         there.rounding.undo()
+
+
+def _refuse_merged(base: Any) -> None:
+    merged = next((name for name, module in base.named_modules() if getattr(module, "merged", False)), None)
+    if merged:
+        raise ModelError(f"{merged}: its adapter is merged into the weight", remedy="call unmerge_adapter first")
 
 
 class _Applied:
@@ -78,3 +87,6 @@ class _Applied:
 
     def __str__(self) -> str:
         return f"{' and '.join(self.plan.palette)}, {self.plan.bits:.2f} bits"
+
+    def __repr__(self) -> str:
+        return f"{self.plan.codec} {self.plan.by_module}"

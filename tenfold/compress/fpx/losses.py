@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.compress.fpx.epsilon import OutputError
-from tenfold.compress.fpx.rounding import Rounding, holding, rounded_weight, rounding_inputs
+from tenfold.compress.fpx.rounding import Rounding, holding, own_forms, rounded_weight, rounding_inputs, stored_forms
 from tenfold.compress.fpx.units import Unit, UnitWeight
 from tenfold.compress.losparse.calibration import Tell, equal_batches, frozen, own_loss, read
 from tenfold.core.weight_formats import WeightFormat
@@ -94,6 +94,7 @@ def unit_losses(
             return _divergences(model, batches, units, palette, tell)
         sums = _Sums(metric, palette, {unit.name: _UnitSums(len(palette)) for unit in units})
         with ExitStack() as hooks:
+            hooks.callback(own_forms, stored_forms(model.modules()))
             if metric == "fisher":
                 embeddings = {
                     model.get_input_embeddings(),

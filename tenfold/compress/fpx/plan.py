@@ -284,10 +284,10 @@ def plan(
     _amount(budget, gamma, len(names))  # before anything is measured
     refuse_simulated(model, "plan", "remove the plan first")
     units = units_of(model, fused=fused, blocks_only=paper)
-    how: MetricName = metric or ("relative_l2" if paper else "fisher")
-    losses = unit_losses(model, passages, units, forms, how, seed=seed, tell=tell)
     kept = kept_by(model, units)
     extra, align = _of_file(model, units, forms[0], kept, tokenizer) if codec == "gguf" else (0, 1)
+    how: MetricName = metric or ("relative_l2" if paper else "fisher")
+    losses = unit_losses(model, passages, units, forms, how, seed=seed, tell=tell)
     planned = (
         PlannedUnit(
             unit.name,

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.compress.fpx.units import Unit, UnitWeight
+from tenfold.compress.losparse.layer import LowRankRowsLinear
 from tenfold.core.weight_formats import WeightFormat, weight_format
 from tenfold.errors import ConfigError, ModelError
+from tenfold.kernels.low_rank_rows import Form
 from tenfold.models.layer_map import plain_modules
 
 Codec = Literal["reference", "gguf"]
@@ -71,7 +73,7 @@ def stored_size(form: WeightFormat, unit: Unit, align: int = 1) -> int:
 def rounding_inputs(form: WeightFormat) -> Callable[..., Any]:
     """A forward pre-hook that rounds what a layer reads.
 
-    Of stacked experts that is what comes in, not what lies between their two products.
+    Of stacked experts and compressed layers that is what comes in, not what lies between their two products.
     """
 
     def on_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,6 +96,28 @@ def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         module._parameters.update(before)
 
 
+Forms = list[tuple[LowRankRowsLinear, Form, Form]]
+"""Compressed layers, and in which forms they multiply few and many tokens."""
+
+
+def stored_forms(modules: Iterable[Any]) -> Forms:
+    """Let compressed layers multiply by what they store; other forms hold products of numbers that were there before.
+
+    Returns:
+        How they multiplied, for `own_forms`.
+    """
+    forms = [(layer, layer.few, layer.many) for layer in modules if isinstance(layer, LowRankRowsLinear)]
+    for layer, _, _ in forms:
+        layer.take("stored", "stored")
+    return forms
+
+
+def own_forms(forms: Forms) -> None:
+    """Let compressed layers multiply as they did before `stored_forms`."""
+    for layer, few, many in forms:
+        layer.take(few, many)
+
+
 class Rounding:
     """Units of a model in their formats until it is undone: weights rounded, inputs rounded as layers read them.
 
@@ -112,6 +136,7 @@ class Rounding:
         modules = dict(plain_modules(model))
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
         self._hooks: list[Any] = []
+        self._forms = stored_forms(modules.values())
         try:
             for unit, form in formats:
                 for weight in unit.weights:
@@ -133,4 +158,5 @@ class Rounding:
             parameter.data = original.to(parameter.device, parameter.dtype)
         for hook in self._hooks:
             hook.remove()
-        self._originals, self._hooks = [], []
+        own_forms(self._forms)
+        self._originals, self._hooks, self._forms = [], [], []

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from tenfold.compress.losparse.layer import LowRankRowsLinear
 from tenfold.errors import ModelError
 from tenfold.models.layer_map import LayerMap, Slot, layer_map, plain_modules
 from tenfold.models.quantised import refuse_quantised
@@ -94,7 +95,8 @@ def units_of(model: Any, *, fused: bool = False, blocks_only: bool = False) -> t
     """What gets a precision of its own, in model order.
 
     Each linear layer is a unit. Weights that are one tensor, such as an embedding and its head, are one; untied ones
-    are one each. Experts that are stacked in parameters are one unit for each block. Routers, positions and
+    are one each. Experts that are stacked in parameters are one unit for each block, and so are the rows that a
+    compressed layer (LoSparse) stores and the combinations that it makes the others of. Routers, positions and
     convolutions stay as they are, as do layers whose weight the model reads without calling them (Mamba's); `kept_by`
     lists them.
 
@@ -105,7 +107,8 @@ def units_of(model: Any, *, fused: bool = False, blocks_only: bool = False) -> t
         blocks_only: whether embeddings, heads and all else outside of the blocks stay, as in the paper.
 
     Raises:
-        ModelError: packed weights, compressed layers, stacked experts of unknown layout, or no layer at all.
+        ModelError: packed weights, layers that are compressed while they train, stacked experts of unknown layout, or
+            no layer at all.
 
     >>> from tenfold.models.tiny import tiny_model
     >>> model = tiny_model("llama", tie_word_embeddings=True).model
@@ -161,29 +164,33 @@ def stored_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _matrices(found: LayerMap, modules: dict[str, Any]) -> Iterator[tuple[UnitWeight, Slot]]:
     """Weights of layers and embeddings with the slot that has each first."""
-    owners: dict[int, list[Slot]] = {}
+    owners: dict[int, list[tuple[Slot, str]]] = {}
     for slot in found.slots:
         if slot.layout == "norm" or slot.role == "position" or slot.part == "router":
             continue
-        weight = modules[slot.name]._parameters.get("weight")
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise ModelError(
-                f"{slot.name}: a {type(modules[slot.name]).__name__} does not store its matrix as numbers of its own",
-                remedy="plan the plain model: tenfold export --form dense",
-            )
-        owners.setdefault(id(weight), []).append(slot)
-    for slots in owners.values():
-        first = slots[0]
+        module = modules[slot.name]
+        for own in ("rows", "mix") if isinstance(module, LowRankRowsLinear) else ("weight",):
+            weight = module._parameters.get(own)
+            if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.ndim != 2:
+                raise ModelError(
+                    f"{slot.name}: a {type(module).__name__} does not store its matrix as numbers of its own",
+                    remedy="plan the plain model: tenfold export --form dense",
+                )
+            if weight.numel():
+                owners.setdefault(id(weight), []).append((slot, own))
+    for readers in owners.values():
+        (first, own), slots = readers[0], [slot for slot, _ in readers]
         if any(_unseen(slot, modules) for slot in slots):
             continue
-        embedding = first.layout == "embedding"
+        out, inner = modules[first.name]._parameters[own].shape
+        transposed = first.layout == "conv1d" and own == "weight"
         yield (
             UnitWeight(
-                name=f"{first.name}.weight",
+                name=f"{first.name}.{own}",
                 modules=tuple(slot.name for slot in slots),
-                out=first.in_features if embedding else first.out_features,
-                inner=first.out_features if embedding else first.in_features,
-                transposed=first.layout == "conv1d",
+                out=inner if transposed else out,
+                inner=out if transposed else inner,
+                transposed=transposed,
                 looked_up=any(slot.layout == "embedding" for slot in slots),
             ),
             first,

@@ -19,6 +19,7 @@ from tenfold.config.shape import Task
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.layer_map import layer_map
 from tenfold.models.quantised import refuse_quantised
+from tenfold.models.simulated import refuse_simulated
 
 PLACE_BYTES = 4
 """Of each row of a compressed matrix, for its place."""
@@ -73,6 +74,7 @@ def matrices_of(model: Any, targets: Sequence[str]) -> tuple[list[str], list[str
         ModelError: a model that is compressed already, packed, or has adapters.
     """
     refuse_quantised(model, "compress", "open the model in its original precision (leave load out)")
+    refuse_simulated(model, "compress", "take the plan back first (fpx.remove), and plan the compressed model")
     if hasattr(model, "peft_config"):
         raise ModelError("the model has an adapter", remedy="merge it (merge_and_unload), and compress the result")
     if done := next((name for name, one in model.named_modules() if isinstance(one, LowRankRowsLinear)), ""):

@@ -18,6 +18,7 @@ from tenfold.config.losparse import LoSparsePaper
 from tenfold.errors import ConfigError, ModelError, RunError
 from tenfold.models.layer_map import Slot, layer_map
 from tenfold.models.quantised import parameter_count, refuse_quantised
+from tenfold.models.simulated import refuse_simulated
 
 
 class LoSparse:
@@ -214,6 +215,7 @@ def _slots(model: Any, ranks: Mapping[str, int], rows: int) -> dict[str, Slot]:
     if hasattr(model, "peft_config"):
         raise ModelError("the model has an adapter", remedy="merge it (merge_and_unload), and compress the result")
     refuse_quantised(model, "its matrices cannot be compressed", "open the model unquantised (without load)")
+    refuse_simulated(model, "its matrices cannot be compressed", "take the plan back first (fpx.remove)")
     if rows < 0:
         raise ConfigError(
             f"rows: {rows:,} numbers are left for them, because the low-rank parts alone are above the budget",

@@ -100,20 +100,12 @@ def test_experts_of_unknown_layout_are_refused_by_name():
         units_of(model)
 
 
-def test_packed_and_compressed_models_are_refused_by_name():
+def test_packed_models_are_refused_by_name():
     from types import SimpleNamespace
-
-    from tenfold.compress.losparse import compress_once, install
-    from tenfold.config.budget import Budget
 
     model = tiny_model("llama").model
     model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gptq"))
     with pytest.raises(ModelError, match="gptq"):
-        units_of(model)
-    del model.hf_quantizer
-    ids = [torch.randint(6, 262, (64,), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    install(model, compress_once(model, ids, budget=Budget(0.5, "share")).factors)
-    with pytest.raises(ModelError, match="q_proj: a LowRankRowsLinear"):
         units_of(model)
 
 
