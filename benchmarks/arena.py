@@ -165,9 +165,7 @@ def models(names: Iterable[str] = MODELS, questions: int = 40) -> None:
         for easy in (False, True):
             if done(part="models", agent=name, easy=easy):
                 continue
-            agent = line_up([parse_agent(f"{name}@measured")], lambda _: ScriptedTrader(0.5), ("pass",))[
-                f"{name}@measured"
-            ]
+            agent = line_up("trading", [parse_agent(f"{name}@measured")])[f"{name}@measured"]
             market = draw_market(0, MarketRules(events=questions, easy=easy))
             answers = ask_market([agent], market)[agent.name]
             right = [

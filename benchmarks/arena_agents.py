@@ -13,12 +13,11 @@ step, for the whole batch, which is the same gradient at a third (trading) or a 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,84 +31,25 @@ from transformers import set_seed
 
 from benchmarks import keep_in
 from tenfold.adapt import adalora
-from tenfold.arena.agents import Action, Agent, Turn
-from tenfold.arena.fighting.play import play_fight
-from tenfold.arena.fighting.scripted import ScriptedFighter, good_moves
-from tenfold.arena.trading.market_day import market_questions
-from tenfold.arena.trading.synthetic import MarketRules, draw_market
+from tenfold.arena.by_hand import Arena
+from tenfold.arena.labelled import LabelledTurn, labelled_questions
+from tenfold.arena.reference import first_layers
+from tenfold.arena.trading.synthetic import MarketRules
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.core.statistics import wilson
 from tenfold.engines.choices import ChoiceTokens
 from tenfold.models.inference import input_device
 from tenfold.models.open import attach_adapter, open_model
 
-ARENAS = ("trading", "fighting")
+ARENAS: tuple[Arena, ...] = ("trading", "fighting")
 SHARES = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
 """The first seed of each."""
-QUALITIES = (0.0, 0.3, 0.6, 0.8, 1.0)
-LATENCIES = (0.0, 0.1, 0.2, 0.4, 0.8)
-"""Of the fighters whose fights the questions are from, in seconds."""
-OF_A_FIGHT = 40
-"""Questions taken from a fight, at most."""
 SCORED_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
-class Question:
-    """What an agent is asked, which answers are good, and what kind of question it is, for tables."""
-
-    turn: Turn
-    good: tuple[str, ...]
-    kind: str
-
-
-# ---- questions ------------------------------------------------------------------------------------------------------
-
-
-def questions(arena: str, share: str, count: int, *, easy: bool = False) -> list[Question]:
+def questions(arena: Arena, share: str, count: int, *, easy: bool = False) -> list[LabelledTurn]:
     """The first questions of a share, each state once."""
-    seeds = itertools.count(SHARES[share])
-    source = _market(seeds, easy) if arena == "trading" else _fights(seeds)
-    found: dict[str, Question] = {}
-    for question in source:
-        found.setdefault(question.turn.state, question)
-        if len(found) == count:
-            break
-    return list(found.values())
-
-
-def _market(seeds: Iterator[int], easy: bool) -> Iterator[Question]:
-    for seed in seeds:
-        for turn in market_questions(draw_market(seed, MarketRules(easy=easy))):
-            jump = turn.view
-            kind = f"other asset {'still' if jump.pair_still else 'moved'}, volume " + (
-                "against" if jump.volume_against else "with"
-            )
-            yield Question(turn, (turn.answers[0] if jump.reverts else turn.answers[-1],), kind)
-
-
-class _Watched:
-    """An agent, and the questions that it was asked with what would have been good."""
-
-    def __init__(self, agent: Agent, seen: list[Question]) -> None:
-        self.agent, self.name, self.seen = agent, agent.name, seen
-
-    def answer(self, questions: Sequence[Turn]) -> list[Action]:
-        for turn in questions:  # now, because the view changes as the fight goes on
-            good = tuple(dict.fromkeys(good_moves(turn.view)))
-            self.seen.append(Question(turn, good, ", ".join(good)))
-        return self.agent.answer(questions)
-
-
-def _fights(seeds: Iterator[int]) -> Iterator[Question]:
-    for seed in seeds:
-        draw, seen = np.random.default_rng(seed), []  # type: np.random.Generator, list[Question]
-        first, second = (
-            _Watched(ScriptedFighter(float(draw.choice(QUALITIES)), float(draw.choice(LATENCIES))), seen)
-            for _ in range(2)
-        )
-        play_fight((first, second), seed)
-        yield from (seen[at] for at in draw.permutation(len(seen))[:OF_A_FIGHT])
+    return labelled_questions(arena, SHARES[share], count, MarketRules(easy=easy))
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -132,7 +72,7 @@ class Tokens:
     target: list[int]
 
 
-def encode(asked: Sequence[Question], tokenizer: Any, seed: int = 0) -> tuple[list[int], list[Tokens]]:
+def encode(asked: Sequence[LabelledTurn], tokenizer: Any, seed: int = 0) -> tuple[list[int], list[Tokens]]:
     """The tokens that all questions begin with, and those of each question; a good answer is drawn for each.
 
     The chat template writes the rest as for `EnginePlayer`. All states begin with the same word, and a text's tokens
@@ -225,7 +165,7 @@ def choose(model: Any, common: Sequence[int], asked: Sequence[Tokens]) -> list[i
     return found
 
 
-def quality(asked: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
+def quality(asked: Sequence[LabelledTurn], chosen: Sequence[int]) -> dict[str, Any]:
     """How many are answered well, with Wilson's interval, and by kind of question."""
     right, kinds, said = 0, {}, Counter()  # type: int, dict[str, list[int]], Counter[str]
     for question, place in zip(asked, chosen, strict=True):
@@ -241,7 +181,7 @@ def quality(asked: Sequence[Question], chosen: Sequence[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chance(asked: Sequence[Question]) -> dict[str, float]:
+def chance(asked: Sequence[LabelledTurn]) -> dict[str, float]:
     """What an answer at random comes to, and the best of those that always say the same."""
     at_random = float(np.mean([len(one.good) / len(one.turn.answers) for one in asked]))
     always = Counter(answer for one in asked for answer in one.good).most_common(1)[0][1] / len(asked)
@@ -251,26 +191,10 @@ def chance(asked: Sequence[Question]) -> dict[str, float]:
 # ---- models and training --------------------------------------------------------------------------------------------
 
 
-def embedded(device: str | None, layers: int, keep: str) -> tuple[Any, Any]:
-    """The embedded model in float32, cut to some of its layers, and its tokenizer.
-
-    Args:
-        device: as for `open_model`.
-        layers: how many stay.
-        keep: ``first`` ones, the first and the last one (``ends``), or evenly spaced ones (``even``).
-    """
+def embedded(device: str | None, layers: int) -> tuple[Any, Any]:
+    """The embedded model in float32, cut to its first layers, and its tokenizer."""
     opened = open_model("demo", device=device, dtype="float32")
-    model, every = opened.model, opened.model.config.num_hidden_layers
-    kept = {
-        "first": range(layers),
-        "ends": [*range(layers - 1), every - 1],
-        "even": [round(at) for at in np.linspace(0, every - 1, layers)],
-    }[keep]
-    model.model.layers = torch.nn.ModuleList(model.model.layers[at] for at in kept)
-    for place, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = place
-    model.config.num_hidden_layers = layers
-    return model, opened.tokenizer
+    return first_layers(opened.model, layers), opened.tokenizer
 
 
 def rate(step: int, steps: int, passed: float) -> float:
@@ -351,7 +275,7 @@ def train(args: argparse.Namespace) -> None:
     asked = questions(args.arena, "train", args.examples, easy=args.easy)
     asked = [asked[at] for at in np.random.default_rng(args.seed).permutation(len(asked))]
     asked = [one for one in asked if one.turn.state not in untold]
-    model, tokenizer = embedded(args.device, args.layers, args.keep)
+    model, tokenizer = embedded(args.device, args.layers)
     common, tokens = encode(asked, tokenizer, args.seed)
     validation = held["validation"][: args.checked]
     _, seen = encode(validation, tokenizer)
@@ -380,10 +304,10 @@ def train(args: argparse.Namespace) -> None:
     keep_in(args.out / f"{name}.jsonl", row | {"seconds": round(time.perf_counter() - started, 1)})
 
 
-def score_of(folder: Path | None, asked: Sequence[Question], settings: dict[str, Any], device: str | None) -> Any:
+def score_of(folder: Path | None, asked: Sequence[LabelledTurn], settings: dict[str, Any], device: str | None) -> Any:
     """The decision quality of a saved adapter, or of the model as it is, in float32."""
     torch.set_float32_matmul_precision("highest")
-    model, tokenizer = embedded(device, settings["layers"], settings["keep"])
+    model, tokenizer = embedded(device, settings["layers"])
     if folder is not None:
         model = attach_adapter(model, folder, "causal")
     return quality(asked, choose(model, *encode(asked, tokenizer)))
@@ -391,7 +315,7 @@ def score_of(folder: Path | None, asked: Sequence[Question], settings: dict[str,
 
 def score(args: argparse.Namespace) -> None:
     """Print a row: a saved adapter on the test questions of its arena, or the model as it is."""
-    settings = {"arena": args.arena, "easy": args.easy, "layers": args.layers, "keep": args.keep}
+    settings = {"arena": args.arena, "easy": args.easy, "layers": args.layers}
     if args.adapter is not None:
         stored = json.loads((args.adapter / "agent.json").read_text())
         settings = {key: stored[key] for key in settings}
@@ -409,8 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     both = argparse.ArgumentParser(add_help=False)
     both.add_argument("--arena", choices=ARENAS, default="trading")
     both.add_argument("--easy", action="store_true", help="states in words; trading alone")
-    both.add_argument("--layers", type=int, default=30)
-    both.add_argument("--keep", choices=("first", "ends", "even"), default="first", help="which layers stay")
+    both.add_argument("--layers", type=int, default=30, help="of the model, the first ones")
     both.add_argument("--device", default=None)
     both.add_argument("--questions", type=int, default=500, help="held-out ones")
     both.add_argument("--out", type=Path, default=Path("runs/agents"))

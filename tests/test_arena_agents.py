@@ -15,7 +15,7 @@ from tenfold.engines.session import Session
 @pytest.fixture(scope="module")
 def cut() -> tuple[object, object]:
     """The embedded model's first two layers; its answers are senseless, and differ from question to question."""
-    return agents.embedded("cpu", 2, "first")
+    return agents.embedded("cpu", 2)
 
 
 @pytest.mark.parametrize("arena", agents.ARENAS)
@@ -28,7 +28,7 @@ def test_choices_are_those_of_an_engine(arena: str, cut: tuple[object, object]) 
 
 
 def test_the_loss_and_its_gradient_are_those_of_whole_rows() -> None:
-    model, tokenizer = agents.embedded("cpu", 2, "ends")
+    model, tokenizer = agents.embedded("cpu", 2)
     adapter = adalora.attach(model, AdaLoraConfig(budget="20k", paper={"init": "orthonormal"}), total_steps=10)
     for matrix in adapter.matrices.values():
         matrix.singular.data.fill_(0.3)
@@ -49,7 +49,7 @@ def test_the_loss_and_its_gradient_are_those_of_whole_rows() -> None:
 
 
 def test_any_good_answer_counts() -> None:
-    model, tokenizer = agents.embedded("cpu", 2, "first")
+    model, tokenizer = agents.embedded("cpu", 2)
     asked = [one for one in agents.questions("fighting", "train", 40) if len(one.good) > 1][:2]
     common, tokens = agents.encode(asked, tokenizer)
     with torch.no_grad():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from tenfold.arena.agents import Agent
+from tenfold.arena.by_hand import PLANS_IN_WORDS, Arena, by_hand
 from tenfold.arena.latency import Latency, parse_latency
 from tenfold.arena.players import EnginePlayer, Timed, TwoThread
+from tenfold.arena.reference import open_reference, taught
 from tenfold.config.arena import AgentSpec, counts_model
 from tenfold.errors import ConfigError
 from tenfold.stage.store import Store
@@ -48,7 +50,7 @@ def line_up_notes(specs: Sequence[AgentSpec], latency: str | None, opening: Mapp
     return notes
 
 
-def check_line_up(specs: Sequence[AgentSpec], by_hand: Callable[[AgentSpec], Agent], latency: str | None) -> None:
+def check_line_up(arena: Arena, specs: Sequence[AgentSpec], latency: str | None) -> None:
     """Refuse agents and latencies that cannot be, before a model is opened.
 
     Raises:
@@ -64,14 +66,15 @@ def check_line_up(specs: Sequence[AgentSpec], by_hand: Callable[[AgentSpec], Age
             _parsed(latency_of(one, latency), one, None)
             if one.engine == "llama.cpp":
                 _gguf(one)
+            if one.taught:
+                taught(arena, one.taught)
         if spec.kind != "model":
-            by_hand(spec)
+            by_hand(arena, spec)
 
 
 def line_up(
+    arena: Arena,
     specs: Sequence[AgentSpec],
-    by_hand: Callable[[AgentSpec], Agent],
-    plans: Sequence[str],
     *,
     latency: str | None = None,
     temperature: float = 0.0,
@@ -82,9 +85,8 @@ def line_up(
     """Agents by name, in the order of the configuration.
 
     Args:
+        arena: what is played.
         specs: who they are.
-        by_hand: makes those that are not models.
-        plans: what a slow model may plan for a fast one.
         latency: of those that do not say theirs.
         temperature: of models.
         store: where models' answers are remembered.
@@ -96,26 +98,26 @@ def line_up(
         ConfigError: a latency or an engine that cannot be.
         ModelError: a model that cannot be opened.
     """
-    engines: dict[tuple[str, str, str], Any] = {}
+    engines: dict[str, Any] = {}
 
     def timed(spec: AgentSpec, place: str) -> Timed:
         if spec.kind == "model":
-            key = (spec.engine, spec.source, spec.served)
-            if key not in engines:
-                engines[key] = _engine(spec, opening)
-            agent: Agent = EnginePlayer(engines[key], _model_name(spec), temperature=temperature, memory=store)
+            name = _model_name(spec)
+            if name not in engines:
+                engines[name] = _engine(arena, spec, opening)
+            agent: Agent = EnginePlayer(engines[name], name, temperature=temperature, memory=store)
         else:
-            agent = by_hand(spec)
+            agent = by_hand(arena, spec)
         return Timed(agent, _parsed(latency_of(spec, latency), spec, traces and traces / f"trace-{place}.jsonl"))
 
     found: dict[str, Agent] = {}
     for number, spec in enumerate(specs, 1):
         if spec.kind == "human":  # takes the time that it takes
-            found[spec.text] = by_hand(spec)
+            found[spec.text] = by_hand(arena, spec)
             continue
         agent: Agent = timed(spec, str(number))
         if spec.planner is not None:
-            agent = TwoThread(agent, timed(spec.planner, f"{number}-plans"), plans)
+            agent = TwoThread(agent, timed(spec.planner, f"{number}-plans"), PLANS_IN_WORDS[arena])
         agent.name = spec.text
         found[spec.text] = agent
     return found
@@ -130,10 +132,10 @@ def _parsed(text: str, spec: AgentSpec, record: Path | None) -> Latency:
 
 def _model_name(spec: AgentSpec) -> str:
     """The same for all latencies of one model, so that they share what is remembered of its answers."""
-    return " ".join(filter(None, (spec.engine, spec.source, spec.served)))
+    return " ".join(filter(None, (spec.engine, spec.source, spec.served, spec.taught, spec.kv)))
 
 
-def _engine(spec: AgentSpec, opening: Mapping[str, Any]) -> Any:
+def _engine(arena: Arena, spec: AgentSpec, opening: Mapping[str, Any]) -> Any:
     if spec.engine == "openai":
         from tenfold.engines.openai import OpenAIEngine
 
@@ -146,7 +148,8 @@ def _engine(spec: AgentSpec, opening: Mapping[str, Any]) -> Any:
     from tenfold.engines.session import Session
     from tenfold.models.reference import ModelRef
 
-    return Session(ModelRef(spec.source, **opening).open())
+    opened = open_reference(arena, spec.taught, **opening) if spec.taught else ModelRef(spec.source, **opening).open()
+    return Session(opened, kv=spec.kv or None)
 
 
 def _gguf(spec: AgentSpec) -> Path:

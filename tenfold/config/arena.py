@@ -12,11 +12,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from tenfold.config.base import Config
+from tenfold.config.gear import parse_kv
 from tenfold.config.stage import ArtefactKind, Incidental, Needs, StageConfig
+from tenfold.errors import ConfigError
 
 PLAYERS = "scripted:QUALITY, random, human, or a model: demo, a hub id, a folder, llama.cpp:FILE, http://HOST/v1#MODEL"
+REFERENCES = ("reference", "reference:half")
 _LATENCY = re.compile(r"fixed:[^@]*|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|trace:.+|measured|tokens(:[^@]*)?")
-_COMMA = re.compile(r",\s*(?=$|(human|random|demo)([@+,]|$)|scripted:|rule:|tiny:|llama\.cpp:|https?://)")
+_PACKED = re.compile(r"(?P<who>[^\[\]]+)\[(?P<kv>[^\[\]]+)\]")
+_COMMA = re.compile(r",\s*(?=$|(human|random|demo|reference)([@+,:]|$)|scripted:|rule:|tiny:|llama\.cpp:|https?://)")
 """A comma before somebody who cannot be part of a path, or of ``tokens:PREFILL,DECODE``."""
 
 
@@ -31,6 +35,8 @@ class AgentSpec:
         engine: of a model: ``transformers``, ``llama.cpp`` or ``openai``.
         source: of a model, as under ``model``; of a server its URL.
         served: the name by which a server knows the model.
+        taught: of a model that comes with the arena, its name.
+        kv: of a model in transformers, its packed cache; whole where it is empty.
         latency: what its answers take; None where it does not say.
         planner: of ``FAST+SLOW``, the slow one, whose plans the fast one is told.
     """
@@ -41,6 +47,8 @@ class AgentSpec:
     engine: Literal["transformers", "llama.cpp", "openai"] = "transformers"
     source: str = ""
     served: str = ""
+    taught: str = ""
+    kv: str = ""
     latency: str | None = None
     planner: AgentSpec | None = None
 
@@ -58,6 +66,8 @@ def parse_agent(text: str) -> AgentSpec:
 
     >>> parse_agent("scripted:0.6@fixed:0.2").number, parse_agent("llama.cpp:demo").source
     (0.6, 'demo')
+    >>> parse_agent("demo[gear:4]@0.3").kv
+    'gear:4'
     """
     fast, plus, slow = text.partition("+")
     if plus and not fast.startswith("http"):
@@ -69,6 +79,15 @@ def parse_agent(text: str) -> AgentSpec:
     head, at, tail = text.rpartition("@")
     if at and _LATENCY.fullmatch(tail):
         who, latency = head, tail
+    if packed := _PACKED.fullmatch(who):
+        found = parse_agent(packed["who"])
+        if found.kind != "model" or found.engine != "transformers":
+            raise ValueError(f"{text!r}: [{packed['kv']}] packs the cache of a model in transformers, not of {who}")
+        try:
+            parse_kv(packed["kv"])
+        except ConfigError as error:
+            raise ValueError(f"{text!r}: {error.problem}; {error.remedy}") from None
+        return replace(found, text=text, kv=packed["kv"], latency=latency)
     kind, _, value = who.partition(":")
     if latency and counts_model(latency) and (who == "random" or kind in _EXAMPLES):
         raise ValueError(f"{text!r}: {who} runs no model to be counted or measured: give a number, as in {who}@0.2")
@@ -81,6 +100,10 @@ def parse_agent(text: str) -> AgentSpec:
             words = "; put spaces between agents" if "," in value else ""
             raise ValueError(f"{text!r}: {kind} takes a number, as in {kind}:{_EXAMPLES[kind]}{words}") from None
         return AgentSpec(text, "scripted" if kind == "scripted" else "rule", number, latency=latency)
+    if kind == "reference":
+        if who not in REFERENCES:
+            raise ValueError(f"{text!r}: write {' or '.join(REFERENCES)}")
+        return AgentSpec(text, "model", source="demo", taught=who, latency=latency)
     if kind == "llama.cpp":
         return AgentSpec(text, "model", engine="llama.cpp", source=value, latency=latency)
     if kind in ("http", "https"):
@@ -98,30 +121,25 @@ def parse_agent(text: str) -> AgentSpec:
 _EXAMPLES = {"scripted": "0.8", "rule": "0.01"}
 
 
-class PlayFields(StageConfig):
-    """What all games share."""
+class AgentsFields(StageConfig):
+    """Who plays, and what answers take."""
 
-    verb = "play"
     needs: ClassVar[Needs] = Needs(model=False)
-    makes: ClassVar[Mapping[str, ArtefactKind]] = {"games": "traces"}
 
     agents: Annotated[tuple[str, ...], Field(min_length=1)] = ("scripted:0.85@fixed:0.3", "scripted:0.6", "random")
     """Who plays, each a name of its own: ``scripted:QUALITY`` (0 to 1), ``random``, or a model: ``demo``, a hub id, a
-    folder, ``llama.cpp:FILE.gguf``, ``http://HOST/v1#MODEL``. What its answers take may stand behind an ``@``, as in
-    ``random@0.1`` or ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that acts by the plans of a slow one. In
-    trading also ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with keys."""
+    folder, ``demo[gear:4]`` with a packed cache, ``llama.cpp:FILE.gguf``, ``http://HOST/v1#MODEL``. What its answers
+    take may stand behind an ``@``, as in ``random@0.1`` or ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that
+    acts by the plans of a slow one. In trading also ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with
+    keys."""
     latency: str | None = None
     """What answers take of agents that do not say it: seconds (``0.2`` or ``fixed:0.2``), ``tokens:PREFILL,DECODE``
     (prompt and written tokens at these rates, in tokens per second), ``trace:FILE`` (recorded seconds), or ``measured``
     (as they came, and recorded, so that the run repeats). The rates and ``measured`` are for models; others keep 0.2
     seconds then. Default: ``tokens:3500,90`` of models, which is a mid-size model on one graphics card, and 0.2 seconds
     of others."""
-    latencies: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    """Also play each agent at each of these latencies, in seconds, for a curve of what speed is worth."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Of models: 0 takes the most probable answer each time."""
-    workers: Annotated[int, Field(ge=1), Incidental()] = 1
-    """Processes that play side by side. Models play in one."""
 
     def specs(self) -> list[AgentSpec]:
         """The agents."""
@@ -168,14 +186,32 @@ class PlayFields(StageConfig):
         twice = [text for text in self.agents if self.agents.count(text) > 1]
         if twice:
             raise ValueError(f"agents: {twice[0]!r} is named twice: give each agent a name or latency of its own")
+        if any(spec.kind == "human" and spec.latency for spec in specs):
+            raise ValueError("agents: human: a person takes the time that it takes: leave @ out")
+        return self
+
+
+class PlayFields(AgentsFields):
+    """What all games share."""
+
+    verb = "play"
+    makes: ClassVar[Mapping[str, ArtefactKind]] = {"games": "traces"}
+
+    latencies: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Also play each agent at each of these latencies, in seconds, for a curve of what speed is worth."""
+    workers: Annotated[int, Field(ge=1), Incidental()] = 1
+    """Processes that play side by side. Models play in one."""
+
+    @model_validator(mode="after")
+    def _latencies_can_be_charged(self) -> Self:
         again = [seconds for seconds in self.latencies if self.latencies.count(seconds) > 1]
         if again:
             raise ValueError(f"latencies: {again[0]:g} is given twice: give each once")
+        specs = self.specs()
         if self.workers > 1 and any(spec.kind == "model" for spec in specs):
             raise ValueError("workers: models play in one process: leave workers out")
-        people = [spec for spec in specs if spec.kind == "human"]
-        if people and (self.latencies or people[0].latency):
-            raise ValueError("agents: human: a person takes the time that it takes: leave latencies and @ out")
+        if self.latencies and any(spec.kind == "human" for spec in specs):
+            raise ValueError("agents: human: a person takes the time that it takes: leave latencies out")
         return self
 
 

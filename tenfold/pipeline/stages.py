@@ -30,6 +30,7 @@ BUILT_IN: Mapping[str, str] = {
     "gear": "tenfold.config.gear:GearConfig",
     "fighting": "tenfold.config.arena:FightingConfig",
     "trading": "tenfold.config.arena:TradingConfig",
+    "choose": "tenfold.config.choose:ChooseConfig",
     "export": "tenfold.config.export:ExportConfig",
 }
 GROUP = "tenfold.stages"

@@ -14,22 +14,17 @@ from tenfold.arena.curves import RewardCurve, curves_figure, curves_table, rewar
 from tenfold.arena.fighting.page import fight_page
 from tenfold.arena.fighting.play import FightRecord, Harness, play_fight
 from tenfold.arena.fighting.rules import FRAMES_PER_SECOND
-from tenfold.arena.fighting.scripted import ScriptedFighter
-from tenfold.arena.human import HumanFighter
 from tenfold.arena.latency import Fixed
 from tenfold.arena.lineup import check_line_up, line_up, line_up_notes
 from tenfold.arena.live import outcome_in_words, play_live, watch_fight
 from tenfold.arena.players import at_latency
 from tenfold.arena.ratings import Ratings, rate
 from tenfold.arena.tournament import Played, Tournament, play_tournament
-from tenfold.config.arena import AgentSpec, FightingConfig
-from tenfold.errors import ConfigError
+from tenfold.config.arena import FightingConfig
 from tenfold.files import write_text
 from tenfold.stage.context import Context, StageOutput
 from tenfold.stage.results import Metric, Result
 
-PLANS_IN_WORDS = ("attack", "defend", "keep away and throw bolts", "wait for a mistake and punish it")
-"""What a slow model may plan for a fast one."""
 GAMES, REPLAYS = "games.jsonl", "replays.html"
 
 
@@ -40,7 +35,7 @@ def check_fighting(config: FightingConfig) -> None:
         ConfigError: naming the agent.
         DataError: a trace that cannot be read, with file and line.
     """
-    check_line_up(config.specs(), fighter_by_hand, config.latency)
+    check_line_up("fighting", config.specs(), config.latency)
 
 
 def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
@@ -119,21 +114,10 @@ def _replays(config: FightingConfig, context: Context, agents: Mapping[str, Agen
     return REPLAYS if records else None
 
 
-def fighter_by_hand(spec: AgentSpec) -> Agent:
-    """A person; scripted; or at random, which is scripted with quality 0."""
-    if spec.kind == "human":
-        return HumanFighter()
-    try:
-        return ScriptedFighter(0.0 if spec.kind == "random" else spec.number or 0.0)
-    except ConfigError as error:
-        raise ConfigError(f"agents: {spec.text}: {error.problem}", error.remedy) from None
-
-
 def _agents(config: FightingConfig, context: Context | None) -> dict[str, Agent]:
     return line_up(
+        "fighting",
         config.specs(),
-        fighter_by_hand,
-        PLANS_IN_WORDS,
         latency=config.latency,
         temperature=config.temperature,
         store=None if context is None else context.store,

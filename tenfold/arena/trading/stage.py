@@ -13,11 +13,10 @@ from typing import Any
 
 from tenfold.arena.agents import Agent
 from tenfold.arena.curves import RewardCurve, curves_figure, curves_table, reward_curve
-from tenfold.arena.human import HumanTrader
 from tenfold.arena.latency import Fixed, latency_metrics
 from tenfold.arena.lineup import check_line_up, line_up, line_up_notes
 from tenfold.arena.players import at_latency
-from tenfold.arena.trading.agents import RandomTrader, RuleTrader, ScriptedTrader
+from tenfold.arena.reference import check_taught
 from tenfold.arena.trading.files import Bars, day_of, read_bars, read_quotes, zone_of
 from tenfold.arena.trading.market_day import ask_market, market_questions, settle_market
 from tenfold.arena.trading.page import market_page
@@ -26,7 +25,7 @@ from tenfold.arena.trading.record import MarketPlay
 from tenfold.arena.trading.replay import ReplayRules, play_replay
 from tenfold.arena.trading.synthetic import ALLOWED, MarketRules, draw_market
 from tenfold.arena.trading.tapes import BarTape, QuoteTape, Tape
-from tenfold.config.arena import AgentSpec, TradingConfig
+from tenfold.config.arena import TradingConfig
 from tenfold.core.statistics import t_quantile, wilson
 from tenfold.errors import ConfigError
 from tenfold.files import write_text
@@ -38,8 +37,6 @@ Day = dict[str, Any]
 """What one agent made of one day: ``agent``, ``day``, ``yield``, ``outcomes``, ``seconds``; in the synthetic market
 ``right`` and ``asked``."""
 
-PLANS_IN_WORDS = ("trade every jump", "trade only clear cases", "pass")
-"""What a slow model may plan for a fast one."""
 GAMES, REPLAYS = "games.jsonl", "replays.html"
 
 
@@ -50,7 +47,10 @@ def check_trading(config: TradingConfig) -> None:
         ConfigError: naming the agent, or the key of the market.
         DataError: a trace that cannot be read, with file and line.
     """
-    check_line_up(config.specs(), trader_by_hand, config.latency)
+    check_line_up("trading", config.specs(), config.latency)
+    if config.market != "synthetic" and any(spec.taught for spec in config.everyone()):
+        raise ConfigError("agents: reference was taught the synthetic market", "say market: synthetic")
+    check_taught(config.everyone(), config.synthetic.easy)
     group = "synthetic" if config.market == "synthetic" else "recorded"
     try:
         if config.market == "synthetic":
@@ -70,9 +70,8 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
     """The stage ``trading``; its artefact is the record of all days."""
     context.progress.begin("opening the agents")
     agents = line_up(
+        "trading",
         config.specs(),
-        trader_by_hand,
-        PLANS_IN_WORDS,
         latency=config.latency,
         temperature=config.temperature,
         store=context.store,
@@ -102,20 +101,6 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
         artefacts={"games": GAMES},
         replays=REPLAYS,
     )
-
-
-def trader_by_hand(spec: AgentSpec) -> Agent:
-    """A person; scripted; by the rule; or at random."""
-    if spec.kind == "human":
-        return HumanTrader()
-    try:
-        if spec.kind == "scripted":
-            return ScriptedTrader(spec.number or 0.0, seconds=0.2)
-        if spec.kind == "rule":
-            return RuleTrader(spec.number or 0.0, seconds=0.2)
-        return RandomTrader(seconds=0.2)
-    except ConfigError as error:
-        raise ConfigError(f"agents: {spec.text}: {error.problem}", error.remedy) from None
 
 
 def _rules(config: TradingConfig) -> MarketRules:

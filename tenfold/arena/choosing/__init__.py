@@ -1,0 +1,1 @@
+"""Which agent to use, by what an arena pays."""
