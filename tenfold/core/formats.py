@@ -92,7 +92,7 @@ def _ungrouped(x: Tensor, dim: int, length: int) -> Tensor:
     return x.narrow(dim, 0, length)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes of a token, packed along its channels.
 
     Channels are laid out in planes: a byte of width w holds channels j, j + c, j + 2c, ... with c = channels * w / 8,
@@ -105,7 +105,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         ``[..., channels * bits / 8]``, uint8.
 
-    >>> pack(torch.tensor([[1, 2, 3, 0, 0, 0, 0, 1]], dtype=torch.uint8), 4).tolist()
+    >>> pack_codes(torch.tensor([[1, 2, 3, 0, 0, 0, 0, 1]], dtype=torch.uint8), 4).tolist()
     [[1, 2, 3, 16]]
     """
     missing = -codes.shape[-1] % 8
@@ -123,11 +123,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return planes[0] if len(planes) == 1 else torch.cat(planes, -1)
 
 
-def unpack(packed: Tensor, bits: int, channels: int) -> Tensor:
-    """The codes that `pack` packed: ``[..., channels]``, uint8.
+def unpack_codes(packed: Tensor, bits: int, channels: int) -> Tensor:
+    """The codes that `pack_codes` packed: ``[..., channels]``, uint8.
 
     >>> codes = torch.randint(0, 8, (5, 24), dtype=torch.uint8)
-    >>> torch.equal(unpack(pack(codes, 3), 3, 24), codes)
+    >>> torch.equal(unpack_codes(pack_codes(codes, 3), 3, 24), codes)
     True
     """
     padded = channels + -channels % 8

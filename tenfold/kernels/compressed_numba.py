@@ -2,7 +2,7 @@
 
 One call reads all blocks of a side. Work is split over pieces of some tokens, so that long blocks use all cores. Every
 unpacked token is used for all queries of its group of heads. Loops run over whole planes of channels (see
-`tenfold.core.formats.pack`), which compile to vector instructions.
+`tenfold.core.formats.pack_codes`), which compile to vector instructions.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ One launch reads all blocks of a side. Work is split over pieces of some tokens,
 long sequence keeps the whole device busy; a piece's queries, all those of its group of heads, share each unpacked tile.
 
 A tile's columns are the channels in eight parts of ``UNIT`` channels each, every part filled up to ``WIDTH`` columns, a
-power of two. Planes of any number of bits fall into these parts (see `tenfold.core.formats.pack`): a byte is read once,
-and what it holds lies in parts that follow from shifts alone.
+power of two. Planes of any number of bits fall into these parts (see `tenfold.core.formats.pack_codes`): a byte is read
+once, and what it holds lies in parts that follow from shifts alone.
 
 With ``TRITON_INTERPRET=1`` in the environment the same kernels run on the CPU, slowly; that is how they are tested.
 """

@@ -7,24 +7,21 @@ so that the steps count there, and on a GPU most.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tenfold.kernels.timing import copies_to_sweep, in_turns
+
 Form = Literal["stored", "joined", "whole"]
 FORMS: tuple[Form, ...] = ("stored", "joined", "whole")
 FEW = 16
 """Up to so many tokens, a layer takes the form that is best for one token; above, the one that is best for many."""
 MANY = 128
-_SWEPT = 2**26
-"""Bytes that copies of the weights take together while one token is timed, so that they come from memory as they do in
-a model, whatever caches there are. With many tokens it is arithmetic that counts."""
-_COPIES = 96
 
 
 def product(x: Tensor, rows: Tensor, mix: Tensor, place: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,10 +74,7 @@ def joined(x: Tensor, rows: Tensor, factors: Tensor, bias: Tensor | None = None)
 def seconds(
     shape: tuple[int, int], rank: int, kept: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> dict[Form, float]:
-    """How long each form takes, interleaved; of several rounds the fastest.
-
-    On the CPU, a round is the median of its calls, as other work on the machine prolongs single ones. On a GPU, a round
-    is launched as a whole, as the steps of a model are.
+    """How long each form takes, as `tenfold.kernels.timing.in_turns` says it.
 
     Args:
         shape: out and in.
@@ -102,30 +96,11 @@ def seconds(
     }
     calls: Mapping[Form, Callable[..., Tensor]] = {"stored": product, "joined": joined, "whole": linear}
     copies = {form: _copies(parts, tokens) for form, parts in weights.items()}
-    best: dict[Form, float] = dict.fromkeys(FORMS, float("inf"))
-    for _ in range(4):
-        for form in FORMS:
-            best[form] = min(best[form], _round(calls[form], x, copies[form]))
-    return best
+    return in_turns({form: [partial(calls[form], x, *parts) for parts in copies[form]] for form in FORMS}, device)
 
 
 def _copies(parts: tuple[Tensor, ...], tokens: int) -> list[tuple[Tensor, ...]]:
+    """With many tokens it is arithmetic that counts, and not where the weights come from."""
     size = sum(part.numel() * part.element_size() for part in parts)
-    count = max(3, min(_COPIES, _SWEPT // max(1, size))) if tokens < MANY else 3
+    count = copies_to_sweep(size) if tokens < MANY else 3
     return [parts, *(tuple(part.clone() for part in parts) for _ in range(count - 1))]
-
-
-def _round(call: Callable[..., Tensor], x: Tensor, copies: Sequence[tuple[Tensor, ...]]) -> float:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
-        start = time.perf_counter()
-        for parts in copies:
-            call(x, *parts)
-        torch.cuda.synchronize(x.device)
-        return (time.perf_counter() - start) / len(copies)
-    times = []
-    for parts in copies:
-        start = time.perf_counter()
-        call(x, *parts)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tenfold.core.formats import dequantise, unpack
+from tenfold.core.formats import dequantise, unpack_codes
 
 RAW = 16
 """``bits`` of values that are stored as they are, in bfloat16."""
@@ -32,7 +32,7 @@ class PackedBlocks:
         axis: ``-2`` if tokens of a channel share a scale, ``-1`` if channels of a token do.
         group: entries that share one.
         lines: ``-2`` if outliers are listed for each channel (keys), ``-1`` if for each token (values).
-        codes: ``[N, batch, kv_heads, tokens, channels * bits / 8]``, uint8; see `tenfold.core.formats.pack`.
+        codes: ``[N, batch, kv_heads, tokens, channels * bits / 8]``, uint8; see `tenfold.core.formats.pack_codes`.
         scale: ``[N, batch, kv_heads, groups, channels]`` or ``[N, batch, kv_heads or 1, tokens, groups]``.
         zero: as ``scale``.
         left: ``[N, batch, kv_heads, tokens, rank]``.
@@ -118,7 +118,7 @@ class PackedBlocks:
         else:
             assert self.scale is not None
             assert self.zero is not None
-            codes = unpack(self.codes, self.bits, self.channels)
+            codes = unpack_codes(self.codes, self.bits, self.channels)
             x = dequantise(codes, self.scale, self.zero, dim=self.axis, group=self.group, dtype=dtype)
         if self.left is not None and self.right is not None:
             x = x + self.left.to(dtype) @ self.right.to(dtype).mT
@@ -222,7 +222,7 @@ def _block_combine(block: PackedBlocks, weights: Tensor) -> Tensor:
 
 
 def _codes(block: PackedBlocks, dtype: torch.dtype) -> Tensor:
-    return unpack(block.codes, block.bits, block.channels).to(dtype)
+    return unpack_codes(block.codes, block.bits, block.channels).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,10 @@ def _is_there(package: str) -> bool:
         return False
 
 
+PACKED_MARK = "_tenfold_packed"
+"""The attribute of a model whose weights were packed in memory, by a plan; its text says into which formats."""
+
+
 def is_quantised(model: Any) -> bool:
     """Whether a model's weights are packed, so that they have no gradient and nothing can be added to them.
 
@@ -116,11 +120,13 @@ def is_quantised(model: Any) -> bool:
     >>> is_quantised(tiny_model("llama").model)
     False
     """
-    return getattr(model, "hf_quantizer", None) is not None
+    return getattr(model, "hf_quantizer", None) is not None or getattr(model, PACKED_MARK, None) is not None
 
 
 def quantisation(model: Any) -> str:
-    """How a quantised model's weights are packed: ``4bit`` or ``8bit`` by bitsandbytes, else its method."""
+    """How a quantised model's weights are packed: ``4bit`` or ``8bit`` by bitsandbytes, formats, or another method."""
+    if (formats := getattr(model, PACKED_MARK, None)) is not None:
+        return str(formats)
     config = model.hf_quantizer.quantization_config
     method = str(getattr(config.quant_method, "value", config.quant_method))
     return method if method != "bitsandbytes" else "8bit" if config.load_in_8bit else "4bit"

@@ -1,4 +1,4 @@
-"""Oracles 1 to 8, 10, 13 and 16 of section 7 of the specification: formats and selection, without a model."""
+"""Oracles 1 to 8, 10 and 13 of section 7 of the specification: formats and selection, without a model."""
 
 import itertools
 import json
@@ -11,7 +11,6 @@ from tenfold.compress.fpx.assign import average_bits, best_gamma, most_tolerant
 from tenfold.compress.fpx.epsilon import OutputError
 from tenfold.compress.fpx.knapsack import solve
 from tenfold.core.floats import e2m1, e4m3
-from tenfold.core.formats import dequantise, quantise
 from tenfold.core.weight_formats import FORMATS, weight_format
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -169,19 +168,3 @@ def test_13_best_gamma_of_the_paper():
     assert best_gamma({0: 72.5, 0.2: 77.5, 0.3: 80, 0.4: 62.5, 0.6: 12.5, 0.8: 0, 1: 0}) == 0.3
     assert best_gamma(gains, milliseconds, limit=600) == 0.6
     assert best_gamma(dict(reversed(gains.items())), milliseconds, limit=600) == 0.6
-
-
-def test_16_int4_of_what_was_q4_1():
-    """llama.cpp's Q4_1 is sixteen values between a minimum and a maximum, with both as float16, in blocks of 32."""
-    generator = torch.Generator().manual_seed(0)
-    source = torch.randn(64, 256, generator=generator)
-    codes, scale, low = quantise(source, 4, dim=-1, group=32, metadata=torch.float16)
-    weight = dequantise(codes, scale, low, dim=-1, group=32, dtype=torch.float32)
-    x = torch.randn(50, 256, generator=generator)
-    assert read(x, weight, "int4_g32").epsilon < 1e-3
-    # With scale and minimum in bfloat16, as kernels store them:
-    codes, scale, low = quantise(weight, 4, dim=-1, group=32, metadata=torch.bfloat16)
-    kernel = dequantise(codes, scale, low, dim=-1, group=32, dtype=torch.float32)
-    found = OutputError()
-    found.add(x @ weight.T, x @ kernel.T)
-    assert 1e-3 < found.epsilon < 6e-3

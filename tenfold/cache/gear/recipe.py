@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.core.formats import dequantise, half_or_float, pack, quantise
+from tenfold.core.formats import dequantise, half_or_float, pack_codes, quantise
 from tenfold.core.low_rank import low_rank
 from tenfold.core.outliers import outlier_count, outliers
 from tenfold.kernels.packed_blocks import RAW, PackedBlocks
@@ -86,7 +86,7 @@ def compress(
         delta = (x - rest).gather(lines, place)
         kind = half_or_float(delta) if metadata is None else metadata
         parts |= {"delta": delta.to(kind), "place": place.to(_index_type(x.shape[lines]))}
-    parts |= {"codes": pack(codes, form.bits), "scale": scale, "zero": zero}
+    parts |= {"codes": pack_codes(codes, form.bits), "scale": scale, "zero": zero}
     stored = {name: part[None].contiguous() for name, part in parts.items()}
     return PackedBlocks(form.bits, x.shape[-1], form.axis, group, lines, **stored)
 

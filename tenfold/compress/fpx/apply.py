@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tenfold.compress.fpx.digests import weights_digest
+from tenfold.compress.fpx.packed_layers import REMEDY
 from tenfold.compress.fpx.plan import Plan
 from tenfold.compress.fpx.rounding import Rounding, format_of
 from tenfold.errors import ModelError
@@ -46,6 +47,17 @@ def apply(model: Any, plan: Plan) -> None:
     if there is not None and there.plan == plan:
         return
     remove(model)
+    refuse_other(model, plan)
+    base.__dict__[MARK] = _Applied(plan, base)
+
+
+def refuse_other(model: Any, plan: Plan) -> None:
+    """Refuse a model that a plan was not made for.
+
+    Raises:
+        ModelError: other weights, or an adapter that is merged into them.
+    """
+    base = plain_model(model)
     _refuse_merged(base)
     if weights_digest(model) != plan.weights_hash:
         raise ModelError(
@@ -53,7 +65,6 @@ def apply(model: Any, plan: Plan) -> None:
             f"{base.config.get_text_config().model_type} model",
             remedy="apply it to the model that it was made for, or plan again",
         )
-    base.__dict__[MARK] = _Applied(plan, base)
 
 
 def remove(model: Any) -> None:
@@ -63,8 +74,10 @@ def remove(model: Any) -> None:
         model: that `apply` was called on, also with adapters that came or went since.
 
     Raises:
-        ModelError: an adapter was merged into the rounded weights, which would be lost.
+        ModelError: an adapter was merged into the rounded weights, which would be lost; or the weights were packed
+            (`tenfold.compress.fpx.packing.pack`), and the original ones are gone.
     """
+    refuse_quantised(model, "remove: the original weights are gone", REMEDY)
     base = plain_model(model)
     if (there := base.__dict__.get(MARK)) is not None:
         _refuse_merged(base)

@@ -16,6 +16,7 @@ from tenfold.compress.fpx.assign import most_tolerant
 from tenfold.compress.fpx.digests import tokens_digest, weights_digest
 from tenfold.compress.fpx.knapsack import solve
 from tenfold.compress.fpx.losses import MetricName, unit_losses
+from tenfold.compress.fpx.packed_layers import refuse_unpackable
 from tenfold.compress.fpx.rounding import Codec, format_of, stored_size
 from tenfold.compress.fpx.units import READ_FROM_FILES, Kept, Unit, UnitWeight, kept_by, units_of
 from tenfold.compress.losparse.calibration import Tell
@@ -24,10 +25,12 @@ from tenfold.core.weight_formats import WeightFormat
 from tenfold.errors import ConfigError, DataError
 from tenfold.files import write_text
 from tenfold.models.gguf_write import ALIGNMENT, gguf_sizes
+from tenfold.models.layer_map import plain_modules
 from tenfold.models.simulated import refuse_simulated
 
 VERSION = 1
 PALETTE = ("fp8_row", "nvfp4")
+KERNEL_PALETTE = ("bf16", "int8_row", "int4_g32")
 PAPER_PALETTE = ("fp8_tensor", "fp4_tensor")
 """FP8 and FP4 with one scale for each tensor, weights and inputs (arXiv 2505.19481, section 4)."""
 _FORMS = "write 6bits or 95MB"
@@ -87,7 +90,8 @@ class Plan:
         calibration_hash: of the tokens.
         tokens: of them.
         metric: that losses are measured by, `tenfold.compress.fpx.losses`.
-        codec: whose formats these are: the references (``reference``) or those of GGUF files (``gguf``).
+        codec: whose formats these are: the references (``reference``), those of GGUF files (``gguf``), or those that
+            are multiplied in here (``kernels``).
         palette: names of the formats, the base first.
         budget: as it was asked for: ``6bits``, ``95MB`` or ``gamma=0.3``.
         paper: whether the published algorithm chose.
@@ -249,10 +253,12 @@ def plan(
         budget: ``95MB``, of all that is stored; or ``6bits``, all stored bits (scales, norms and biases included)
             divided by all numbers of the model, a tied weight once. Never exceeded.
         gamma: instead of a budget, the share of units, by number, that get the second format of the palette.
-        palette: names of the formats; with ``gamma`` two, the base first. Default: ``fp8_row``, ``nvfp4``.
+        palette: names of the formats; with ``gamma`` two, the base first. Default: ``fp8_row``, ``nvfp4``; of kernels
+            ``bf16``, ``int8_row``, ``int4_g32``.
         metric: of `tenfold.compress.fpx.losses`. Default: ``fisher``.
-        codec: whose formats these are: the references, or those of GGUF files, whose bytes are then counted: norms in
-            float32, and the gaps between tensors.
+        codec: whose formats these are: the references; those of GGUF files, whose bytes are then counted: norms in
+            float32, and the gaps between tensors; or ``kernels``, those that `tenfold.compress.fpx.packing.pack` stores
+            weights in.
         fused: plan queries, keys and values together, and gate and up, as vLLM needs it.
         paper: the published algorithm: FP8 and FP4 with a scale for each tensor, linear layers of the blocks alone,
             ``relative_l2``, and ``gamma``.
@@ -277,13 +283,15 @@ def plan(
             "paper: the published algorithm has its own formats, metric and layers, and no budget but gamma",
             remedy="give gamma and leave out palette, metric, codec and fused; or leave out paper",
         )
-    names = tuple(palette or (PAPER_PALETTE if paper else PALETTE))
+    names = tuple(palette or (PAPER_PALETTE if paper else KERNEL_PALETTE if codec == "kernels" else PALETTE))
     forms = [format_of(name, codec) for name in names]
     if len(set(names)) < len(names):
         raise ConfigError(f"palette: {', '.join(names)} names a format twice", remedy="name each once")
     _amount(budget, gamma, len(names))  # before anything is measured
     refuse_simulated(model, "plan", "remove the plan first")
     units = units_of(model, fused=fused, blocks_only=paper)
+    if codec == "kernels":
+        refuse_unpackable(dict(plain_modules(model)), units)
     kept = kept_by(model, units)
     extra, align = _of_file(model, units, forms[0], kept, tokenizer) if codec == "gguf" else (0, 1)
     how: MetricName = metric or ("relative_l2" if paper else "fisher")

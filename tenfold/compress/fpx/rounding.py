@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from tenfold.compress.losparse.layer import LowRankRowsLinear
 from tenfold.core.weight_formats import WeightFormat, weight_format
 from tenfold.errors import ConfigError, ModelError
 from tenfold.kernels.low_rank_rows import Form
+from tenfold.kernels.packed_matrix import packed_format
 from tenfold.models.layer_map import plain_modules
 
-Codec = Literal["reference", "gguf"]
+Codec = Literal["reference", "gguf", "kernels"]
 
 
 def format_of(name: str, codec: Codec) -> WeightFormat:
-    """A format by its name; GGUF's ``mxfp4`` is another than the reference.
+    """A format by its name; GGUF's ``mxfp4`` is another than the reference, as is ``int4_g32`` of kernels.
 
     Raises:
         ConfigError: an unknown format or codec.
@@ -34,7 +35,9 @@ def format_of(name: str, codec: Codec) -> WeightFormat:
         from tenfold.models.gguf_types import gguf_format
 
         return gguf_format(name)
-    raise ConfigError(f"codec: unknown codec {codec!r}", remedy="give reference or gguf")
+    if codec == "kernels":
+        return packed_format(name)
+    raise ConfigError(f"codec: unknown codec {codec!r}", remedy=f"give one of {', '.join(get_args(Codec))}")
 
 
 def rounded_weight(form: WeightFormat, weight: UnitWeight, tensor: Tensor) -> Tensor:

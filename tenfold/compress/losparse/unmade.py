@@ -24,15 +24,21 @@ class UnmadeWeight(Tensor):
     """
 
     _make: Callable[[], Tensor]
+    _remedy: str
     _is_hf_initialized = True  # for transformers, which draws at random what no file held
 
     @staticmethod
     def __new__(
-        cls, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        cls,
+        make: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        remedy: str = "make the model dense first (losparse.to_dense, or tenfold export --form dense)",
     ) -> UnmadeWeight:
-        """A tensor without numbers."""
+        """A tensor without numbers; ``remedy`` is told to those who would write it."""
         weight: UnmadeWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        weight._make = make
+        weight._make, weight._remedy = make, remedy
         return weight
 
     @property
@@ -42,7 +48,7 @@ class UnmadeWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise _refusal()
+        raise _refusal(self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Type and shape, not the numbers."""
@@ -55,14 +61,12 @@ class UnmadeWeight(Tensor):
         """Any operation: on the numbers, made for it."""
         places = enumerate(func._schema.arguments)
         written = [at for at, one in places if one.alias_info is not None and one.alias_info.is_write]
-        if any(at < len(args) and isinstance(args[at], cls) for at in written):
-            raise _refusal()
+        for at in written:
+            if at < len(args) and isinstance(args[at], cls):
+                raise _refusal(args[at])
         args, kwargs = tree_map_only(cls, lambda weight: weight.data, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _refusal() -> ModelError:
-    return ModelError(
-        "the weight of a compressed layer cannot be written: it is made from its parts",
-        remedy="make the model dense first (losparse.to_dense, or tenfold export --form dense)",
-    )
+def _refusal(weight: UnmadeWeight) -> ModelError:
+    return ModelError("this weight cannot be written: it is made from what its layer holds", weight._remedy)
