@@ -3,6 +3,7 @@
     python -m benchmarks.fpx share     # 4-bit floats for a share of the parameters, by each way to order the matrices
     python -m benchmarks.fpx files     # GGUF files beside llama.cpp's mixes of the same bytes, or fewer
     python -m benchmarks.fpx decode    # tokens a second of these files in llama.cpp; an idle machine
+    python -m benchmarks.fpx kernels   # packed in memory: milliseconds, predicted and measured; an idle machine
     python -m benchmarks.fpx table     # what docs/results/fpx.md shows
     python -m benchmarks.fpx share files --model FILE.gguf
 
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +32,19 @@ from torch import Tensor
 from benchmarks import done_in, keep_in, rows_in, section
 from tenfold.compat import quiet_upstream
 from tenfold.compress.fpx.apply import apply
+from tenfold.compress.fpx.packing import pack
 from tenfold.compress.fpx.plan import Plan, plan
 from tenfold.compress.fpx.stage import PALETTE, input_squares
+from tenfold.core.latency import LatencyModel, TimedCall
 from tenfold.core.statistics import t_quantile
 from tenfold.data.groups import hash_share
 from tenfold.data.read import read_rows
 from tenfold.evaluate.agreement import agreement
+from tenfold.evaluate.latency import time_calls
 from tenfold.evaluate.perplexity import ratio
 from tenfold.models.gguf_mixes import native_mix
 from tenfold.models.gguf_write import gguf_sizes, write_gguf
+from tenfold.models.memory import weight_bytes
 from tenfold.models.open import open_model
 from tenfold.models.opened import Opened
 
@@ -207,6 +213,46 @@ def decode(model: str = "demo", mixes: Sequence[str] = MIXES, tokens: int = 64, 
             keep(keys | {"file": name, "bytes": path.stat().st_size, "tokens a second": rates[name]})
 
 
+def kernels(model: str = "demo", rounds: int = 5, prompt: int = 128, tokens: int = 32, tested: int = TESTED) -> None:
+    """Packed in memory: milliseconds of a prompt and of a token, the forms taking turns, beside what plans predict."""
+    found, (seen, texts) = opened(model), passages(model)
+    keys = {"part": "kernels", "model": Path(model).stem}
+    if done(**keys):
+        return
+    scores = plan(found.model, seen, budget="99bits", codec="kernels")
+    plans = {name: _all_in(scores, name) for name in scores.palette}
+    between = statistics.mean(one.seconds or 0.0 for one in (plans["int8_row"], plans["int4_g32"]))
+    plans["mixed"] = scores.replan(f"{1e3 * between}ms")
+    models = {"float32, torch": found.model, "bfloat16, torch": copy.deepcopy(found.model).bfloat16()}
+    for name, chosen in plans.items():
+        models[name] = copy.deepcopy(found.model)
+        pack(models[name], chosen)
+    times: dict[str, list[list[TimedCall]]] = {name: [] for name in models}
+    for _, (name, one) in itertools.product(range(rounds), models.items()):
+        times[name].append(time_calls(one, (prompt,), (0, tokens), rounds=1))
+    # Fitted to one plan alone, the model of latencies says what calls of the others take.
+    fitted = LatencyModel.fit(time_calls(models["int8_row"], rounds=max(1, rounds // 2)))
+    for name, one in models.items():
+        row: dict[str, Any] = {"form": name}
+        row["prefill"] = [read.seconds for read, _ in times[name]]
+        row["decode"] = [(whole.seconds - read.seconds) / tokens for read, whole in times[name]]
+        if name in plans:
+            away = (plans[name].seconds or 0.0) - (plans["int8_row"].seconds or 0.0)
+            row["predicted"] = plans[name].seconds
+            row["call"] = fitted.with_write(max(0.0, fitted.write + away)).seconds(prompt, tokens)
+            row["bits"] = plans[name].bits
+        keep(keys | {"prompt": prompt, "tokens": tokens, "bytes": weight_bytes(one)} | row)
+    for name in plans:
+        keep(
+            {"part": "kernels kl", "model": keys["model"], "form": name}
+            | _away(found.model, models[name], texts[:tested])
+        )
+
+
+def _all_in(scores: Plan, name: str) -> Plan:
+    return replace(scores, budget=name, units=tuple(replace(unit, format=name) for unit in scores.units))
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +261,7 @@ def table() -> None:
     _shares([row for row in rows() if row["part"] == "share"])
     _files([row for row in rows() if row["part"] == "files"])
     _rates([row for row in rows() if row["part"] == "decode"])
+    _kernels([row for row in rows() if row["part"] == "kernels"])
 
 
 def _divergence(row: dict[str, Any]) -> str:
@@ -260,9 +307,30 @@ def _rates(found: Sequence[dict[str, Any]]) -> None:
         print(f"| {row['model']} | {row['file']} | {row['bytes'] / 1e6:.1f} | {rate:.1f} |")
 
 
+def _kernels(found: Sequence[dict[str, Any]]) -> None:
+    if not found:
+        return
+    section("Packed in memory", "fpx kernels", found)
+    print("| model | form | MB | prompt, ms | token, ms | fastest | predicted | call, ms | predicted | divergence |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    near = {(row["model"], row["form"]): row for row in rows() if row["part"] == "kernels kl"}
+    for row in found:
+        calls = [read + row["tokens"] * each for read, each in zip(row["prefill"], row["decode"], strict=True)]
+        measured = [row["prefill"], row["decode"]]
+        cells = [f"{1e3 * statistics.median(one):.1f}" for one in measured] + [f"{1e3 * min(row['decode']):.1f}"]
+        cells += [
+            f"{1e3 * row['predicted']:.1f}" if "predicted" in row else "",
+            f"{1e3 * statistics.median(calls):.0f}",
+        ]
+        cells += [f"{1e3 * row['call']:.0f}" if "call" in row else ""]
+        away = near.get((row["model"], row["form"]))
+        cells += [_divergence(away) if away else ""]
+        print(f"| {row['model']} | {row['form']} | {row['bytes'] / 1e6:.0f} | {' | '.join(cells)} |")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
-    parts: dict[str, Callable[..., None]] = {"share": share, "files": files, "decode": decode}
+    parts: dict[str, Callable[..., None]] = {"share": share, "files": files, "decode": decode, "kernels": kernels}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*parts, "table", "cost"], default=[])
     parser.add_argument("--model", default="demo")

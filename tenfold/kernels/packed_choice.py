@@ -47,6 +47,19 @@ def fastest(form: str, shape: tuple[int, int], dtype: torch.dtype, device: torch
     return tuple(_best(kernel_seconds(form, shape, tokens, dtype, device)) for tokens in STEPS)
 
 
+def decode_seconds(form: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> float:
+    """How long a matrix takes for one token, by the kernel that `fastest` takes for it.
+
+    Args:
+        form: of the matrix.
+        shape: out and inner.
+        dtype: of the inputs.
+        device: where.
+    """
+    taken = kernel_seconds(form, shape, 1, dtype, device)
+    return taken[_best(taken)]
+
+
 def _best(taken: Mapping[Kernel, float]) -> Kernel:
     names = iter(taken)
     best = next(names)

@@ -1,10 +1,14 @@
-"""Oracle 16 of section 7 of the FPX specification, and what its section 6 says of the rounding of kernels."""
+"""Oracles 16 and 17 of section 7 of the FPX specification, and what its section 6 says of the rounding of kernels."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
 from tenfold.compress.fpx.epsilon import OutputError
 from tenfold.core.formats import dequantise, quantise
+from tenfold.core.latency import LatencyModel, TimedCall
 from tenfold.core.weight_formats import weight_format
 from tenfold.kernels.packed_matrix import packed_format
 from tenfold.kernels.packed_product import kernels_for, packed_product
@@ -55,3 +59,21 @@ def test_errors_on_gaussian_data_are_those_of_the_references(name, error):
     assert away(weight, packed.dense()) == pytest.approx(error, rel=0.02)
     wanted = {"int8_row": 0.008, "int4_g32": 0.078, "bf16": 0.0017}[name]  # section 6, weight-only
     assert away(x @ weight.T, packed_product(x, packed, "float32")) == pytest.approx(wanted, rel=0.1)
+
+
+def test_17_latency_model():
+    """Times T = 5 + 0.2 n_in + n_out (3 + 0.001 n_ctx) ms with 1 % of noise: all four numbers within 5 %."""
+    wanted, sizes = (5.0, 0.2, 3.0, 0.001), list(itertools.product((1, 64, 1024, 8192), (0, 1, 16, 256)))
+    worst = []
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        calls = [
+            TimedCall(n_in, n_out, float(exact * (1 + 0.01 * random.standard_normal()) / 1000))
+            for n_in, n_out in sizes * 5
+            if (exact := 5 + 0.2 * n_in + n_out * (3 + 0.001 * (n_in + n_out / 2)))
+        ]
+        found = LatencyModel.fit(calls, draws=0)
+        numbers = (found.start, found.read, found.write, found.attend)
+        worst.append(max(abs(1000 * one / own - 1) for one, own in zip(numbers, wanted, strict=True)))
+    assert max(worst) < 0.05
+    assert np.quantile(worst, 0.95) == pytest.approx(0.018, abs=0.006)  # of the n_ctx term, as the specification has it

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, 
 from torch import Tensor
 
 from tenfold.compress.fpx.assign import most_tolerant
+from tenfold.compress.fpx.decode_time import rest_seconds, unit_seconds
 from tenfold.compress.fpx.digests import tokens_digest, weights_digest
 from tenfold.compress.fpx.knapsack import solve
 from tenfold.compress.fpx.losses import MetricName, unit_losses
@@ -25,6 +26,7 @@ from tenfold.core.weight_formats import WeightFormat
 from tenfold.errors import ConfigError, DataError
 from tenfold.files import write_text
 from tenfold.models.gguf_write import ALIGNMENT, gguf_sizes
+from tenfold.models.inference import input_device, machine
 from tenfold.models.layer_map import plain_modules
 from tenfold.models.simulated import refuse_simulated
 
@@ -44,11 +46,13 @@ class FormatScore:
         format: its name.
         loss: by the plan's metric.
         bytes: of the unit's weights in it, scales included.
+        seconds: of its products for one token, where kernels were timed.
     """
 
     format: str
     loss: NonNegativeFloat
     bytes: NonNegativeInt
+    seconds: NonNegativeFloat = 0.0
     __pydantic_config__: ClassVar[ConfigDict] = READ_FROM_FILES
 
 
@@ -93,11 +97,13 @@ class Plan:
         codec: whose formats these are: the references (``reference``), those of GGUF files (``gguf``), or those that
             are multiplied in here (``kernels``).
         palette: names of the formats, the base first.
-        budget: as it was asked for: ``6bits``, ``95MB`` or ``gamma=0.3``.
+        budget: as it was asked for: ``6bits``, ``95MB``, ``20ms`` or ``gamma=0.3``.
         paper: whether the published algorithm chose.
         extra_bytes: of a GGUF file beside its matrices, over what ``kept`` takes; 0 of the references.
         units: in model order.
         kept: what else is stored, as it is.
+        timed_on: the machine that kernels were timed on, and its threads; empty of other codecs.
+        rest_seconds: of decoding a token there, beside the units.
     """
 
     model: str
@@ -112,6 +118,8 @@ class Plan:
     extra_bytes: int
     units: tuple[PlannedUnit, ...]
     kept: tuple[Kept, ...]
+    timed_on: str = ""
+    rest_seconds: NonNegativeFloat = 0.0
     __pydantic_config__: ClassVar[ConfigDict] = READ_FROM_FILES
 
     def __post_init__(self) -> None:
@@ -148,6 +156,13 @@ class Plan:
     def bits(self) -> float:
         """Of all stored bytes, on average over all numbers of the model."""
         return 8 * self.bytes / self.numbers
+
+    @property
+    def seconds(self) -> float | None:
+        """Of decoding one token after 128 others on the machine that was timed; None of codecs that have no kernels."""
+        if not self.timed_on:
+            return None
+        return self.rest_seconds + math.fsum(unit.chosen.seconds for unit in self.units)
 
     @property
     def loss(self) -> float:
@@ -251,7 +266,8 @@ def plan(
         model: a ``transformers`` model, also with adapters, which stay as they are beside the planned base.
         passages: token ids, ``[tokens]`` each, of texts like those that the model will see: some hundred tokens.
         budget: ``95MB``, of all that is stored; or ``6bits``, all stored bits (scales, norms and biases included)
-            divided by all numbers of the model, a tied weight once. Never exceeded.
+            divided by all numbers of the model, a tied weight once; or, of kernels, ``20ms``, of decoding one token
+            after 128 others here. Never exceeded, as far as measured times hold.
         gamma: instead of a budget, the share of units, by number, that get the second format of the palette.
         palette: names of the formats; with ``gamma`` two, the base first. Default: ``fp8_row``, ``nvfp4``; of kernels
             ``bf16``, ``int8_row``, ``int4_g32``.
@@ -267,7 +283,8 @@ def plan(
         tell: hears of the batches.
 
     Raises:
-        ConfigError: no budget or two, one in seconds, one that is too small (names the smallest), an unknown format.
+        ConfigError: no budget or two, one that is too small (names the smallest), a time of formats that have no
+            kernel, an unknown format.
         DataError: no token.
         ModelError: a model that cannot be planned; as `tenfold.compress.fpx.units.units_of` and `unit_losses`.
 
@@ -287,11 +304,10 @@ def plan(
     forms = [format_of(name, codec) for name in names]
     if len(set(names)) < len(names):
         raise ConfigError(f"palette: {', '.join(names)} names a format twice", remedy="name each once")
-    _amount(budget, gamma, len(names))  # before anything is measured
+    _amount(budget, gamma, len(names), codec)  # before anything is measured
     refuse_simulated(model, "plan", "remove the plan first")
     units = units_of(model, fused=fused, blocks_only=paper)
-    if codec == "kernels":
-        refuse_unpackable(dict(plain_modules(model)), units)
+    timed_on, rest, seconds = _timed(model, units, names) if codec == "kernels" else ("", 0.0, {})
     kept = kept_by(model, units)
     extra, align = _of_file(model, units, forms[0], kept, tokenizer) if codec == "gguf" else (0, 1)
     how: MetricName = metric or ("relative_l2" if paper else "fisher")
@@ -302,7 +318,7 @@ def plan(
             names[0],
             unit.weights,
             tuple(
-                FormatScore(form.name, loss, stored_size(form, unit, align))
+                FormatScore(form.name, loss, stored_size(form, unit, align), seconds.get((unit.name, form.name), 0.0))
                 for form, loss in zip(forms, losses[unit.name], strict=True)
             ),
         )
@@ -321,7 +337,18 @@ def plan(
         extra_bytes=extra,
         units=tuple(planned),
         kept=kept,
+        timed_on=timed_on,
+        rest_seconds=rest,
     ).replan(budget, gamma=gamma)
+
+
+def _timed(
+    model: Any, units: tuple[Unit, ...], names: Sequence[str]
+) -> tuple[str, float, dict[tuple[str, str], float]]:
+    """Where kernels are timed, seconds of a token beside the units, and those of each unit in each format."""
+    refuse_unpackable(dict(plain_modules(model)), units)
+    seconds = {(unit.name, name): unit_seconds(model, unit, name) for unit in units for name in names}
+    return machine(input_device(model)), rest_seconds(model, units), seconds
 
 
 def _of_file(
@@ -336,7 +363,7 @@ def _of_file(
 
 def _choices(plan: Plan, budget: str | None, gamma: float | None) -> list[int]:
     """The place in the palette of each unit's format."""
-    amount = _amount(budget, gamma, len(plan.palette))
+    amount = _amount(budget, gamma, len(plan.palette), plan.codec)
     losses = [[each.loss for each in unit.candidates] for unit in plan.units]
     if amount is None:
         assert gamma is not None
@@ -344,6 +371,8 @@ def _choices(plan: Plan, budget: str | None, gamma: float | None) -> list[int]:
         errors = [low if plan.paper else low - base for base, low in losses]
         low = set(most_tolerant(errors, gamma))
         return [int(place in low) for place in range(len(losses))]
+    if amount.unit == "seconds":
+        return _within_time(plan, losses, amount.amount)
     costs = [[each.bytes for each in unit.candidates] for unit in plan.units]
     allowed = math.floor(amount.amount * (plan.numbers / 8 if amount.unit == "bits" else 1) + 1e-9)
     least = sum(map(min, costs)) + _fixed_bytes(plan)
@@ -357,7 +386,21 @@ def _choices(plan: Plan, budget: str | None, gamma: float | None) -> list[int]:
     return solve(losses, costs, allowed - _fixed_bytes(plan))
 
 
-def _amount(budget: str | None, gamma: float | None, formats: int) -> Budget | None:
+def _within_time(plan: Plan, losses: Sequence[Sequence[float]], seconds: float) -> list[int]:
+    """In whole nanoseconds, whose sums are exact."""
+    costs = [[math.ceil(1e9 * each.seconds) for each in unit.candidates] for unit in plan.units]
+    rest = math.ceil(1e9 * plan.rest_seconds)
+    allowed, least = math.floor(1e9 * seconds + 1e-3) - rest, sum(map(min, costs))
+    if allowed < least:
+        raise ConfigError(
+            f"budget: the fastest plan of {', '.join(plan.palette)} takes {(rest + least) / 1e6:.4g} ms a token, "
+            f"{rest / 1e6:.4g} of them beside its matrices, and {1e3 * seconds:g} ms are given",
+            remedy=f"give {math.ceil((rest + least) / 1e4) / 100:g}ms or more, or a palette with a faster format",
+        )
+    return solve(losses, costs, allowed)
+
+
+def _amount(budget: str | None, gamma: float | None, formats: int, codec: Codec) -> Budget | None:
     """What may be spent; None where gamma says it."""
     if (budget is None) == (gamma is None):
         raise ConfigError("budget, gamma: give one of them", remedy=f"{_FORMS}; or give gamma from 0 to 1")
@@ -369,13 +412,13 @@ def _amount(budget: str | None, gamma: float | None, formats: int) -> Budget | N
         amount = parse_budget(budget)
     except ValueError as error:
         raise ConfigError(f"budget: {error}", remedy=_FORMS) from error
-    if amount.unit == "seconds":
+    if amount.unit == "seconds" and codec != "kernels":
         raise ConfigError(
-            f"budget: {budget}: a time needs kernels that were timed on this machine, which no plan knows yet",
+            f"budget: {budget}: a time needs formats that kernels here multiply in (codec='kernels')",
             remedy=f"{_FORMS}: decoding takes time in proportion to the bytes that are read",
         )
-    if amount.unit not in ("bits", "bytes"):
-        raise ConfigError(f"budget: a plan spends bytes or bits, not {budget!r}", remedy=_FORMS)
+    if amount.unit not in ("bits", "bytes", "seconds"):
+        raise ConfigError(f"budget: a plan spends bytes, bits or a time, not {budget!r}", remedy=_FORMS)
     return amount
 
 

@@ -150,7 +150,7 @@ def test_the_bytes_of_a_gguf_plan_are_those_of_the_file(tied, tmp_path):
         ({}, "give one of them"),
         ({"budget": "6bits", "gamma": 0.3}, "give one of them"),
         ({"budget": "200ms"}, "kernels"),
-        ({"budget": "50%"}, "bytes or bits"),
+        ({"budget": "50%"}, "bytes, bits or a time"),
         ({"budget": "many"}, "cannot be read"),
         ({"budget": "3bits"}, "the smallest plan"),
         ({"budget": "6bits", "palette": ["fp8_row", "fp8_row"]}, "twice"),
