@@ -19,8 +19,9 @@ from torch.nn.functional import pad
 from tenfold.core.weight_formats import INT8_MAX, refuse_infinite, weight_format
 from tenfold.errors import ConfigError
 
-PART = 2**19
-"""Numbers of a matrix that are expanded at a time: few enough for a cache, so that they are never written to memory."""
+PART, PART_ON_GPU = 2**19, 2**26
+"""Numbers of a matrix that are expanded at a time. On a CPU few enough for a cache, so that they are never written to
+memory; a GPU wants few steps."""
 _PACKED_AT_ONCE = 2**22
 _NIBBLES = 15
 
@@ -125,7 +126,7 @@ class PackedMatrix(NamedTuple):
         Args:
             dtype: of the numbers, a floating type.
         """
-        step = max(1, PART // self.columns)
+        step = max(1, (PART if self.codes.device.type == "cpu" else PART_ON_GPU) // self.columns)
         if self.layout is None:
             for start in range(0, len(self.codes), step):
                 place = slice(start, min(start + step, len(self.codes)))
