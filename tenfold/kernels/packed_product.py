@@ -1,17 +1,17 @@
 """Products with a packed matrix, by each kernel that there is.
 
 * ``packed``: torch's kernels for few rows, which read each code once; inputs are rounded to bfloat16;
-* ``whole``: oneDNN multiplies bytes with bytes, for many rows; inputs are rounded to a byte, with a scale for each row;
+* ``whole``: bytes times bytes, exact in whole numbers, for any number of rows where the processor has an instruction
+  for it; inputs are rounded to a byte, with a scale for each row;
 * ``float32``, ``bfloat16``: the matrix expanded part by part, on any device.
 
-`tenfold.kernels.packed_choice` measures which is the fastest. FPX specification, section 6. On a GPU only the last two
-are there.
+`tenfold.kernels.packed_choice` measures which is the fastest. FPX specification, section 6.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from tenfold.core.weight_formats import INT8_MAX
 from tenfold.kernels.packed_matrix import PackedMatrix, layout_of_torch, packed_format
+from tenfold.kernels.timing import HOPELESS, in_turns
 
 Kernel = Literal["float32", "packed", "bfloat16", "whole"]
-_ZERO = 128
 
 
 def packed_product(x: Tensor, matrix: PackedMatrix, kernel: Kernel) -> Tensor:
@@ -95,17 +95,9 @@ def _whole(x: Tensor, matrix: PackedMatrix) -> Tensor:
     x, weights = x.float(), matrix.row_scale()
     assert weights is not None
     scale = x.abs().amax(-1, keepdim=True) / INT8_MAX
-    # The kernel knows one scale: rows are brought to 1, and back afterwards.
-    codes = (x / scale.masked_fill(scale == 0, 1)).round_().add_(_ZERO).to(torch.uint8)
-    return _bytes_product(codes, matrix.codes, weights) * scale
-
-
-def _bytes_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """``x - 128`` times the transposed weight; packing it anew takes little beside many rows, and a copy much."""
-    ops = torch.ops.onednn
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
-    packed = ops.qlinear_prepack(weight, None)
-    return ops.qlinear_pointwise(x, 1.0, _ZERO, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    codes = (x / scale.masked_fill(scale == 0, 1)).round_().to(torch.int8)
+    # Not oneDNN's product of u8 and s8: where a processor has no instruction for it, that cuts sums off in silence.
+    return torch._int_mm(codes, matrix.codes.T) * weights * scale
 
 
 _KERNELS: Mapping[Kernel, Callable[[Tensor, PackedMatrix], Tensor]] = {
@@ -118,16 +110,22 @@ _KERNELS: Mapping[Kernel, Callable[[Tensor, PackedMatrix], Tensor]] = {
 
 @cache
 def multiplies_bytes() -> bool:
-    """Whether oneDNN multiplies bytes exactly on this processor.
+    """Whether products of bytes are worth a measurement: some processors take a hundred times as long as for floats."""
+    x, y = torch.ones(32, 256), torch.ones(256, 256)
+    calls = {"floats": [partial(torch.mm, x, y)] * 3, "bytes": [partial(torch._int_mm, x.char(), y.char())] * 3}
+    taken = in_turns(calls, x.device)
+    return taken["bytes"] < HOPELESS * taken["floats"]
 
-    Where that has no instruction for it, sums of two products are cut off at 32,767, without a word.
-    """
-    x, weight = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+
+@cache
+def _has_int8(device: torch.device) -> bool:
+    """Whether torch has its kernel for bytes and few rows there."""
+    x = torch.ones(1, 32, dtype=torch.bfloat16, device=device)
+    weight = torch.ones(16, 32, dtype=torch.int8, device=device)
     try:
-        found = _bytes_product(x, weight, torch.ones(16))
-    except (AttributeError, RuntimeError):
+        return bool((torch.ops.aten._weight_int8pack_mm(x, weight, x.new_ones(16)) == 32).all())
+    except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return bool((found == (255 - _ZERO) * 127 * 64).all())
 
 
 def kernels_for(matrix: PackedMatrix) -> tuple[Kernel, ...]:
@@ -137,11 +135,12 @@ def kernels_for(matrix: PackedMatrix) -> tuple[Kernel, ...]:
     (('float32',), ('float32', 'bfloat16'))
     """
     found: list[Kernel] = ["float32"]
-    cpu, kind = matrix.codes.device.type == "cpu", packed_format(matrix.form).kind
-    if cpu and (kind == "bytes" or (kind == "nibbles" and matrix.layout == layout_of_torch())):
+    device, kind = matrix.codes.device, packed_format(matrix.form).kind
+    nibbles = device.type == "cpu" and matrix.layout is not None and matrix.layout == layout_of_torch()
+    if nibbles or (kind == "bytes" and _has_int8(device)):
         found.append("packed")
     if matrix.form != "f32":
         found.append("bfloat16")
-    if cpu and kind == "bytes" and multiplies_bytes():
+    if device.type == "cpu" and kind == "bytes" and multiplies_bytes():
         found.append("whole")
     return tuple(found)
