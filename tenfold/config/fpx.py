@@ -40,6 +40,7 @@ class FpxConfig(DataFields):
     reads = ("text", "completion", "chat")
     makes: ClassVar[Mapping[str, ArtefactKind]] = {"model": "model", "plan": "plan"}
     run = "tenfold.compress.fpx.stage:run_fpx"
+    fits = "tenfold.compress.fpx.checks:refuse_unplannable"
 
     budget: FileBudget = "5bits"
     """What the file may hold: bytes (``80MB``, ``76MiB``) or bits for each weight (``5bits``). Every byte counts:
@@ -60,18 +61,24 @@ class FpxConfig(DataFields):
     """Tokens of a sequence. Raise it where your texts are long and memory allows."""
     batch_size: Annotated[int, Field(ge=1)] = 1
     """Sequences that are scored at once. Raise it on a GPU."""
-    plan: Annotated[Path | None, Takes(("plan",))] = None
+    plan: Annotated[str | None, Takes(("plan",))] = None
     """The plan of an earlier run: its scores are used as they are, so that another budget costs no pass over the model.
-    It must be of the same weights."""
+    It must be of the same weights, and has its own palette and metric."""
+
+    def needs_matrices(self, shape: Shape) -> bool:
+        """The smallest file, and what GGUF has a place for."""
+        return True
 
     def check(self, rows: RowsRead | None) -> None:
-        """Rows to look at."""
+        """Rows to look at, of which some can be held out."""
         check_kind(rows, self.reads, "compressing")
+        assert rows is not None
+        rows.split(self.holdout)
         super().check(rows)
 
     def files(self) -> dict[str, Path]:
         """The plan, where it is a file."""
-        return {"plan": self.plan} if self.plan is not None and not str(self.plan).startswith("${") else {}
+        return {} if self.plan is None or self.plan.startswith("${") else {"plan": Path(self.plan)}
 
     def applied_to(self, shape: Shape) -> Shape:
         """Whole weights of full attention, as llama.cpp knows them."""
@@ -93,4 +100,7 @@ class FpxConfig(DataFields):
     def _consistent(self) -> Self:
         if parse_budget(self.budget).amount <= 0:
             raise ValueError(f"budget: {self.budget} holds nothing: write 80MB or 5bits")
+        for key in ("palette", "metric") if self.plan is not None else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: the plan has its own: leave {key} out, or plan")
         return self

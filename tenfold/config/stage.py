@@ -148,8 +148,9 @@ class StageConfig(Config):
     """``module:function``, ``(model, config, task) -> adapted model``, of stages that train: `estimate` predicts their
     needs by it, and `validate` sees whether the model has what they adapt."""
     fits: ClassVar[str | None] = None
-    """``module:function``, ``(model, config, task)``, which refuses a model whose matrices do not have what is asked of
-    them; of a stage without ``attach``, for `validate`. Default: ``targets`` must match something."""
+    """``module:function``, ``(model, config, tokenizer)``, which refuses a model whose matrices do not have what is
+    asked of them; ``tokenizer()`` gives the model's. Of a stage without ``attach``, for `validate`. Default:
+    ``targets`` must match something."""
     prefills: ClassVar[bool] = False
     """Whether it reads prompts of ``prompt_tokens``, whose memory `estimate` predicts."""
     out_files: ClassVar[Mapping[str, str]] = {}

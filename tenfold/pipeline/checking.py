@@ -139,7 +139,7 @@ def _check_matrices(step: Step, ref: ModelRef) -> None:
 
     model = meta_model(ref)
     if step.config.fits is not None:
-        load(step.config.fits)(model, step.config, ref.task)
+        load(step.config.fits)(model, step.config, ref.tokenizer)
         return
     if step.config.attach is None:
         layer_map(model).select(step.config.model_dump()["targets"])

@@ -19,6 +19,7 @@ from tenfold.pipeline.recipe import resolve
 SPANS = {"use": "masformer", "window": 16, "passage": 16}
 NOWHERE = {**SPANS, "full_layers": []}
 TRAIN = {"use": "lora", "max_length": 64}
+FILE = {"use": "fpx", "max_length": 64, "budget": "6bits"}
 CASES = {
     "positions": ([{**TRAIN, "max_length": 513}], "max_length: 513 is above the 512 positions"),
     "positions of full training": ([{"use": "full", "max_length": 513}], "above the 512 positions"),
@@ -71,6 +72,10 @@ CASES = {
         "made for a llama model of 30 layers with 9 heads each, and tiny:llama has 2 of 4",
     ),
     "reference": ([{"use": "audit"}], "reference: missing, and tiny:llama has no adapter"),
+    "smallest file": ([{**FILE, "budget": "1bits"}], "01-fpx: budget: 1bits is .* bytes, and the smallest plan of"),
+    "smallest of few types": ([{**FILE, "palette": ["q8_0"]}], "the smallest plan of q8_0 takes"),
+    "compressed for a file": ([{"use": "losparse", "max_length": 64}, FILE], "02-fpx: .* compressed already, and GGUF"),
+    "spans for a file": ([SPANS, FILE], "02-fpx: tiny:llama has local spans, and GGUF"),
 }
 POSSIBLE = {
     "all lengths": [{**TRAIN, "max_length": 512}, {"use": "evaluate", "max_length": 512}],
@@ -85,13 +90,17 @@ POSSIBLE = {
     "a widest rank": [{**TRAIN, "rank": 64, "targets": ["q", r".*up_proj"]}],
     "an audited policy": [{"use": "r3m", "target": "dpo", "max_length": 64}, {"use": "audit"}],
     "a reference": [{"use": "audit", "reference": "tiny:llama"}],
+    "another size of a file": [
+        {**FILE, "id": "first"},
+        {**FILE, "model": "tiny:llama", "plan": "${first.plan}", "budget": "5.5bits"},
+    ],
 }
 
 
 def plan_of(stages, rows, model="tiny:llama", **fields):
     """A plan whose first stages have the rows that they need."""
     kinds = {"r3m": "step-audit:40", "audit": "step-audit:40"}
-    needs = {"lora", "full", "adalora", "masformer", "gear", "evaluate", *kinds}
+    needs = {"lora", "full", "adalora", "losparse", "fpx", "masformer", "gear", "evaluate", *kinds}
     stages = [
         {"data": kinds.get(entry["use"], str(rows)), **entry} if entry["use"] in needs else entry for entry in stages
     ]

@@ -377,12 +377,7 @@ def _choices(plan: Plan, budget: str | None, gamma: float | None) -> list[int]:
     allowed = math.floor(amount.amount * (plan.numbers / 8 if amount.unit == "bits" else 1) + 1e-9)
     least = sum(map(min, costs)) + _fixed_bytes(plan)
     if allowed < least:
-        smallest = math.ceil(800 * least / plan.numbers) / 100
-        formats = ", ".join(plan.palette)
-        raise ConfigError(
-            f"budget: {budget} is {allowed:,} bytes, and the smallest plan of {formats} takes {least:,}",
-            remedy=f"give {smallest:g}bits or more, or a palette with a smaller format",
-        )
+        raise too_small(str(budget), allowed, least, plan.numbers, plan.palette)
     return solve(losses, costs, allowed - _fixed_bytes(plan))
 
 
@@ -398,6 +393,23 @@ def _within_time(plan: Plan, losses: Sequence[Sequence[float]], seconds: float) 
             remedy=f"give {math.ceil((rest + least) / 1e4) / 100:g}ms or more, or a palette with a faster format",
         )
     return solve(losses, costs, allowed)
+
+
+def too_small(budget: str, allowed: int, least: int, numbers: int, palette: Sequence[str]) -> ConfigError:
+    """That no plan fits into a budget, and which would.
+
+    Args:
+        budget: as it was asked for.
+        allowed: bytes that it is.
+        least: bytes of the smallest plan.
+        numbers: of the model.
+        palette: of the plan.
+    """
+    bits = math.ceil(800 * least / numbers) / 100
+    return ConfigError(
+        f"budget: {budget} is {allowed:,} bytes, and the smallest plan of {', '.join(palette)} takes {least:,}",
+        remedy=f"give {bits:g}bits or more, or a palette with a smaller format",
+    )
 
 
 def _amount(budget: str | None, gamma: float | None, formats: int, codec: Codec) -> Budget | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -13,16 +14,16 @@ import torch
 from torch import Tensor
 
 from tenfold.adapt.role_map import by_role
+from tenfold.compress.fpx.checks import PALETTE, known_plan, refuse_unplannable, writable_palette
 from tenfold.compress.fpx.digests import weights_digest
 from tenfold.compress.fpx.plan import Plan, plan
 from tenfold.config.fpx import FpxConfig
 from tenfold.data.encode import encode, row_tokens
 from tenfold.data.rows import Text
-from tenfold.errors import ConfigError, MissingDependencyError
+from tenfold.errors import ConfigError
 from tenfold.evaluate.agreement import agreement
 from tenfold.evaluate.compare import compare
 from tenfold.evaluate.perplexity import perplexity
-from tenfold.models.gguf_types import BLOCK_TYPES, gguf_format
 from tenfold.models.gguf_write import GgufSizes, gguf_sizes, write_gguf
 from tenfold.models.inference import evaluating, input_device
 from tenfold.models.layer_map import layer_map
@@ -35,8 +36,6 @@ from tenfold.stage.results import Result
 FOLDER = "model"
 FILE = "model.gguf"
 PLAN = "plan.json"
-PALETTE = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "q3_k", "q2_k")
-"""Types that llama.cpp has fast code for on most devices."""
 WHOLE = "99bits"
 """A budget that no plan exceeds: scores alone are wanted."""
 
@@ -45,6 +44,7 @@ def run_fpx(config: FpxConfig, context: Context) -> StageOutput:
     """The stage ``fpx``; its artefacts are the file and the plan."""
     assert context.rows is not None, "checked before anything was opened"
     opened = context.model.open(merge=True)
+    refuse_unplannable(opened.model, config, lambda: opened.tokenizer)
     train, _ = context.rows.split(config.holdout)
     encoded = encode(train, opened.tokenizer, max_length=config.max_length, packing=True, on_bad_row=config.on_bad_row)
     passages = _evenly([torch.tensor(one["input_ids"]) for one in encoded.examples], config.calibration)
@@ -53,7 +53,7 @@ def run_fpx(config: FpxConfig, context: Context) -> StageOutput:
     sizes = gguf_sizes(opened.model, found.by_module, opened.tokenizer)
     found.save(context.folder / PLAN)
     context.progress.begin("writing the file")
-    weights = input_squares(opened.model, passages) if _palette() == PALETTE else None
+    weights = input_squares(opened.model, passages) if writable_palette() == PALETTE else None
     write_gguf(
         opened.model,
         opened.tokenizer,
@@ -84,27 +84,21 @@ def run_fpx(config: FpxConfig, context: Context) -> StageOutput:
 
 def _scores(config: FpxConfig, context: Context, opened: Opened, passages: Sequence[Tensor]) -> str:
     """What each matrix loses by each type: those of an earlier plan, or measured."""
-    if config.plan is not None:
-        known = Plan.load(config.plan)
-        if known.codec != "gguf" or known.weights_hash != weights_digest(opened.model):
+    known = known_plan(opened.model, config.plan)
+    if known is not None:
+        if known.weights_hash != weights_digest(opened.model):
             raise ConfigError(
-                f"plan: {config.plan} is of other weights, or of formats that are not those of GGUF",
+                f"plan: {config.plan} was made for other weights than these of {opened.identity['source']}",
                 remedy="give the plan of an earlier run on this very model, or leave plan out",
             )
-        return known.to_json()
+        # The tokenizer may be another one.
+        beside = gguf_sizes(opened.model, known.by_module, opened.tokenizer).total - known.bytes
+        return replace(known, extra_bytes=known.extra_bytes + beside).to_json()
+    palette = config.palette or writable_palette()
     return plan(
-        opened.model, passages, budget=WHOLE, palette=config.palette or _palette(), metric=config.metric, codec="gguf",
+        opened.model, passages, budget=WHOLE, palette=palette, metric=config.metric, codec="gguf",
         tokenizer=opened.tokenizer, seed=context.seed, tell=context.progress,
     ).to_json()  # fmt: skip
-
-
-def _palette() -> tuple[str, ...]:
-    """Types that can be written here."""
-    try:
-        gguf_format("q4_k").weight(torch.zeros(1, 256))
-    except MissingDependencyError:
-        return BLOCK_TYPES
-    return PALETTE
 
 
 def input_squares(model: Any, passages: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from tenfold.compress.losparse.mathematics import rank_for
 from tenfold.compress.losparse.plan import RankAndRows, check_buys, choices_of
 from tenfold.config.budget import Budget
 from tenfold.config.losparse import LoSparseConfig
-from tenfold.config.shape import Task
 from tenfold.errors import ConfigError, DataError, ModelError
 from tenfold.models.layer_map import layer_map
 from tenfold.models.quantised import refuse_quantised
@@ -27,13 +26,13 @@ PLACE_BYTES = 4
 Price = Callable[[str, RankAndRows], float]
 
 
-def check_asked(model: Any, config: LoSparseConfig, task: Task = "causal") -> None:
+def check_asked(model: Any, config: LoSparseConfig, tokenizer: Callable[[], Any] | None = None) -> None:
     """Refuse what a configuration asks of a model that its matrices, by name and size, do not have.
 
     Args:
         model: with weights or without any, on the meta device.
         config: of the stage.
-        task: of the model's head.
+        tokenizer: not asked for.
 
     Raises:
         ConfigError: targets that match nothing, a budget that buys nothing, or low-rank parts that are above it.
