@@ -95,7 +95,7 @@ class PackedMatrix(NamedTuple):
         form: name of the format.
         out: rows.
         inner: columns.
-        codes: ``bf16`` and ``f32``: the bits of the numbers, ``[out, inner]``. ``int8_row``: ``[rows, columns]``.
+        codes: ``bf16`` and ``f32``: the bits of the numbers, ``[out, columns]``. ``int8_row``: ``[rows, columns]``.
             ``int4``: as ``layout`` has them.
         scales: bits of bfloat16, int16. ``int8_row``: ``[rows]``. ``int4``: ``[groups, rows, 2]``, scale and zero of
             :math:`(code - 8) scale + zero`.
@@ -223,9 +223,11 @@ class PackedFormat:
         numbers = part.float()
         if not torch.isfinite(numbers.abs().amax()):
             refuse_infinite(part, "weight")
-        if self.kind == "float":
-            return (part.bfloat16().view(torch.int16) if self.bits == 16 else numbers.view(torch.int32)), numbers
         rows, columns = self._filled(*part.shape)
+        if self.kind == "float":
+            numbers = pad(numbers, (0, columns - part.shape[1]))
+            codes = numbers.bfloat16().view(torch.int16) if self.bits == 16 else numbers.view(torch.int32)
+            return codes, numbers.new_empty(0)
         # The last column is repeated, as zeros could be beyond what a group holds; inputs are zero there.
         numbers = torch.cat((numbers, numbers[:, -1:].expand(-1, columns - part.shape[1])), 1)
         codes, scales = self._bytes(numbers) if self.kind == "bytes" else self._nibbles(numbers)
@@ -267,10 +269,14 @@ class PackedFormat:
         return rows * columns * self.bits // 8 + scales[self.kind]
 
     def _filled(self, out: int, inner: int) -> tuple[int, int]:
-        """Rows and columns in memory: beyond others torch's kernels read what is not theirs."""
-        if self.kind == "float":
+        """Rows and columns in memory.
+
+        Beyond others kernels read what is not theirs: of bfloat16 the next row of inputs, times zero, where there are
+        tiles (AMX), so that one NaN there is a NaN here.
+        """
+        if self.bits == 32:
             return out, inner
-        rows, columns = (16, 32) if self.kind == "bytes" else (ROWS_OF_NIBBLES, self.group)
+        rows, columns = {"float": (1, 32), "bytes": (16, 32), "nibbles": (ROWS_OF_NIBBLES, self.group)}[self.kind]
         return -(-out // rows) * rows, -(-inner // columns) * columns
 
 
