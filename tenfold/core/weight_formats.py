@@ -20,6 +20,7 @@ from tenfold.core.formats import dequantise, quantise
 from tenfold.errors import ConfigError, ModelError
 
 INT8_MAX = 127.0
+INT4_MAX = 7.0
 _PART = 2**22
 """Numbers that are rounded at a time: an embedding of 10^8 needs no copies of its size."""
 
@@ -190,6 +191,12 @@ def _int4(x: Tensor, peak: Tensor, *, group: int, metadata: torch.dtype = torch.
     return dequantise(codes, scale, low, dim=-1, group=group, dtype=x.dtype)[..., : x.shape[-1]]
 
 
+def _int4_symmetric(x: Tensor, peak: Tensor, *, group: int) -> Tensor:
+    blocks = _blocks(x, group)
+    step = blocks.abs().amax(-1, keepdim=True) / INT4_MAX
+    return _near(blocks, step, lambda codes: codes.round().clamp_(-INT4_MAX, INT4_MAX)).flatten(-2)[..., : x.shape[-1]]
+
+
 def _whole(x: Tensor) -> Tensor:
     return x.round().clamp_(-INT8_MAX, INT8_MAX)
 
@@ -227,6 +234,11 @@ def _all() -> Iterable[_Format]:
     for group in (32, 64, 128):
         # Kernels store the scale and zero of a group in 16 bits each; the reference rounds neither.
         yield _Format(f"int4_g{group}", partial(_int4, group=group), 4, block=group, block_bytes=4, rounds_inputs=False)
+        # Without a zero, as vLLM's files have it.
+        symmetric = partial(_int4_symmetric, group=group)
+        yield _Format(
+            f"int4_sym_g{group}", symmetric, 4, block=group, block_bytes=2, rounds_inputs=False, simulated=True
+        )
     for name, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16), ("f32", torch.float32)):
         yield _Format(name, partial(_cast, dtype=dtype), 8 * dtype.itemsize, rounds_inputs=False)
 
@@ -240,8 +252,9 @@ def weight_format(name: str) -> WeightFormat:
     """A format by its name.
 
     ``fp8``, ``fp4`` and ``int8`` have one scale per tensor (``_tensor``) or per row (``_row``: an output of the weight,
-    a token of the inputs); ``nvfp4``, ``mxfp4`` and ``int4_g32`` one per block. ``mxfp4_up`` rounds its powers of two
-    up, so that the largest number of a block is never cut off. With ``_a16`` the inputs stay as they are.
+    a token of the inputs); ``nvfp4``, ``mxfp4`` and ``int4_g32`` one per block, ``int4_sym_g32`` without a zero.
+    ``mxfp4_up`` rounds its powers of two up, so that the largest number of a block is never cut off. With ``_a16`` the
+    inputs stay as they are.
 
     Raises:
         ConfigError: an unknown name.

@@ -12,6 +12,7 @@ from tenfold.core.weight_formats import FORMATS, weight_format
 from tenfold.errors import ConfigError, ModelError
 
 BLOCKS = {"nvfp4": 16, "mxfp4": 32, "mxfp4_up": 32, "int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
+BLOCKS |= {name.replace("_g", "_sym_g"): size for name, size in BLOCKS.items() if "int4" in name}
 
 
 def random(*shape, seed=0):
@@ -184,6 +185,17 @@ def test_rows_that_are_not_contiguous():
         assert torch.equal(form.weight(weight), form.weight(weight.contiguous()))
 
 
+def test_four_bits_without_a_zero_are_multiples_of_the_largest_over_seven():
+    weight = random(3, 64)
+    weight[0, :32] = torch.linspace(-7, 7, 32)
+    rounded = weight_format("int4_sym_g32").weight(weight)
+    assert torch.equal(rounded[0, :32], weight[0, :32].round())
+    blocks, before = rounded.view(3, 2, 32), weight.view(3, 2, 32)
+    step = before.abs().amax(-1, keepdim=True) / 7
+    assert ((blocks / step).round() - blocks / step).abs().max() < 1e-5
+    assert (blocks - before).abs().max() <= step.max() / 2 * (1 + 1e-5)
+
+
 def test_bytes_with_all_scales():
     wanted = {  # of 10 rows of 70 numbers
         "fp8_tensor": 700 + 4,
@@ -197,6 +209,9 @@ def test_bytes_with_all_scales():
         "int4_g32": 10 * 3 * (16 + 4),
         "int4_g64": 10 * 2 * (32 + 4),
         "int4_g128": 10 * (64 + 4),
+        "int4_sym_g32": 10 * 3 * (16 + 2),
+        "int4_sym_g64": 10 * 2 * (32 + 2),
+        "int4_sym_g128": 10 * (64 + 2),
         "f16": 1400,
         "bf16": 1400,
         "f32": 2800,

@@ -275,7 +275,8 @@ def plan(
         codec: whose formats these are: the references; those of GGUF files, whose bytes are then counted: norms in
             float32, and the gaps between tensors; or ``kernels``, those that `tenfold.compress.fpx.packing.pack` stores
             weights in.
-        fused: plan queries, keys and values together, and gate and up, as vLLM needs it.
+        fused: plan queries, keys and values together, and gate and up, and leave embeddings and heads as they are, as
+            vLLM needs it: `tenfold.models.vllm_folder.write_compressed_tensors`.
         paper: the published algorithm: FP8 and FP4 with a scale for each tensor, linear layers of the blocks alone,
             ``relative_l2``, and ``gamma``.
         tokenizer: that goes into the GGUF file; with it the file's metadata counts, too.
@@ -306,7 +307,7 @@ def plan(
         raise ConfigError(f"palette: {', '.join(names)} names a format twice", remedy="name each once")
     _amount(budget, gamma, len(names), codec)  # before anything is measured
     refuse_simulated(model, "plan", "remove the plan first")
-    units = units_of(model, fused=fused, blocks_only=paper)
+    units = units_of(model, fused=fused, blocks_only=paper or fused)
     timed_on, rest, seconds = _timed(model, units, names) if codec == "kernels" else ("", 0.0, {})
     kept = kept_by(model, units)
     extra, align = _of_file(model, units, forms[0], kept, tokenizer) if codec == "gguf" else (0, 1)

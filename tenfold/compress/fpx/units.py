@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from tenfold.compress.losparse.layer import LowRankRowsLinear
 from tenfold.errors import ModelError
+from tenfold.models.fused import fused_name
 from tenfold.models.layer_map import LayerMap, Slot, layer_map, plain_modules
 from tenfold.models.quantised import refuse_quantised
 from tenfold.models.roles import reads_weight
 
 READ_FROM_FILES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """How pydantic reads the parts of a plan: nothing unknown, nothing converted."""
-
-_FUSED = (("q", "k", "v"), ("gate", "up"))
-"""Roles that vLLM and its like multiply as one matrix."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def units_of(model: Any, *, fused: bool = False, blocks_only: bool = False) -> t
     groups: dict[str, list[UnitWeight]] = {}
     for weight, first in _matrices(found, modules):
         if not (blocks_only and first.layer is None):
-            groups.setdefault(_fused_name(first, found) if fused else first.name, []).append(weight)
+            groups.setdefault(fused_name(first, found) if fused else first.name, []).append(weight)
     for weight in _stacks(found, modules):
         groups.setdefault(weight.modules[0], []).append(weight)
     place = {name: at for at, name in enumerate(modules)}
@@ -218,13 +216,3 @@ def _stacks(found: LayerMap, modules: dict[str, Any]) -> Iterator[UnitWeight]:
             continue  # gates of recurrent layers and the like
         out, inner = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
         yield UnitWeight(name, (holder,), out, inner, math.prod(shape[:-2]), bool(transposed))
-
-
-def _fused_name(slot: Slot, found: LayerMap) -> str:
-    """The name of the unit that a layer belongs to when siblings are multiplied together."""
-    parent = slot.name.rpartition(".")[0]
-    roles = next((roles for roles in _FUSED if slot.role in roles), ())
-    there = [other for other in found.slots if other.role in roles and other.name.rpartition(".")[0] == parent]
-    if len(there) < 2 or slot.layer is None:
-        return slot.name
-    return f"{parent}.{'+'.join(other.name.rpartition('.')[2] for other in there)}"
