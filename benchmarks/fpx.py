@@ -240,13 +240,8 @@ def kernels(model: str = "demo", rounds: int = 5, prompt: int = 128, tokens: int
             away = (plans[name].seconds or 0.0) - (plans["int8_row"].seconds or 0.0)
             row["predicted"] = plans[name].seconds
             row["call"] = fitted.with_write(max(0.0, fitted.write + away)).seconds(prompt, tokens)
-            row["bits"] = plans[name].bits
-        keep(keys | {"prompt": prompt, "tokens": tokens, "bytes": weight_bytes(one)} | row)
-    for name in plans:
-        keep(
-            {"part": "kernels kl", "model": keys["model"], "form": name}
-            | _away(found.model, models[name], texts[:tested])
-        )
+            row |= {"bits": plans[name].bits} | _away(found.model, one, texts[:tested])
+        keep(keys | {"prompt tokens": prompt, "new tokens": tokens, "bytes": weight_bytes(one)} | row)
 
 
 def _all_in(scores: Plan, name: str) -> Plan:
@@ -313,9 +308,8 @@ def _kernels(found: Sequence[dict[str, Any]]) -> None:
     section("Packed in memory", "fpx kernels", found)
     print("| model | form | MB | prompt, ms | token, ms | fastest | predicted | call, ms | predicted | divergence |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    near = {(row["model"], row["form"]): row for row in rows() if row["part"] == "kernels kl"}
     for row in found:
-        calls = [read + row["tokens"] * each for read, each in zip(row["prefill"], row["decode"], strict=True)]
+        calls = [read + row["new tokens"] * each for read, each in zip(row["prefill"], row["decode"], strict=True)]
         measured = [row["prefill"], row["decode"]]
         cells = [f"{1e3 * statistics.median(one):.1f}" for one in measured] + [f"{1e3 * min(row['decode']):.1f}"]
         cells += [
@@ -323,8 +317,7 @@ def _kernels(found: Sequence[dict[str, Any]]) -> None:
             f"{1e3 * statistics.median(calls):.0f}",
         ]
         cells += [f"{1e3 * row['call']:.0f}" if "call" in row else ""]
-        away = near.get((row["model"], row["form"]))
-        cells += [_divergence(away) if away else ""]
+        cells += [_divergence(row) if "kl" in row else ""]
         print(f"| {row['model']} | {row['form']} | {row['bytes'] / 1e6:.0f} | {' | '.join(cells)} |")
 
 

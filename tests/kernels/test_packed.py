@@ -1,6 +1,7 @@
 """Products with packed matrices against float64 of what is stored, for every kernel, shape and kind of input."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -210,16 +211,16 @@ def test_times_are_measured_once_and_grow_with_the_matrix(monkeypatch):
     assert [step_of(rows) for rows in STEPS] == [0, 1, 2, 3]
 
 
-def test_calls_that_are_hopeless_are_not_timed_again():
-    counts = {"fast": 0, "slow": 0}
+def test_calls_that_are_hopeless_are_not_timed_again(monkeypatch):
+    """By a clock that goes on by what each call is said to take."""
+    now, counts = [0.0], {"fast": 0, "near": 0, "slow": 0}
+    monkeypatch.setattr("tenfold.kernels.timing.time.perf_counter", lambda: now[0])
 
-    def slow():
-        counts["slow"] += 1
-        sum(range(100_000))
+    def call(name, seconds):
+        counts[name] += 1
+        now[0] += seconds * (2 if counts[name] == 1 else 1)  # the first time it takes twice as long
 
-    def fast():
-        counts["fast"] += 1
-
-    found = in_turns({"slow": [slow], "fast": [fast]}, torch.device("cpu"))
-    assert counts == {"fast": 4, "slow": 1}
-    assert found["fast"] < found["slow"]
+    lengths = {"slow": 7.0, "near": 2.0, "fast": 1.0}
+    found = in_turns({name: [partial(call, name, each)] for name, each in lengths.items()}, torch.device("cpu"))
+    assert counts == {"fast": 4, "near": 4, "slow": 1}
+    assert found == {"fast": 1.0, "near": 2.0, "slow": 14.0}
