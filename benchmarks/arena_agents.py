@@ -38,6 +38,7 @@ from tenfold.arena.trading.synthetic import MarketRules
 from tenfold.config.adalora import AdaLoraConfig
 from tenfold.core.statistics import wilson
 from tenfold.engines.choices import ChoiceTokens
+from tenfold.models.folders import RECORD
 from tenfold.models.inference import input_device
 from tenfold.models.open import attach_adapter, open_model
 
@@ -255,12 +256,12 @@ def fit(model: Any, tokens: Sequence[Tokens], common: list[int], args: argparse.
     }
 
 
-def save(adapter: Any, folder: Path, settings: dict[str, Any]) -> int:
+def save(adapter: Any, folder: Path) -> int:
     """Write PEFT's folder in float16, with true ranks; returns its bytes."""
     adapter.export(folder, layout="compact", base="demo")
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    (folder / "agent.json").write_text(json.dumps(settings) + "\n")
+    (folder / RECORD).unlink()  # it holds the size of the file before
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -287,7 +288,7 @@ def train(args: argparse.Namespace) -> None:
 
     adapter, told = fit(model, tokens, common, args, check)
     settings = {key: value for key, value in vars(args).items() if key not in ("run", "out", "device", "name")}
-    told["bytes"] = save(adapter, args.out / name, settings)
+    told["bytes"] = save(adapter, args.out / name)
     device = input_device(adapter.model)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     del adapter, model
@@ -300,6 +301,8 @@ def train(args: argparse.Namespace) -> None:
         "trained on": min(len(asked), told["steps"] * args.batch),
     }
     row |= score_of(args.out / name, held["test"], settings, args.device) | chance(held["test"])
+    about = {"arena": args.arena, "layers": args.layers, "easy": args.easy, "quality": row["quality"]}
+    (args.out / name / "agent.json").write_text(json.dumps(about) + "\n")
     row |= {"peak bytes": peak, "preparing seconds": round(prepared, 1), "device": device.type}
     keep_in(args.out / f"{name}.jsonl", row | {"seconds": round(time.perf_counter() - started, 1)})
 

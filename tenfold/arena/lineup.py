@@ -64,7 +64,7 @@ def check_line_up(arena: Arena, specs: Sequence[AgentSpec], latency: str | None)
             continue
         for one in filter(None, (spec, spec.planner)):
             _parsed(latency_of(one, latency), one, None)
-            if one.engine == "llama.cpp":
+            if one.engine == "llama.cpp" and not one.source.startswith("${"):  # made by an earlier stage
                 _gguf(one)
             if one.taught:
                 taught(arena, one.taught)

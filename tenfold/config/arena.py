@@ -13,23 +13,26 @@ from pydantic import Field, field_validator, model_validator
 
 from tenfold.config.base import Config
 from tenfold.config.gear import parse_kv
-from tenfold.config.stage import ArtefactKind, Incidental, Needs, StageConfig
+from tenfold.config.stage import ArtefactKind, Incidental, Needs, StageConfig, Takes
 from tenfold.errors import ConfigError
 
 PLAYERS = "scripted:QUALITY, random, human, or a model: demo, a hub id, a folder, llama.cpp:FILE, http://HOST/v1#MODEL"
 REFERENCES = ("reference", "reference:half")
 _LATENCY = re.compile(r"fixed:[^@]*|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|trace:.+|measured|tokens(:[^@]*)?")
+_NAMED = re.compile(r"(?P<name>[\w .-]+)=(?P<who>.+)")
 _PACKED = re.compile(r"(?P<who>[^\[\]]+)\[(?P<kv>[^\[\]]+)\]")
-_COMMA = re.compile(r",\s*(?=$|(human|random|demo|reference)([@+,:]|$)|scripted:|rule:|tiny:|llama\.cpp:|https?://)")
+_COMMA = re.compile(
+    r",\s*(?=$|([\w .-]+=)?(human|random|demo|reference)([@+,:]|$)|([\w .-]+=)?(scripted:|rule:|tiny:|llama\.cpp:|https?://))"
+)
 """A comma before somebody who cannot be part of a path, or of ``tokens:PREFILL,DECODE``."""
 
 
 @dataclass(frozen=True)
 class AgentSpec:
-    """An agent as it is written: ``WHO`` or ``WHO@LATENCY``.
+    """An agent as it is written.
 
     Args:
-        text: as written; the agent's name.
+        text: its name: the one given to it, else all as written.
         kind: who it is.
         number: of ``scripted:QUALITY`` and ``rule:MARGIN``.
         engine: of a model: ``transformers``, ``llama.cpp`` or ``openai``.
@@ -61,14 +64,19 @@ def counts_model(latency: str) -> bool:
 def parse_agent(text: str) -> AgentSpec:
     """Who an agent is.
 
+    Args:
+        text: ``WHO``, ``WHO@LATENCY`` or, with a name of one's own, ``NAME=WHO``.
+
     Raises:
         ValueError: naming what is wrong with the text.
 
     >>> parse_agent("scripted:0.6@fixed:0.2").number, parse_agent("llama.cpp:demo").source
     (0.6, 'demo')
-    >>> parse_agent("demo[gear:4]@0.3").kv
-    'gear:4'
+    >>> parse_agent("demo[gear:4]@0.3").kv, parse_agent("small=runs/a/model").text
+    ('gear:4', 'small')
     """
+    if named := _NAMED.fullmatch(text):
+        return replace(parse_agent(named["who"]), text=named["name"])
     fast, plus, slow = text.partition("+")
     if plus and not fast.startswith("http"):
         actor, planner = parse_agent(fast), parse_agent(slow)
@@ -126,11 +134,16 @@ class AgentsFields(StageConfig):
 
     needs: ClassVar[Needs] = Needs(model=False)
 
-    agents: Annotated[tuple[str, ...], Field(min_length=1)] = ("scripted:0.85@fixed:0.3", "scripted:0.6", "random")
-    """Who plays, each a name of its own: ``scripted:QUALITY`` (0 to 1), ``random``, or a model: ``demo``, a hub id, a
-    folder, ``demo[gear:4]`` with a packed cache, ``llama.cpp:FILE.gguf``, ``http://HOST/v1#MODEL``. What its answers
-    take may stand behind an ``@``, as in ``random@0.1`` or ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that
-    acts by the plans of a slow one. In trading also ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with
+    agents: Annotated[tuple[str, ...], Field(min_length=1), Takes(("model", "adapter"))] = (
+        "scripted:0.85@fixed:0.3",
+        "scripted:0.6",
+        "random",
+    )
+    """Who plays, each a name of its own (``NAME=WHO`` gives it one): ``scripted:QUALITY`` (0 to 1), ``random``, or a
+    model: ``reference``, which comes with the arena and was taught its game, ``demo``, a hub id, a folder,
+    ``demo[gear:4]`` with a packed cache, ``llama.cpp:FILE.gguf``, ``http://HOST/v1#MODEL``. What its answers take may
+    stand behind an ``@``, as in ``random@0.1`` or ``demo@tokens:300,30``. ``FAST+SLOW`` is a fast model that acts by
+    the plans of a slow one. In trading also ``rule:MARGIN``, the rule of recorded markets; ``human`` plays with
     keys."""
     latency: str | None = None
     """What answers take of agents that do not say it: seconds (``0.2`` or ``fixed:0.2``), ``tokens:PREFILL,DECODE``
@@ -144,6 +157,10 @@ class AgentsFields(StageConfig):
     def specs(self) -> list[AgentSpec]:
         """The agents."""
         return [parse_agent(text) for text in self.agents]
+
+    def names(self) -> tuple[str, ...]:
+        """Of the agents."""
+        return tuple(parse_agent(text).text for text in self.agents)
 
     def everyone(self) -> list[AgentSpec]:
         """The agents, and those that plan for them."""
@@ -183,7 +200,8 @@ class AgentsFields(StageConfig):
             specs = self.specs()
         except ValueError as error:
             raise ValueError(f"agents: {error}") from None
-        twice = [text for text in self.agents if self.agents.count(text) > 1]
+        names = self.names()
+        twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise ValueError(f"agents: {twice[0]!r} is named twice: give each agent a name or latency of its own")
         if any(spec.kind == "human" and spec.latency for spec in specs):

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from tenfold.config.arena import AgentsFields, AgentSpec, SyntheticMarket, parse_agent
-from tenfold.config.stage import ArtefactKind
+from tenfold.config.stage import ArtefactKind, Takes
 
 
 class ShortMarket(SyntheticMarket):
@@ -39,9 +39,12 @@ class ChooseConfig(AgentsFields):
     arena: Literal["fighting", "trading"] = "trading"
     """What is played: an episode is a few jumps of the synthetic market, each candidate in a book of its own, or two
     fights against the opponent, sides swapped."""
-    agents: Annotated[tuple[str, ...], Field(min_length=1)] = ("scripted:0.9@0.6", "scripted:0.7@0.1")
-    """The candidates, each a name of its own, as in ``tenfold play``: a hub id, a folder, ``llama.cpp:FILE.gguf``,
-    ``demo[gear:4]`` with a packed cache. What an answer takes may stand behind an ``@``."""
+    agents: Annotated[tuple[str, ...], Field(min_length=1), Takes(("model", "adapter"))] = (
+        "scripted:0.9@0.6",
+        "scripted:0.7@0.1",
+    )
+    """The candidates, each a name of its own (``NAME=WHO`` gives it one), as in ``tenfold play``: a hub id, a folder,
+    ``llama.cpp:FILE.gguf``, ``demo[gear:4]`` with a packed cache. What an answer takes may stand behind an ``@``."""
     latency: str | None = "measured"
     """What answers take of candidates that do not say it, as in ``tenfold play``; ``measured`` counts what models take
     here."""
@@ -73,7 +76,7 @@ class ChooseConfig(AgentsFields):
             raise ValueError("agents: human: people are not chosen; play against them with tenfold play")
         if any(spec.kind == "rule" for spec in specs):
             raise ValueError("agents: rule:MARGIN reads recorded markets, and a choice is made in the synthetic one")
-        if self.arena == "fighting" and self.opponent in self.agents:
+        if self.arena == "fighting" and parse_agent(self.opponent).text in self.names():
             raise ValueError(f"opponent: {self.opponent} is among the candidates: name another one")
         if self.most is not None and self.most < self.first * len(self.agents):
             each = f"{len(self.agents)} candidates {self.first} each"

@@ -18,7 +18,7 @@ from tenfold.config.shape import Task
 from tenfold.config.stage import StageConfig, Takes
 from tenfold.errors import ConfigError
 from tenfold.models.names import refuse_data
-from tenfold.pipeline.references import MODELS, Made, inherit, is_reference, look_up, reference
+from tenfold.pipeline.references import MODELS, Made, inherit, is_reference, look_up, reference, references_in, replaced
 from tenfold.pipeline.stages import stage, stages
 
 OF_EVERY_STAGE = ("use", "id", "model")
@@ -221,9 +221,9 @@ def _with_models(step: Step, recipe: Recipe, made: Mapping[str, Made], place: st
     changes: dict[str, Any] = {}
     for key, takes in step.config.takes().items():
         value = getattr(step.config, key)
-        if is_reference(value):
-            look_up(value, made, takes, place, key, ids)
-            changes |= {key: sources[value]} if value in sources else {}
+        for found in references_in(value):
+            look_up(found, made, takes, place, key, ids)
+        changes |= {key: replaced(value, sources)} if any(one in sources for one in references_in(value)) else {}
     config = step.config.model_copy(update=changes) if changes else step.config
     return replace(step, config=config, model=sources.get(step.model or "", step.model))
 

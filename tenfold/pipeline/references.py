@@ -14,6 +14,7 @@ from tenfold.errors import ConfigError
 
 MODELS = "models"
 """The id under which the recipe's further models stand."""
+_ANY = re.compile(r"\$\{[^{}]*\}?")
 _WHOLE = re.compile(r"\$\{([^{}.]+)\.([^{}.]+)\}")
 
 
@@ -41,6 +42,28 @@ def is_reference(value: object) -> bool:
     (True, False)
     """
     return isinstance(value, str) and value.startswith("${")
+
+
+def references_in(value: object) -> list[str]:
+    """The references that a value holds: it is one, or it is a list of texts with some in them.
+
+    >>> references_in("${clean.cleaned}"), references_in(("demo", "small=llama.cpp:${mixed.model}@0.3"))
+    (['${clean.cleaned}'], ['${mixed.model}'])
+    """
+    if isinstance(value, list | tuple):
+        return [found for text in value if isinstance(text, str) for found in _ANY.findall(text)]
+    return [str(value)] if is_reference(value) else []
+
+
+def replaced(value: Any, by: Mapping[str, str]) -> Any:
+    """The value with what its references stand for, as far as that is known.
+
+    >>> replaced(("demo", "llama.cpp:${mixed.model}"), {"${mixed.model}": "runs/01-fpx/model"})
+    ('demo', 'llama.cpp:runs/01-fpx/model')
+    """
+    if isinstance(value, list | tuple):
+        return tuple(_ANY.sub(lambda found: by.get(found[0], found[0]), text) for text in value)
+    return by.get(value, value) if isinstance(value, str) else value
 
 
 def reference(id: str, name: str) -> str:

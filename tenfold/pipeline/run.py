@@ -36,7 +36,7 @@ from tenfold.pipeline.inputs import Job, jobs, other_rows_of, rows_of, why_again
 from tenfold.pipeline.left_out import write_left_out
 from tenfold.pipeline.ownership import Owned, check_out, owned
 from tenfold.pipeline.recipe import ResolvedRecipe, Step
-from tenfold.pipeline.references import is_reference
+from tenfold.pipeline.references import is_reference, references_in, replaced
 from tenfold.pipeline.stages import load
 from tenfold.report.card import write_card
 from tenfold.report.load import load_metrics
@@ -197,8 +197,8 @@ def resolved(config: StageConfig, paths: dict[str, str]) -> StageConfig:
     changes: dict[str, Any] = {}
     for key in config.takes():
         value = getattr(config, key)
-        if is_reference(value):
-            changes[key] = paths[value]
+        if references_in(value):
+            changes[key] = replaced(value, paths)
     return config.model_copy(update=changes) if changes else config
 
 

@@ -12,10 +12,12 @@ from tenfold.arena.fighting.scripted import ScriptedFighter
 from tenfold.arena.labelled import labelled_questions
 from tenfold.arena.trading.agents import ScriptedTrader
 from tenfold.arena.trading.synthetic import MarketRules
-from tenfold.config.arena import parse_agent
+from tenfold.config.arena import FightingConfig, parse_agent
 from tenfold.config.choose import ChooseConfig
 from tenfold.errors import ConfigError, RunError
 from tenfold.stage.store import Store
+
+from ..runs import execute
 
 
 def arm(share, run=0):
@@ -164,3 +166,39 @@ def test_bad_choices_are_refused(fields, said):
 def test_a_packed_cache_stands_in_brackets():
     spec = parse_agent("demo[gear:4,backbone=kcvt]@tokens:300,30")
     assert (spec.source, spec.kv, spec.latency) == ("demo", "gear:4,backbone=kcvt", "tokens:300,30")
+
+
+# ---- names, and what earlier stages made ---------------------------------------------------------------------------
+
+
+def test_agents_may_be_named():
+    assert FightingConfig.parse({"agents": ["a=random, b=scripted:1@0.2", "my lr=1e-3.d=demo"]}, "x").names() == (
+        "a",
+        "b",
+        "my lr",
+    )
+    with pytest.raises(ConfigError, match="'a' is named twice"):
+        FightingConfig.parse({"agents": ["a=random", "a=scripted:1"]}, "x")
+
+
+def test_an_earlier_stage_makes_a_candidate(tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} of text"}) + "\n" for n in range(80)))
+    candidates = {"small": "${small.model}", "whole": "${models.whole}", "random": "random@0.1"}
+    agents = [f"{name}={who}" for name, who in candidates.items()]
+    recipe = {
+        "model": "tiny:llama",
+        "models": {"whole": "tiny:llama"},
+        "stages": [
+            {"use": "fpx", "id": "small", "data": str(tmp_path / "text.jsonl"), "budget": "9bits", "calibration": 128,
+             "max_length": 64, "holdout": 0.2},
+            {"use": "choose", "agents": agents, "first": 2, "most": 6, "probe": 3, "synthetic": {"events": 2},
+             "latency": "tokens"},
+        ],
+    }  # fmt: skip
+    found = execute(recipe, tmp_path / "out")
+    choice = json.loads((tmp_path / "out/02-choose/choice.json").read_text())
+    assert set(choice["rewards, 0 to 1"]) | set(choice["slower and worse"]) == set(candidates)
+    assert found is not None
+    (tmp_path / "bad.yaml").write_text(json.dumps(recipe | {"stages": recipe["stages"][::-1]}))
+    assert cli.main(["validate", str(tmp_path / "bad.yaml")]) == 2
+    assert "${small.model}" in capsys.readouterr().err

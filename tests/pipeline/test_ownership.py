@@ -59,6 +59,7 @@ VERBS = {
     "generate": ["tiny:llama"],
     "evaluate": ["tiny:llama", "--data", "ROWS", "--tasks", "perplexity"],
     "play": [],
+    "choose": [],
     "export": ["tiny:llama"],
 }
 

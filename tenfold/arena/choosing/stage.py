@@ -17,6 +17,7 @@ from tenfold.arena.lineup import check_line_up, line_up, line_up_notes
 from tenfold.arena.reference import check_taught
 from tenfold.arena.trading.market_day import ask_market, settle_market
 from tenfold.arena.trading.synthetic import MarketRules, draw_market
+from tenfold.config.arena import parse_agent
 from tenfold.config.choose import ChooseConfig
 from tenfold.core.statistics import t_quantile, wilson
 from tenfold.errors import ConfigError
@@ -60,7 +61,7 @@ def run_choose(config: ChooseConfig, context: Context) -> StageOutput:
     )
     probes = _probes(config, context, agents)
     out = dominated(probes)
-    playing = [name for name in config.agents if name not in out]
+    playing = [name for name in config.names() if name not in out]
     context.progress.begin("episodes")
     play = _fights(config, agents) if config.arena == "fighting" else _days(config, agents)
     found = choose_agent(
@@ -90,8 +91,8 @@ def _probes(config: ChooseConfig, context: Context, agents: Mapping[str, Agent])
         return {}
     asked = labelled_questions(config.arena, PROBED_FROM, config.probe, _market(config))
     found = {}
-    for number, name in enumerate(config.agents, 1):
-        context.progress(f"questions to {name}", number, len(config.agents))
+    for number, name in enumerate(config.names(), 1):
+        context.progress(f"questions to {name}", number, len(config.names()))
         actions = agents[name].answer([question.turn for question in asked])
         right = sum(action.choice in question.good for action, question in zip(actions, asked, strict=True))
         seconds = [action.seconds for action in actions]
@@ -104,7 +105,7 @@ def _probes(config: ChooseConfig, context: Context, agents: Mapping[str, Agent])
 
 def _fights(config: ChooseConfig, agents: Mapping[str, Agent]) -> Callable[[str, int], float]:
     """Share of the points of two fights against the opponent, sides swapped."""
-    opponent, bell = agents[config.opponent], config.seconds * FRAMES_PER_SECOND
+    opponent, bell = agents[parse_agent(config.opponent).text], config.seconds * FRAMES_PER_SECOND
 
     def reward(name: str, seed: int) -> float:
         left = play_fight((agents[name], opponent), seed, bell=bell).score

@@ -48,7 +48,7 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
     context.progress.begin("fights")
     play = partial(_fresh, config) if config.workers > 1 else partial(_play, config, agents)
     tournament = play_tournament(
-        config.agents,
+        config.names(),
         play,
         pairs=config.pairs,
         sequential=config.sequential,
@@ -58,20 +58,20 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
         tell=partial(context.progress, "fights"),
     )
     curves = _curves(config, context, agents) if config.latencies else []
-    ratings = rate(tournament.pairs, config.agents, seed=context.seed)
+    ratings = rate(tournament.pairs, config.names(), seed=context.seed)
     context.progress.begin("writing the games")
     _write(context, _games(tournament))
     replays = _replays(config, context, agents)
     tables, figures = [ratings.table(), tournament.table()], [ratings.matrix()]
     if curves:
-        words = {"title": f"Points against {config.agents[-1]}", "x_label": "seconds an answer takes"}
+        words = {"title": f"Points against {config.names()[-1]}", "x_label": "seconds an answer takes"}
         figures.append(curves_figure(curves, y_label="share of points", **words))
         tables.append(curves_table(curves, title=words["title"], x_label=words["x_label"]))
     return StageOutput(
-        results=_results(config.agents, tournament, ratings),
+        results=_results(config.names(), tournament, ratings),
         tables=tables,
         figures=figures,
-        attached={"games": tournament.games, "agents": list(config.agents)},
+        attached={"games": tournament.games, "agents": list(config.names())},
         notes=[*line_up_notes(specs, config.latency, context.opening), *tournament.notes, *ratings.notes],
         artefact=GAMES,
         artefacts={"games": GAMES},
@@ -90,7 +90,7 @@ def _with_a_person(config: FightingConfig, context: Context, agents: Mapping[str
     row = {"first": one.name, "second": other.name, "seed": record.seed, "score": record.score}
     _write(context, [row | {"rated": record.rated, **_facts(record)}])
     return StageOutput(
-        attached={"games": 1, "agents": list(config.agents)},
+        attached={"games": 1, "agents": list(config.names())},
         notes=[outcome_in_words(record)],
         artefact=GAMES,
         artefacts={"games": GAMES},
@@ -103,7 +103,7 @@ def _replays(config: FightingConfig, context: Context, agents: Mapping[str, Agen
     seeds = range(context.seed, context.seed + min(config.replays, config.pairs))
     records = [
         _fight(config, agents[first], agents[second], seed)
-        for first, second in combinations(config.agents, 2)
+        for first, second in combinations(config.names(), 2)
         for seed in seeds
     ]
     if records:
@@ -161,7 +161,7 @@ def _facts(record: FightRecord) -> dict[str, float]:
 
 def _curves(config: FightingConfig, context: Context, agents: Mapping[str, Agent]) -> list[RewardCurve]:
     """Each agent but the last against the last one, at each latency, on the same seeds, both sides."""
-    *others, last = config.agents
+    *others, last = config.names()
 
     def points(name: str, latency: float, seed: int) -> float:
         agent = at_latency(agents[name], Fixed(latency))

@@ -82,16 +82,16 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
     days, curves, notes = play(config, context, agents)
     context.progress.begin("writing the days")
     write_text(context.folder / GAMES, "".join(json.dumps(row) + "\n" for row in days))
-    tables, figures = [_outcomes(config.agents, days)], list[Figure]()
+    tables, figures = [_outcomes(config.names(), days)], list[Figure]()
     if curves:
         words = {"title": "Yield of a day", "x_label": "seconds an answer takes"}
         figures.append(_with_closed_form(config, curves_figure(curves, y_label="yield", **words)))
         tables.append(curves_table(curves, title=words["title"], x_label=words["x_label"]))
     return StageOutput(
-        results=[_result([row for row in days if row["agent"] == name], name) for name in config.agents],
+        results=[_result([row for row in days if row["agent"] == name], name) for name in config.names()],
         tables=tables,
         figures=figures,
-        attached={"market": config.market, "days": len({row["day"] for row in days}), "agents": list(config.agents)},
+        attached={"market": config.market, "days": len({row["day"] for row in days}), "agents": list(config.names())},
         notes=[
             *line_up_notes(config.specs(), config.latency, context.opening),
             *notes,
