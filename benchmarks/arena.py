@@ -4,7 +4,7 @@
     python -m benchmarks.arena fights   # points over latency and over quality of scripted fighters, 600 fights a point
     python -m benchmarks.arena markets  # yield over latency of scripted traders beside the closed form, 40 days a point
     python -m benchmarks.arena paper    # a rule without a model under the published rules, and replayed (TENFOLD_DATA)
-    python -m benchmarks.arena models   # how often models decide rightly, and how long they take
+    python -m benchmarks.arena models   # how often models decide rightly, and how long they take; --agents NAME=WHO
     python -m benchmarks.arena table    # what docs/results/arena.md shows
 
 All are resumable.
@@ -17,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tenfold.arena.fighting.moves import INPUTS
 from tenfold.arena.fighting.play import play_fight
 from tenfold.arena.fighting.scripted import ScriptedFighter
 from tenfold.arena.lineup import line_up
+from tenfold.arena.reference import taught
 from tenfold.arena.trading.agents import RuleTrader, ScriptedTrader
 from tenfold.arena.trading.files import read_bars
 from tenfold.arena.trading.market_day import ask_market, market_questions, play_market, sweep_market
@@ -49,7 +51,7 @@ QUALITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Against quality .6, both at 12 frames."""
 SECONDS = (0.0, 0.1, 0.2, 0.4, 0.713, 1.0, 1.3, 2.0)
 DELAYS = (0.0, 0.195, 0.386, 0.713, 0.801, 1.302, 1.4, 1.5)
-MODELS = ("demo", "llama.cpp:demo")
+MODELS = ("demo", "llama.cpp:demo", "reference")
 FIGHTS, BATCH, FRAMES = 60, 1024, 4000
 
 rows = partial(rows_in, RESULTS)
@@ -160,12 +162,14 @@ def paper() -> None:
 
 
 def models(names: Iterable[str] = MODELS, questions: int = 40) -> None:
-    """The first questions of a day, as numbers and in words; and a fight against a weak fighter."""
-    for name in names:
-        for easy in (False, True):
-            if done(part="models", agent=name, easy=easy):
+    """The first questions of a day, as numbers and in words; a reference agent has the form that it was taught."""
+    for text in names:
+        spec = parse_agent(text)
+        forms = (taught("trading", spec.taught)[1].easy,) if spec.taught else (False, True)
+        for easy in forms:
+            if done(part="models", agent=spec.text, easy=easy):
                 continue
-            agent = line_up("trading", [parse_agent(f"{name}@measured")])[f"{name}@measured"]
+            (agent,) = line_up("trading", [replace(spec, latency="measured")]).values()
             market = draw_market(0, MarketRules(events=questions, easy=easy))
             answers = ask_market([agent], market)[agent.name]
             right = [
@@ -174,7 +178,7 @@ def models(names: Iterable[str] = MODELS, questions: int = 40) -> None:
             ]
             keep(
                 {
-                    "part": "models", "agent": name, "easy": easy, "right": sum(right), "asked": len(right),
+                    "part": "models", "agent": spec.text, "easy": easy, "right": sum(right), "asked": len(right),
                     "trades": sum(one.choice != "pass" for one in answers),
                     "seconds": [one.seconds for one in answers],
                     "tokens": [one.prompt_tokens for one in answers],
@@ -187,12 +191,12 @@ def models(names: Iterable[str] = MODELS, questions: int = 40) -> None:
 
 def table() -> None:
     """Markdown for docs/results."""
-    of_part = {part: [row for row in rows() if row["part"] == part] for part in PARTS if part != "table"}
     for part, show in (
-        ("speed", _speed), ("fights", _fights), ("markets", _markets), ("paper", _paper), ("models", _models)
+        ("speed", _speed), ("fights", _fights), ("markets", _markets), ("paper", _paper), ("models", _models),
+        ("agents", _agents),
     ):  # fmt: skip
-        if of_part[part]:
-            show(of_part[part])
+        if found := [row for row in rows() if row["part"] == part]:
+            show(found)
 
 
 def _speed(found: Sequence[dict[str, Any]]) -> None:
@@ -251,7 +255,7 @@ def _cells(values: Iterable[float], form: str) -> str:
 
 
 def _models(found: Sequence[dict[str, Any]]) -> None:
-    section("Models in the market, as they come", "arena models", found)
+    section("Models in the market", "arena models", found)
     print("| agent | question | right readings | trades | seconds, median | prompt tokens |\n|---|---|---|---|---|---|")
     for row in found:
         low, high = wilson(row["right"], row["asked"])
@@ -259,6 +263,20 @@ def _models(found: Sequence[dict[str, Any]]) -> None:
             f"| {row['agent']} | {'in words' if row['easy'] else 'numbers'} | {row['right'] / row['asked']:.2f} "
             f"[{low:.2f}, {high:.2f}] | {row['trades']} of {row['asked']} | {statistics.median(row['seconds']):.2g} | "
             f"{statistics.median(row['tokens']):.0f} |"
+        )
+
+
+def _agents(found: Sequence[dict[str, Any]]) -> None:
+    section("Models, taught", "arena_agents train", found)
+    print("| arena | layers | question | trained on | minutes | MiB | held-out answers that are good | at random |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in found:
+        low, high = row["interval"]
+        form = ("in words" if row["easy"] else "numbers") if row["arena"] == "trading" else ""
+        print(
+            f"| {row['arena']} | {row['layers']} of 30 | {form} | {row['trained on']:,} | "
+            f"{row['training seconds'] / 60:.0f} | {row['bytes'] / 2**20:.2f} | {row['quality']:.3f} "
+            f"[{low:.3f}, {high:.3f}] of {row['asked']} | {row['at random']:.2f} |"
         )
 
 
@@ -271,8 +289,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts that are asked for; all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
-    for part in parser.parse_args(argv).parts:
-        PARTS[part]()
+    parser.add_argument("--agents", nargs="+", default=MODELS, help="of models, as in tenfold play")
+    given = parser.parse_args(argv)
+    for part in given.parts:
+        PARTS[part](given.agents) if part == "models" else PARTS[part]()
 
 
 if __name__ == "__main__":
