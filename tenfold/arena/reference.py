@@ -49,9 +49,8 @@ def taught(arena: Arena, name: str) -> tuple[Path, Taught]:
     folder = _folder(arena, name)
     if not folder.is_dir():
         there = [one for one in REFERENCES if _folder(arena, one).is_dir()]
-        raise ConfigError(
-            f"agents: {name} does not play {arena}", remedy=f"take {' or '.join(there)}, or another model"
-        )
+        others = " or ".join([*there, "another model"])
+        raise ConfigError(f"agents: {name} does not play {arena}", remedy=f"take {others}")
     fields = read_json(folder / "agent.json")
     known = {key: fields[key] for key in Taught.__dataclass_fields__}
     return folder, TypeAdapter(Taught).validate_python(known)
