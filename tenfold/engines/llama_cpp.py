@@ -7,8 +7,10 @@ engine.generate([Request("Yes or no?", grammar='root ::= "yes" | "no"')])
 from __future__ import annotations
 
 import time
+import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,10 @@ def _start(path: Path, context: int, parallel: int, threads: int | None, gpu_lay
     if gpu_layers is not None:
         settings.n_gpu_layers = gpu_layers
     try:
-        return xllamacpp.Server(settings)
+        server = xllamacpp.Server(settings)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path}: llama.cpp does not open it: {error}", remedy="check the file") from None
+    # A server that is let go before its queue runs would wait for it without end. The queue answers this.
+    with suppress(OSError), urllib.request.urlopen(f"{server.listening_address}/slots", timeout=60) as answer:
+        answer.read()
+    return server
