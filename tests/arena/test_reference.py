@@ -62,6 +62,7 @@ def test_another_market_is_refused(stage, said, tmp_path):
 
 
 @needs_demo
+@pytest.mark.slow
 def test_it_trades(tmp_path):
     stage = {"use": "trading", "agents": ["reference", "random"], "days": 1, "synthetic": {"events": 6, "easy": True}}
     summary = execute({"stages": [stage]}, tmp_path / "out")[0]

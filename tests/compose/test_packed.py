@@ -17,6 +17,8 @@ from tenfold.models.tiny import tiny_model
 from .test_pairs import WINDOW, session
 from .test_planned import ON, adapted, asked, said, tiny
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 IDS = torch.randint(6, 262, (64,), generator=torch.Generator().manual_seed(0))
 CLOSE = 1e-3
 """Log-probabilities of a continuation, in nats: kernels that expand the weights in float32."""

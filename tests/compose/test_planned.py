@@ -35,6 +35,8 @@ from ..runs import execute
 from .test_compressed import factors_of
 from .test_pairs import KINDS, PARTS, PROMPTS, TAILS, WINDOW, expected, places, session
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 IDS = torch.randint(6, 262, (64,), generator=torch.Generator().manual_seed(0))
 WEIGHTS_ALONE, INPUTS_TOO = ("int8_row_a16", "nvfp4_a16"), ("int8_row", "fp4_row")
 ON = [
