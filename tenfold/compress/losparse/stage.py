@@ -115,8 +115,8 @@ def _passages(config: LoSparseConfig, context: Context, opened: Opened, encoded:
         return given
     own = max(1, round(sum(map(len, given)) * config.own_text / (1 - config.own_text)))
     length = max(2, min(OWN_LENGTH, config.max_length))
-    context.progress.begin("texts of its own")
     tell = partial(context.progress, "texts of its own")
+    tell(0, own)
     return given + own_text(opened.model, opened.tokenizer, own, length=length, seed=context.seed, tell=tell)
 
 
