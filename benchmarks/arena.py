@@ -17,7 +17,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from tenfold.arena.trading.paper import PaperRules, play_paper
 from tenfold.arena.trading.replay import ReplayRules, play_replay
 from tenfold.arena.trading.synthetic import MarketRules, draw_market
 from tenfold.arena.trading.tapes import BarTape
-from tenfold.config.arena import parse_agent
+from tenfold.config.arena import TradingConfig, parse_agent
 from tenfold.core.statistics import wilson
 
 RESULTS = Path(__file__).parent / "results" / "arena.jsonl"
@@ -169,7 +168,7 @@ def models(names: Iterable[str] = MODELS, questions: int = 40) -> None:
         for easy in forms:
             if done(part="models", agent=spec.text, easy=easy):
                 continue
-            (agent,) = line_up("trading", [replace(spec, latency="measured")]).values()
+            (agent,) = line_up("trading", TradingConfig(agents=(text,), latency="measured")).values()
             market = draw_market(0, MarketRules(events=questions, easy=easy))
             answers = ask_market([agent], market)[agent.name]
             right = [

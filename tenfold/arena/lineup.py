@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tenfold.arena.agents import Agent
@@ -12,9 +11,9 @@ from tenfold.arena.by_hand import PLANS_IN_WORDS, Arena, by_hand
 from tenfold.arena.latency import Latency, parse_latency
 from tenfold.arena.players import EnginePlayer, Timed, TwoThread
 from tenfold.arena.reference import open_reference, taught
-from tenfold.config.arena import AgentSpec, counts_model
+from tenfold.config.arena import AgentsFields, AgentSpec, counts_model
 from tenfold.errors import ConfigError
-from tenfold.stage.store import Store
+from tenfold.stage.context import Context
 
 MODELS, OTHERS = "tokens", "fixed:0.2"
 """Latencies of agents that do not say theirs."""
@@ -34,9 +33,14 @@ def latency_of(spec: AgentSpec, shared: str | None) -> str:
     return OTHERS if shared is None or counts_model(shared) else shared
 
 
-def line_up_notes(specs: Sequence[AgentSpec], latency: str | None, opening: Mapping[str, Any]) -> list[str]:
-    """What of a recipe does not reach which agents, in words; arguments as those of `line_up`."""
-    notes = []
+def line_up_notes(config: AgentsFields, opening: Mapping[str, Any]) -> list[str]:
+    """What of a recipe does not reach which agents, in words.
+
+    Args:
+        config: of the stage.
+        opening: how the recipe opens models.
+    """
+    specs, latency, notes = config.specs(), config.latency, []
     if latency is not None and counts_model(latency):
         kept = [spec.text for spec in specs if spec.kind not in ("model", "human") and spec.latency is None]
         seconds = OTHERS.removeprefix("fixed:")
@@ -50,20 +54,20 @@ def line_up_notes(specs: Sequence[AgentSpec], latency: str | None, opening: Mapp
     return notes
 
 
-def check_line_up(arena: Arena, specs: Sequence[AgentSpec], latency: str | None) -> None:
+def check_line_up(arena: Arena, config: AgentsFields) -> None:
     """Refuse agents and latencies that cannot be, before a model is opened.
 
     Raises:
         ConfigError: naming the agent.
         DataError: a trace that cannot be read, with file and line.
     """
-    if latency is not None:
-        parse_latency(latency)
-    for spec in specs:
+    if config.latency is not None:
+        parse_latency(config.latency)
+    for spec in config.specs():
         if spec.kind == "human":
             continue
         for one in filter(None, (spec, spec.planner)):
-            _parsed(latency_of(one, latency), one, None)
+            _parsed(latency_of(one, config.latency), one, None)
             if one.engine == "llama.cpp" and not one.source.startswith("${"):  # made by an earlier stage
                 _gguf(one)
             if one.taught:
@@ -72,32 +76,21 @@ def check_line_up(arena: Arena, specs: Sequence[AgentSpec], latency: str | None)
             by_hand(arena, spec)
 
 
-def line_up(
-    arena: Arena,
-    specs: Sequence[AgentSpec],
-    *,
-    latency: str | None = None,
-    temperature: float = 0.0,
-    store: Store | None = None,
-    traces: Path | None = None,
-    opening: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, Agent]:
+def line_up(arena: Arena, config: AgentsFields, context: Context | None = None) -> dict[str, Agent]:
     """Agents by name, in the order of the configuration.
 
     Args:
         arena: what is played.
-        specs: who they are.
-        latency: of those that do not say theirs.
-        temperature: of models.
-        store: where models' answers are remembered.
-        traces: the folder that measured latencies are written to.
-        opening: fields of `tenfold.models.reference.ModelRef`: ``dtype``, ``device`` and others. llama.cpp heeds
-            ``device: cpu``; a GGUF file has a number format of its own.
+        config: who they are, and what answers take.
+        context: of the stage: its store remembers models' answers, its folder holds the traces of measured latencies,
+            and it says how models are opened. llama.cpp heeds ``device: cpu``; a GGUF file has a number format of its
+            own. Without one nothing is written.
 
     Raises:
         ConfigError: a latency or an engine that cannot be.
         ModelError: a model that cannot be opened.
     """
+    store, traces, opening = (context.store, context.folder, context.opening) if context else (None, None, {})
     engines: dict[str, Any] = {}
 
     def timed(spec: AgentSpec, place: str) -> Timed:
@@ -105,13 +98,13 @@ def line_up(
             name = _model_name(spec)
             if name not in engines:
                 engines[name] = _engine(arena, spec, opening)
-            agent: Agent = EnginePlayer(engines[name], name, temperature=temperature, memory=store)
+            agent: Agent = EnginePlayer(engines[name], name, temperature=config.temperature, memory=store)
         else:
             agent = by_hand(arena, spec)
-        return Timed(agent, _parsed(latency_of(spec, latency), spec, traces and traces / f"trace-{place}.jsonl"))
+        return Timed(agent, _parsed(latency_of(spec, config.latency), spec, traces and traces / f"trace-{place}.jsonl"))
 
     found: dict[str, Agent] = {}
-    for number, spec in enumerate(specs, 1):
+    for number, spec in enumerate(config.specs(), 1):
         if spec.kind == "human":  # takes the time that it takes
             found[spec.text] = by_hand(arena, spec)
             continue

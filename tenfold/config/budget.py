@@ -78,7 +78,7 @@ def parse_budget(text: str, units: Sequence[Unit] = get_args(Unit)) -> Budget:
     """
     budget = _read(text, units)
     if budget.unit not in units:
-        raise ValueError(f"{text!r} is {_WORDS[budget.unit]}, which cannot be meant here: write {_forms(units)}")
+        raise ValueError(f"{text!r} is {_WORDS[budget.unit]}, which does not fit here: write {_forms(units)}")
     return budget
 
 

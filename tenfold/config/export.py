@@ -84,7 +84,7 @@ class ExportConfig(StageConfig):
         if self.form == "native":
             _check_native(shape)
         if self.form == "compressed-tensors":
-            _check_packable(shape)
+            shape.check_plain("vLLM")
         if self.form == "dense" and not shape.compressed:
             raise ConfigError(f"form: dense: {shape.name} has no compressed layers", remedy="write form: merged")
         if self.rows is not None and not shape.compressed:
@@ -104,20 +104,6 @@ class ExportConfig(StageConfig):
         if self.form != "compressed-tensors" and given:
             raise ValueError(f"{given[0]}: form: {self.form} packs nothing: write form: compressed-tensors")
         return self
-
-
-def _check_packable(shape: Shape) -> None:
-    """What vLLM has no packed layers for."""
-    if shape.compressed:
-        raise ConfigError(
-            f"form: compressed-tensors: the layers of {shape.name} are compressed, which vLLM has none for",
-            remedy="write form: dense, and that in form: compressed-tensors",
-        )
-    if shape.spans is not None:
-        raise ConfigError(
-            f"form: compressed-tensors: {shape.name} has local spans, which vLLM does not know",
-            remedy="write the model before it was lengthened",
-        )
 
 
 def _check_native(shape: Shape) -> None:

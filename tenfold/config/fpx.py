@@ -13,7 +13,6 @@ from tenfold.config.budget import FileBudget, parse_budget
 from tenfold.config.data import DataFields
 from tenfold.config.shape import Shape
 from tenfold.config.stage import ArtefactKind, RowsRead, Takes, check_kind
-from tenfold.errors import ConfigError
 
 Metric = Literal["fisher", "kl", "relative_l2", "token_mean"]
 GgufType = Literal[
@@ -82,16 +81,7 @@ class FpxConfig(DataFields):
 
     def applied_to(self, shape: Shape) -> Shape:
         """Whole weights of full attention, as llama.cpp knows them."""
-        if shape.compressed:
-            raise ConfigError(
-                f"{shape.name} is compressed already, and GGUF knows no layers of that kind",
-                remedy="write it as dense first (`tenfold export --form dense`)",
-            )
-        if shape.spans is not None:
-            raise ConfigError(
-                f"{shape.name} has local spans, and GGUF knows none that differ from head to head",
-                remedy="plan the model before it is lengthened",
-            )
+        shape.check_plain("GGUF")
         shape.check_mergeable()
         shape.check_positions("max_length", self.max_length)
         return replace(shape, adapted=False)

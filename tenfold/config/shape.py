@@ -63,6 +63,28 @@ class Shape:
                 remedy=f"give {self.positions} or less" if not what else f"give a smaller {key}",
             )
 
+    def check_plain(self, what: str) -> None:
+        """Refuse compressed layers and local spans, which other programs do not know.
+
+        Args:
+            what: knows none of them.
+
+        Raises:
+            ConfigError: naming what is there.
+
+        >>> Shape("base").check_plain("GGUF")
+        """
+        if self.compressed:
+            raise ConfigError(
+                f"the layers of {self.name} are compressed, and {what} knows none of that kind",
+                remedy="write it as dense first (`tenfold export --form dense`)",
+            )
+        if self.spans is not None:
+            raise ConfigError(
+                f"{self.name} has local spans, and {what} knows none that differ from head to head",
+                remedy="take the model from before it was lengthened",
+            )
+
     def check_mergeable(self) -> None:
         """Refuse an adapter that is to be added to weights that the files themselves hold packed.
 

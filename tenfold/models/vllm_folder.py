@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,17 +230,13 @@ def _configuration(model: Any, formats: Mapping[str, str]) -> Any:
 
 def _peaks(model: Any, formats: Mapping[str, str]) -> dict[str, Tensor]:
     """The largest magnitude among layers that are multiplied as one: vLLM has one global scale for them."""
-    found, groups = layer_map(model), Counter[str]()
-    own: dict[str, Tensor] = {}
-    for slot in found.slots:
-        if formats.get(slot.name) == "nvfp4_a16":
-            own[slot.name] = model.get_submodule(slot.name).weight.detach().abs().max().float()
-            groups[fused_name(slot, found)] += 1
+    found = layer_map(model)
+    groups = {slot.name: fused_name(slot, found) for slot in found.slots if formats.get(slot.name) == "nvfp4_a16"}
     together: dict[str, Tensor] = {}
-    names = {slot.name: fused_name(slot, found) for slot in found.slots if slot.name in own}
-    for name, group in names.items():
-        together[group] = torch.maximum(together.get(group, own[name]), own[name])
-    return {name: together[group] for name, group in names.items()}
+    for name, group in groups.items():
+        own = model.get_submodule(name).weight.detach().abs().max().float()
+        together[group] = torch.maximum(together.get(group, own), own)
+    return {name: together[group] for name, group in groups.items()}
 
 
 @torch.no_grad()

@@ -526,7 +526,7 @@ def test_budgets_and_targets_that_do_not_fit(settings, says):
     [
         ({"rank": 4, "budget": "1%"}, "give one"),
         ({"budget": "1%", "allocate_by": "count"}, "cannot keep a budget"),
-        ({"budget": "3ms"}, "is a time, which cannot be meant here"),
+        ({"budget": "3ms"}, "is a time, which does not fit here"),
         ({"tinit": 1.0}, "a share of the steps is below 1"),
         ({"tinit": -1}, "0 or more"),
         ({"tfinal": 0}, "would end training above the budget"),

@@ -423,7 +423,7 @@ def test_without_trl_the_remedy_is_named(monkeypatch):
     [
         ({"lam": 0.5, "budget": "10%"}, "lam and budget"),
         ({"lam": 0.0}, "lam"),
-        ({"budget": "300"}, "budget: '300' is a count, which cannot be meant here"),
+        ({"budget": "300"}, "budget: '300' is a count, which does not fit here"),
         ({"budget": "60%"}, "budget: 60% is not a share"),
         ({"loss": "bt", "lam": 0.5}, "lam: the loss bt has no use for it"),
         ({"loss": "cdpo", "budget": "5%"}, "budget: the loss cdpo"),

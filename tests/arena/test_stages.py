@@ -184,10 +184,11 @@ def test_how_a_recipe_opens_models_reaches_those_that_play(tmp_path, monkeypatch
 
 
 def test_a_gguf_file_keeps_its_number_format():
-    specs = [parse_agent(text) for text in ("llama.cpp:demo", "tiny:llama", "random")]
-    (note,) = line_up_notes(specs, None, {"dtype": "bfloat16", "device": "cpu", "load": None})
+    agents = ("llama.cpp:demo", "tiny:llama", "random")
+    every, others = TradingConfig(agents=agents), TradingConfig(agents=agents[1:])
+    (note,) = line_up_notes(every, {"dtype": "bfloat16", "device": "cpu", "load": None})
     assert note == "A GGUF file has a number format of its own: dtype not used by llama.cpp:demo."
-    assert line_up_notes(specs, None, {"device": "cpu"}) == line_up_notes(specs[1:], None, {"dtype": "float16"}) == []
+    assert line_up_notes(every, {"device": "cpu"}) == line_up_notes(others, {"dtype": "float16"}) == []
 
 
 def test_games_are_those_of_the_seed(tmp_path):

@@ -5,10 +5,8 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from tenfold import fpx
-from tenfold.adapt import adalora
 from tenfold.align.margins import score_pairs, score_policy_pairs
 from tenfold.arena.agents import Turn
 from tenfold.arena.latency import Measured, Tokens
@@ -32,7 +30,7 @@ from tenfold.models.tiny import tiny_model
 
 from ..preferences import table_of
 from ..runs import execute
-from .test_compressed import factors_of
+from .test_compressed import adapted, factors_of
 from .test_pairs import KINDS, PARTS, PROMPTS, TAILS, WINDOW, expected, places, session
 
 pytestmark = pytest.mark.slow  # together they take minutes
@@ -72,19 +70,6 @@ def by_hand(model, plan):
             weight.data = form.weight(weight.data)
         if not isinstance(modules[name], torch.nn.Embedding):
             modules[name].register_forward_pre_hook(lambda _, args, form=form: (form.inputs(args[0]), *args[1:]))
-    return model
-
-
-def adapted(model, on):
-    torch.manual_seed(1)
-    if "lora" in on:
-        config = LoraConfig(target_modules="all-linear", r=4, lora_alpha=16, init_lora_weights=False)
-        return get_peft_model(model, config)
-    if "adalora" in on:
-        handle = adalora.attach(model, adalora.AdaLoraConfig(rank=2, steps=20))
-        for matrix in handle.matrices.values():
-            torch.nn.init.normal_(matrix.singular, std=2.0)
-        return handle.model
     return model
 
 

@@ -1,6 +1,7 @@
 """llama.cpp beside transformers on the same file, and what it says where it is absent."""
 
 import importlib.util
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,8 @@ from tenfold.engines.requests import Request
 from tenfold.engines.session import Session
 from tenfold.errors import MissingDependencyError, ModelError
 from tenfold.models.embedded import demo_file
+from tenfold.models.gguf_write import write_gguf
+from tenfold.models.tiny import tiny_model
 
 
 def test_without_the_wheel_the_command_that_installs_it_is_named(monkeypatch, tmp_path):
@@ -56,3 +59,17 @@ def test_scores_are_those_of_transformers_on_the_same_file(engine):
             close = pytest.approx(there.log_probabilities[tail], abs=0.2 * tokens)
             assert here.log_probabilities[tail] == close, tail
     assert found[0].log_probabilities[" Paris."] > found[1].log_probabilities[" Paris."] + 2
+
+
+def test_a_server_may_be_let_go_at_once(engine, tmp_path):
+    """In a process of its own, as one that waited for its queue could not be interrupted."""
+    path = tmp_path / "tiny.gguf"
+    opened = tiny_model("llama")
+    write_gguf(opened.model, opened.tokenizer, path, "f16")
+    program = f"""
+from tenfold.engines.llama_cpp import LlamaCpp
+for _ in range(40):
+    LlamaCpp({str(path)!r}, context=64, parallel=1, threads=1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr

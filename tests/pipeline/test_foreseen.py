@@ -74,7 +74,7 @@ CASES = {
     "reference": ([{"use": "audit"}], "reference: missing, and tiny:llama has no adapter"),
     "smallest file": ([{**FILE, "budget": "1bits"}], "01-fpx: budget: 1bits is .* bytes, and the smallest plan of"),
     "smallest of few types": ([{**FILE, "palette": ["q8_0"]}], "the smallest plan of q8_0 takes"),
-    "compressed for a file": ([{"use": "losparse", "max_length": 64}, FILE], "02-fpx: .* compressed already, and GGUF"),
+    "compressed for a file": ([{"use": "losparse", "max_length": 64}, FILE], "02-fpx: .* are compressed, and GGUF"),
     "spans for a file": ([SPANS, FILE], "02-fpx: tiny:llama has local spans, and GGUF"),
 }
 POSSIBLE = {

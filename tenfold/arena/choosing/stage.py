@@ -38,7 +38,7 @@ def check_choose(config: ChooseConfig) -> None:
         ConfigError: naming the candidate, or the key of the market.
         DataError: a trace that cannot be read, with file and line.
     """
-    check_line_up(config.arena, config.specs(), config.latency)
+    check_line_up(config.arena, config)
     try:
         rules = _market(config)
     except ConfigError as error:
@@ -50,15 +50,7 @@ def check_choose(config: ChooseConfig) -> None:
 def run_choose(config: ChooseConfig, context: Context) -> StageOutput:
     """The stage ``choose``; its artefact is the choice, with all rewards."""
     context.progress.begin("opening the candidates")
-    agents = line_up(
-        config.arena,
-        config.specs(),
-        latency=config.latency,
-        temperature=config.temperature,
-        store=context.store,
-        traces=context.folder,
-        opening=context.opening,
-    )
+    agents = line_up(config.arena, config, context)
     probes = _probes(config, context, agents)
     out = dominated(probes)
     playing = [name for name in config.names() if name not in out]
@@ -75,7 +67,7 @@ def run_choose(config: ChooseConfig, context: Context) -> StageOutput:
         tables=[_table(config, found, probes, out, reward)],
         figures=[_frontier(config, found, probes, reward)] if probes else [],
         attached={"chosen": found.winner, "episodes": found.episodes, "episodes of the full grid": found.grid},
-        notes=[*line_up_notes(config.specs(), config.latency, context.opening), *_said(config, found, out)],
+        notes=[*line_up_notes(config, context.opening), *_said(config, found, out)],
         artefact=CHOICE,
         artefacts={"choice": CHOICE},
     )

@@ -35,15 +35,14 @@ def check_fighting(config: FightingConfig) -> None:
         ConfigError: naming the agent.
         DataError: a trace that cannot be read, with file and line.
     """
-    check_line_up("fighting", config.specs(), config.latency)
+    check_line_up("fighting", config)
 
 
 def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
     """The stage ``fighting``; its artefact is the record of all games."""
-    specs = config.specs()
     context.progress.begin("opening the agents")
-    agents = _agents(config, context)
-    if any(spec.kind == "human" for spec in specs):
+    agents = line_up("fighting", config, context)
+    if any(spec.kind == "human" for spec in config.specs()):
         return _with_a_person(config, context, agents)
     context.progress.begin("fights")
     play = partial(_fresh, config) if config.workers > 1 else partial(_play, config, agents)
@@ -72,7 +71,7 @@ def run_fighting(config: FightingConfig, context: Context) -> StageOutput:
         tables=tables,
         figures=figures,
         attached={"games": tournament.games, "agents": list(config.names())},
-        notes=[*line_up_notes(specs, config.latency, context.opening), *tournament.notes, *ratings.notes],
+        notes=[*line_up_notes(config, context.opening), *tournament.notes, *ratings.notes],
         artefact=GAMES,
         artefacts={"games": GAMES},
         replays=replays,
@@ -114,18 +113,6 @@ def _replays(config: FightingConfig, context: Context, agents: Mapping[str, Agen
     return REPLAYS if records else None
 
 
-def _agents(config: FightingConfig, context: Context | None) -> dict[str, Agent]:
-    return line_up(
-        "fighting",
-        config.specs(),
-        latency=config.latency,
-        temperature=config.temperature,
-        store=None if context is None else context.store,
-        traces=None if context is None else context.folder,
-        opening={} if context is None else context.opening,
-    )
-
-
 def _fight(config: FightingConfig, first: Agent, second: Agent, seed: int) -> FightRecord:
     harness = Harness(config.pipelined, config.predict, config.hold)
     return play_fight((first, second), seed, harness=(harness, harness), bell=config.seconds * FRAMES_PER_SECOND)
@@ -139,7 +126,7 @@ def _play(config: FightingConfig, agents: Mapping[str, Agent], first: str, secon
 @cache
 def _kept_agents(text: str) -> dict[str, Agent]:
     """Of another process, which gets the configuration alone."""
-    return _agents(FightingConfig.parse(json.loads(text), "fighting"), None)
+    return line_up("fighting", FightingConfig.parse(json.loads(text), "fighting"))
 
 
 def _fresh(config: FightingConfig, first: str, second: str, seed: int) -> Played:

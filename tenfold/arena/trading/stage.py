@@ -47,7 +47,7 @@ def check_trading(config: TradingConfig) -> None:
         ConfigError: naming the agent, or the key of the market.
         DataError: a trace that cannot be read, with file and line.
     """
-    check_line_up("trading", config.specs(), config.latency)
+    check_line_up("trading", config)
     if config.market != "synthetic" and any(spec.taught for spec in config.everyone()):
         raise ConfigError("agents: reference was taught the synthetic market", "say market: synthetic")
     check_taught(config.everyone(), config.synthetic.easy)
@@ -69,15 +69,7 @@ def check_trading(config: TradingConfig) -> None:
 def run_trading(config: TradingConfig, context: Context) -> StageOutput:
     """The stage ``trading``; its artefact is the record of all days."""
     context.progress.begin("opening the agents")
-    agents = line_up(
-        "trading",
-        config.specs(),
-        latency=config.latency,
-        temperature=config.temperature,
-        store=context.store,
-        traces=context.folder,
-        opening=context.opening,
-    )
+    agents = line_up("trading", config, context)
     play = _synthetic if config.market == "synthetic" else _recorded
     days, curves, notes = play(config, context, agents)
     context.progress.begin("writing the days")
@@ -93,7 +85,7 @@ def run_trading(config: TradingConfig, context: Context) -> StageOutput:
         figures=figures,
         attached={"market": config.market, "days": len({row["day"] for row in days}), "agents": list(config.names())},
         notes=[
-            *line_up_notes(config.specs(), config.latency, context.opening),
+            *line_up_notes(config, context.opening),
             *notes,
             "What is earned in a simulated market says nothing about what would be earned elsewhere.",
         ],

@@ -17,9 +17,9 @@ from tenfold.models.simulated import refuse_simulated
 def pack(model: Any, plan: Plan) -> None:
     """Store a model's weights in the formats of a plan, in place, and multiply with them as they are stored.
 
-    The original weights are gone: it takes the memory of the packed ones, and there is no way back. For each shape it
-    is measured which kernel is the fastest, for one token and for many (`tenfold.kernels.packed_choice`). On a GPU most
-    products are with expanded matrices: that saves memory, not time.
+    The original weights are gone, so that it cannot be undone, and the memory is that of the packed ones. Which kernel
+    is the fastest, for one token and for many, is measured for each shape (`tenfold.kernels.packed_choice`). On a GPU
+    most products are with expanded matrices: that saves memory, not time.
 
     Adapters stay exact beside the packed base, and new ones learn on it; the packed weights themselves do not, nor
     can they be saved. Where a table of embeddings is the head as well, both read the one packed matrix.
