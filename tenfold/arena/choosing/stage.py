@@ -223,10 +223,12 @@ def _frontier(
 
 
 def _said(config: ChooseConfig, found: ChosenAgent, out: Mapping[str, str]) -> list[str]:
-    notes = [f"{found.winner} is chosen after {found.episodes} episodes; a full grid would have taken {found.grid}."]
+    where = f"In {config.arena}"  # two stages of a recipe may say the same otherwise
+    notes = [
+        f"{where} {found.winner} is chosen after {found.episodes} episodes; a full grid would have taken {found.grid}."
+    ]
     if found.tied:
-        notes.append(
-            f"Cannot separate it from {', '.join(found.tied)}: raise most, or take whichever is cheaper for you."
-        )
-    notes += [f"{name} is both slower and worse than {other} and was not played." for name, other in out.items()]
+        others = ", ".join(found.tied)
+        notes.append(f"{where} it cannot be separated from {others}: raise most, or take whichever is cheaper for you.")
+    notes += [f"{where} {name} is both slower and worse than {one} and was not played." for name, one in out.items()]
     return notes
